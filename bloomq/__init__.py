@@ -1,0 +1,52 @@
+"""bloomq: BLOOM language models, quantized, on a laptop CPU.
+
+    import bloomq
+    model = bloomq.load("pack")
+    print(model.generate("Il était une fois").text)
+
+Importing this module imports nothing heavy: names are looked up when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "BloomConfig": "config",
+    "BloomTokenizer": "tokenizer",
+    "Generation": "generation",
+    "LanguageModel": "loading",
+    "Pack": "pack",
+    "convert": "converters.convert",
+    "load": "loading",
+    **dict.fromkeys(
+        (
+            "BackendError", "BloomqError", "CapacityError", "CheckpointError", "ConfigError",
+            "InputNotFound", "NumericError", "OutputError", "PackError", "TokenizerError", "UsageError",
+        ),
+        "errors",
+    ),
+}  # fmt: skip
+__all__ = sorted(_WHERE)
+
+if TYPE_CHECKING:
+    from bloomq.config import BloomConfig as BloomConfig
+    from bloomq.converters.convert import convert as convert
+    from bloomq.generation import Generation as Generation
+    from bloomq.loading import LanguageModel as LanguageModel
+    from bloomq.loading import load as load
+    from bloomq.pack import Pack as Pack
+    from bloomq.tokenizer import BloomTokenizer as BloomTokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'bloomq' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"bloomq.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,260 @@
+"""Vectors in LLVM IR: what a micro-kernel is written with, for each instruction-set tier.
+
+Everything is expressed over 16 lanes (512 bits of float32), one lane per output row of a weight tile;
+LLVM splits them in two for 256-bit machines. Only three operations differ between the tiers: the
+four-byte dot product, the 16-entry byte table, and how far a byte of weight may reach.
+
+Invariant: the integer results are the same on every tier; float results differ between tiers by
+rounding at most.
+"""
+
+from __future__ import annotations
+
+import llvmlite.ir as ir
+
+from bloomq.schemes import NF4_INT8_CODEBOOK
+
+LANES = 16
+
+I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
+F32, F16 = ir.FloatType(), ir.HalfType()
+V16F = ir.VectorType(F32, LANES)
+V16H = ir.VectorType(F16, LANES)
+V16I = ir.VectorType(I32, LANES)
+V16S = ir.VectorType(I16, LANES)
+V64B = ir.VectorType(I8, 64)
+
+# A tier is a set of instructions, best first, with the LLVM features that it needs.
+TIERS: dict[str, tuple[str, ...]] = {
+    "avx512-vnni": ("avx512f", "avx512bw", "avx512vl", "avx512vnni"),
+    "avx-vnni": ("avx2", "fma", "f16c", "avxvnni"),
+    "avx2": ("avx2", "fma", "f16c"),
+    "portable": (),
+}
+
+
+class Vectors:
+    """An IR builder with the vector operations of one tier.
+
+    `b` is the llvmlite builder; every method appends instructions and returns the value. Addresses
+    are 64-bit integers.
+    """
+
+    def __init__(self, b: ir.IRBuilder, tier: str) -> None:
+        self.b = b
+        self.tier = tier
+
+    # -- memory and constants ------------------------------------------------------------------
+
+    def at(self, address: ir.Value, offset: ir.Value | int = 0) -> ir.Value:
+        """The address `offset` bytes further on."""
+        if isinstance(offset, int):
+            offset = I64(offset)
+        return self.b.add(address, offset)
+
+    def load(self, address: ir.Value, type_: ir.Type, align: int = 1) -> ir.Value:
+        return self.b.load(self.b.inttoptr(address, ir.PointerType()), align=align, typ=type_)
+
+    def store(self, value: ir.Value, address: ir.Value, align: int = 1) -> None:
+        self.b.store(value, self.b.inttoptr(address, ir.PointerType()), align=align)
+
+    def splat(self, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
+        """A vector with the scalar in every lane."""
+        vector = ir.VectorType(scalar.type, lanes)
+        one = self.b.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
+        zeros = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+        return self.b.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+
+    def constant(self, vector: ir.VectorType, value: float) -> ir.Value:
+        return ir.Constant(vector, [value] * vector.count)
+
+    def broadcast(self, address: ir.Value, type_: ir.Type) -> ir.Value:
+        """A scalar in memory, in all 16 lanes."""
+        return self.splat(self.load(address, type_))
+
+    def call(self, name: str, result: ir.Type, args: list[ir.Value]) -> ir.Value:
+        signature = ir.FunctionType(result, [a.type for a in args])
+        function = self.b.module.globals.get(name)
+        if function is None:
+            function = ir.Function(self.b.module, signature, name)
+        return self.b.call(function, args)
+
+    # -- float32 -------------------------------------------------------------------------------
+
+    def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+        """x * y + z, rounded once (twice on the portable tier: its processor may have no such unit)."""
+        name = "llvm.fmuladd.v16f32" if self.tier == "portable" else "llvm.fma.v16f32"
+        return self.call(name, V16F, [x, y, z])
+
+    def load_float(self, address: ir.Value, dtype: str) -> ir.Value:
+        """16 values of f32, f16 or bf16 in memory, as float32."""
+        if dtype == "f32":
+            return self.load(address, V16F)
+        if dtype == "f16":
+            return self.b.fpext(self.load(address, V16H), V16F)
+        wide = self.b.zext(self.load(address, V16S), V16I)  # bf16 is the high half of a float32
+        return self.b.bitcast(self.b.shl(wide, self.constant(V16I, 16)), V16F)
+
+    def exp(self, x: ir.Value) -> ir.Value:
+        """e**x in 16 lanes: relative error below 2e-7; 0 under -87.3 (where float32 underflows),
+        capped at e**88; exact 1 at 0; NaN stays NaN.
+
+        Range reduction x = n ln 2 + r with ln 2 in two parts, then a degree-6 polynomial.
+        Source: Cephes expf.
+        """
+        b = self.b
+        capped = self.call("llvm.minnum.v16f32", V16F, [x, self.constant(V16F, 88.0)])
+        capped = self.call("llvm.maxnum.v16f32", V16F, [capped, self.constant(V16F, -87.3)])
+        n = self.call("llvm.rint.v16f32", V16F, [b.fmul(capped, self.constant(V16F, _LOG2_E))])
+        r = self.fma(n, self.constant(V16F, -0.693359375), capped)
+        r = self.fma(n, self.constant(V16F, 2.12194440e-4), r)
+        p = self.constant(V16F, _EXP_POLYNOMIAL[0])
+        for coefficient in _EXP_POLYNOMIAL[1:]:
+            p = self.fma(p, r, self.constant(V16F, coefficient))
+        p = self.fma(p, b.fmul(r, r), b.fadd(r, self.constant(V16F, 1.0)))
+        exponent = b.add(b.fptosi(n, V16I), self.constant(V16I, 127))
+        power = b.bitcast(b.shl(exponent, self.constant(V16I, 23)), V16F)
+        y = b.fmul(p, power)
+        y = b.select(b.fcmp_ordered("<", x, self.constant(V16F, -87.3)), _zero(V16F), y)
+        return b.select(b.fcmp_unordered("uno", x, x), x, y)
+
+    def gelu(self, x: ir.Value) -> ir.Value:
+        """BLOOM's gelu: x/2 (1 + tanh u), u = 0.79788456 x (1 + 0.044715 x^2), as x / (1 + e^-2u)."""
+        b = self.b
+        inner = self.fma(b.fmul(self.constant(V16F, 0.044715), x), x, self.constant(V16F, 1.0))
+        u2 = b.fmul(b.fmul(self.constant(V16F, -2 * 0.79788456), x), inner)
+        return b.fdiv(x, b.fadd(self.constant(V16F, 1.0), self.exp(u2)))
+
+    # -- bytes ---------------------------------------------------------------------------------
+
+    def broadcast4(self, address: ir.Value) -> ir.Value:
+        """Four int8 of activations, repeated for each of the 16 rows."""
+        return self.b.bitcast(self.broadcast(address, I32), V64B)
+
+    def nibbles(self, codes: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The low and the high nibble of 64 bytes."""
+        low = self.b.and_(codes, self.constant(V64B, 15))
+        halves = ir.VectorType(
+            I16, 32
+        )  # x86 has no byte shift: shift words, mask what crossed over
+        words = self.b.lshr(self.b.bitcast(codes, halves), self.constant(halves, 4))
+        return low, self.b.and_(self.b.bitcast(words, V64B), self.constant(V64B, 15))
+
+    def nf4_bytes(self, index: ir.Value) -> ir.Value:
+        """The int8 code-book entry of each of 64 indices 0..15, prepared for `dot4`."""
+        entries = [_int8(entry + self.offset(signed=True)) for entry in NF4_INT8_CODEBOOK]
+        if self.tier == "portable":
+            return self._table_by_selects(index, entries)
+        width = 64 if self.tier == "avx512-vnni" else 32
+        name = {64: "llvm.x86.avx512.pshuf.b.512", 32: "llvm.x86.avx2.pshuf.b"}[width]
+        vector = ir.VectorType(I8, width)
+        table = ir.Constant(vector, entries * (width // 16))
+        parts = [self.call(name, vector, [table, part]) for part in self._split(index, 64 // width)]
+        return self._join(parts)
+
+    def _table_by_selects(self, index: ir.Value, entries: list[int]) -> ir.Value:
+        """A 16-entry table as four levels of selects on the index's bits."""
+        b, layer = self.b, [self.constant(V64B, entry) for entry in entries]
+        for bit in range(4):
+            mask = b.icmp_signed("!=", b.and_(index, self.constant(V64B, 1 << bit)), _zero(V64B))
+            layer = [b.select(mask, layer[i + 1], layer[i]) for i in range(0, len(layer), 2)]
+        return layer[0]
+
+    def offset(self, signed: bool) -> int:
+        """What `prepare` adds to every weight byte: acc = sum((w + offset) * a)."""
+        return 128 if signed and self.tier in ("avx512-vnni", "avx-vnni") else 0
+
+    def prepare(self, weights: ir.Value, signed: bool) -> ir.Value:
+        """Weight bytes in the form that `dot4` takes (vpdpbusd wants them unsigned)."""
+        if self.offset(signed):
+            return self.b.xor(weights, self.constant(V64B, -128))
+        return weights
+
+    def dot4(self, acc: ir.Value, weights: ir.Value, acts: ir.Value, signed: bool) -> ir.Value:
+        """acc[row] + sum of 4 products, exact in int32.
+
+        weights: 64 prepared bytes (16 rows x 4 k); acts: int8, |a| <= 127.
+        """
+        if self.tier == "avx512-vnni":
+            args = [acc, self.b.bitcast(weights, V16I), self.b.bitcast(acts, V16I)]
+            return self.call("llvm.x86.avx512.vpdpbusd.512", V16I, args)
+        if self.tier == "avx-vnni":
+            return self._halves("llvm.x86.avx512.vpdpbusd.256", acc, weights, acts)
+        if self.tier == "avx2":
+            return self._dot4_avx2(acc, weights, acts, signed)
+        return self._dot4_portable(acc, weights, acts, signed)
+
+    def _halves(self, name: str, acc: ir.Value, weights: ir.Value, acts: ir.Value) -> ir.Value:
+        """A 256-bit three-operand instruction over both halves."""
+        v8i = ir.VectorType(I32, 8)
+        w, a = self.b.bitcast(weights, V16I), self.b.bitcast(acts, V16I)
+        pairs = zip(self._split(acc, 2), self._split(w, 2), self._split(a, 2), strict=True)
+        return self._join([self.call(name, v8i, list(args)) for args in pairs])
+
+    def _dot4_avx2(
+        self, acc: ir.Value, weights: ir.Value, acts: ir.Value, signed: bool
+    ) -> ir.Value:
+        """maddubs + madd. Signed weights go in as |w| with their sign moved onto the activation:
+        2 x 127 x 127 = 32,258 and 2 x 15 x 127 = 3,810 both stay below int16's 32,767."""
+        b = self.b
+        if signed:
+            negative = b.icmp_signed("<", weights, _zero(V64B))
+            acts = b.select(negative, b.neg(acts), acts)
+            weights = b.select(negative, b.neg(weights), weights)
+        v16s, v8i = ir.VectorType(I16, 16), ir.VectorType(I32, 8)
+        ones = self.constant(v16s, 1)
+        sums = []
+        for w, a in zip(self._split(weights, 2), self._split(acts, 2), strict=True):
+            pairs = self.call("llvm.x86.avx2.pmadd.ub.sw", v16s, [w, a])
+            sums.append(self.call("llvm.x86.avx2.pmadd.wd", v8i, [pairs, ones]))
+        return b.add(acc, self._join(sums))
+
+    def _dot4_portable(
+        self, acc: ir.Value, weights: ir.Value, acts: ir.Value, signed: bool
+    ) -> ir.Value:
+        """Widen, multiply, and add the four products of each row by shuffles."""
+        b, wide = self.b, ir.VectorType(I32, 64)
+        w = b.sext(weights, wide) if signed else b.zext(weights, wide)
+        products = b.mul(w, b.sext(acts, wide))
+        undefined = ir.Constant(wide, ir.Undefined)
+        for k in range(4):
+            index = ir.Constant(V16I, [4 * lane + k for lane in range(LANES)])
+            acc = b.add(acc, b.shuffle_vector(products, undefined, index))
+        return acc
+
+    def _split(self, vector: ir.Value, parts: int) -> list[ir.Value]:
+        if parts == 1:
+            return [vector]
+        n = vector.type.count // parts
+        undefined = ir.Constant(vector.type, ir.Undefined)
+        indices = [
+            ir.Constant(ir.VectorType(I32, n), list(range(p * n, p * n + n))) for p in range(parts)
+        ]
+        return [self.b.shuffle_vector(vector, undefined, index) for index in indices]
+
+    def _join(self, parts: list[ir.Value]) -> ir.Value:
+        if len(parts) == 1:
+            return parts[0]
+        n = 2 * parts[0].type.count
+        index = ir.Constant(ir.VectorType(I32, n), list(range(n)))
+        return self.b.shuffle_vector(parts[0], parts[1], index)
+
+
+_LOG2_E = 1.44269504088896341
+_EXP_POLYNOMIAL = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+
+
+def _int8(value: int) -> int:
+    """The int8 that has the bits of this byte."""
+    return (value + 128) % 256 - 128
+
+
+def _zero(vector: ir.VectorType) -> ir.Value:
+    return ir.Constant(vector, [0] * vector.count)

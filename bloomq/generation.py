@@ -1,0 +1,293 @@
+"""The generation loop: prompts in, tokens out, one step for all rows that are not finished.
+
+`generate_steps` yields tokens, `TextAssembler` makes them text; who calls them (`loading`, `cli`) decides
+what to do with it. Invariant: a row's tokens do not depend on the other rows of its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bloomq.errors import CapacityError, UsageError
+from bloomq.heads import CausalLM
+from bloomq.layers import Cache, Span, Top, X
+from bloomq.sampling import Sampling, draw, generator, penalise, top_of
+
+I64 = NDArray[np.int64]
+FinishReason = Literal["length", "stop", "eos", "interrupted"]
+PREFILL_TOKENS = 512  # a step of the prompt: bounds the activations' memory and paces the progress
+PrefillProgress = Callable[[int, int], None]  # (prompt tokens done, in all)
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Times in seconds. prompt_s runs to the first token, generate_s from there to the last."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    prompt_s: float
+    generate_s: float
+    load_s: float
+
+    @property
+    def prompt_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prompt_s if self.prompt_s else 0.0
+
+    @property
+    def generated_tokens_per_s(self) -> float:
+        """Of the tokens after the first, which is the prompt's."""
+        return max(self.generated_tokens - 1, 0) / self.generate_s if self.generate_s else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What was produced for one prompt.
+
+    text: decoded output, without the prompt, special tokens and the stop string; ids: every token
+    produced, the end-of-text token included; logprobs: of each under the model itself (before
+    temperature and penalties), natural log.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of one sequence of the batch."""
+
+    index: int
+    id: int
+    logprob: float
+
+
+@dataclass(slots=True)
+class Sequence_:
+    """A row under way: its prompt, what it produced, and its random numbers."""
+
+    prompt: I64
+    rng: np.random.Generator
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class Decoder(Protocol):
+    """Incremental text of a tokenizer: `BloomTokenizer.stream()`."""
+
+    def push(self, ids: int) -> str: ...
+    def finish(self) -> str: ...
+
+
+class TextAssembler:
+    """Tokens of one sequence -> text that will not be taken back, ending before a stop string."""
+
+    def __init__(self, decoder: Decoder, stop: Sequence[str]) -> None:
+        self._decoder, self._stop = decoder, tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that this token makes certain."""
+        return self._release(self._decoder.push(token))
+
+    def finish(self) -> str:
+        """What was held back, now that nothing follows."""
+        text = self._release(self._decoder.finish())
+        rest, self._held = ("" if self.stopped else self._held), ""
+        return text + rest
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
+        if found:
+            self.stopped = True
+            return self._take(min(found))
+        return self._take(len(self._held) - self._open_prefix())
+
+    def _take(self, count: int) -> str:
+        taken, self._held = self._held[:count], self._held[count:]
+        return taken
+
+    def _open_prefix(self) -> int:
+        """Length of the longest end of the held text that could be the start of a stop string."""
+        longest = max((len(s) for s in self._stop), default=1) - 1
+        for size in range(min(longest, len(self._held)), 0, -1):
+            if any(s.startswith(self._held[-size:]) for s in self._stop):
+                return size
+        return 0
+
+
+class Batch:
+    """Some prompts in one cache, from prefill to the last token.
+
+    Raises: UsageError for an empty prompt or no new tokens, CapacityError where a prompt and its new
+    tokens exceed `context`.
+    """
+
+    def __init__(
+        self,
+        lm: CausalLM,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        context: int,
+    ) -> None:
+        if (
+            isinstance(max_new_tokens, bool)
+            or not isinstance(max_new_tokens, int)
+            or (max_new_tokens < 1)
+        ):
+            raise UsageError(f"max_new_tokens is {max_new_tokens!r}, expected at least 1")
+        if not prompts:
+            raise UsageError("no prompts: give at least one")
+        for prompt in prompts:
+            _check_prompt(prompt, max_new_tokens, context)
+        self._lm, self._sampling, self._most = lm, sampling, max_new_tokens
+        self.sequences = [
+            Sequence_(np.array(prompt, np.int64), generator(sampling, index))
+            for index, prompt in enumerate(prompts)
+        ]
+        longest = max(len(prompt) for prompt in prompts)
+        # The last token is produced, not fed back: it needs no place.
+        self._cache = lm.cache(len(prompts), longest + max_new_tokens - 1)
+        self._active = list(range(len(prompts)))
+
+    def stop(self, index: int) -> None:
+        """Sequence `index` takes part in no further step."""
+        if index in self._active:
+            self._active.remove(index)
+
+    def run(self, progress: PrefillProgress = lambda done, total: None) -> Iterator[Token]:
+        """Tokens as they are produced, sequence by sequence within a step; ends when every sequence
+        has its max_new_tokens or was stopped."""
+        yield from self._prefill(progress)
+        while self._active:
+            rows = list(self._active)
+            ids = np.array([self.sequences[row].ids[-1] for row in rows], np.int64)
+            span = Span.of(rows, [1] * len(rows))
+            logits = self._step(ids, span, span.last)
+            yield from self._choose(rows, logits)
+
+    def _prefill(self, progress: PrefillProgress) -> Iterator[Token]:
+        """The prompts in steps of at most PREFILL_TOKENS; a row's first token as soon as its prompt
+        is through."""
+        total = sum(len(s.prompt) for s in self.sequences)
+        done = 0
+        for step in _cut([len(s.prompt) for s in self.sequences], PREFILL_TOKENS):
+            ids = np.concatenate([self.sequences[row].prompt[a:b] for row, a, b in step])
+            span = Span.of([row for row, _, _ in step], [b - a for _, a, b in step])
+            ended = [
+                i for i, (row, _, b) in enumerate(step) if b == len(self.sequences[row].prompt)
+            ]
+            logits = self._step(ids, span, span.last[ended])
+            done += len(ids)
+            progress(done, total)
+            yield from self._choose([step[i][0] for i in ended], logits)
+
+    def _step(self, ids: I64, span: Span, wanted: I64) -> X:
+        cache = self._cache
+        logits = self._lm.step(ids, cache, span, wanted)
+        if len(wanted):
+            self._best = self._lm.backend.top(logits, 1)
+            if not np.isfinite(self._best.logsumexp).all():
+                self._report_not_finite(ids, cache, span)
+        return logits
+
+    def _report_not_finite(self, ids: I64, cache: Cache, span: Span) -> None:
+        for row, count in zip(span.rows.tolist(), span.counts.tolist(), strict=True):
+            cache.truncate(row, int(cache.lengths[row]) - count)
+        raise self._lm.model.find_not_finite(ids, cache, span)
+
+    def _choose(self, rows: list[int], logits: X) -> Iterator[Token]:
+        """The next token of each row, drawn and counted before any is handed out."""
+        best, tokens = self._best, []
+        for i, row in enumerate(rows):
+            sequence = self.sequences[row]
+            token, logit = self._draw(sequence, logits, best, i)
+            logprob = float(np.float64(logit) - best.logsumexp[i])
+            sequence.ids.append(token)
+            sequence.logprobs.append(logprob)
+            tokens.append(Token(row, token, logprob))
+            if len(sequence.ids) == self._most:
+                self.stop(row)
+        yield from tokens
+
+    def _draw(self, sequence: Sequence_, logits: X, best: Top, i: int) -> tuple[int, float]:
+        """A token and its logit."""
+        sampling, backend = self._sampling, self._lm.backend
+        if sampling.greedy and not sampling.penalised:
+            return int(best.ids[i, 0]), float(best.logits[i, 0])
+        row = backend.take(logits, np.array([i]))  # [1, V]
+        plain = backend.numpy(row)[0]
+        if sampling.penalised:
+            seen = np.unique(np.concatenate([sequence.prompt, np.array(sequence.ids, np.int64)]))
+            changed = penalise(plain, seen, sampling.repetition_penalty)
+            token = draw(
+                sampling, sequence.rng, len(plain), lambda k, t: top_of(changed, k, t),
+                lambda: changed,
+            )  # fmt: skip
+        else:
+            token = draw(
+                sampling, sequence.rng, len(plain), lambda k, t: backend.top(row, k, t),
+                lambda: plain,
+            )  # fmt: skip
+        return token, float(plain[token])
+
+
+def _check_prompt(prompt: Sequence[int], new_tokens: int, context: int) -> None:
+    if not len(prompt):
+        raise UsageError("the prompt is empty: BLOOM needs at least one token to continue from")
+    if len(prompt) + new_tokens > context:
+        room = context - len(prompt)
+        remedy = f"ask for at most {room} new tokens" if room > 0 else "shorten it"
+        raise CapacityError(
+            f"a prompt of {len(prompt)} tokens and {new_tokens} new ones exceed the context of "
+            f"{context}: {remedy}, or load with a larger context"
+        )
+
+
+def _cut(lengths: list[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Steps of (row, start, stop) pieces, in order, together at most `most` tokens each."""
+    step: list[tuple[int, int, int]] = []
+    room = most
+    for row, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            stop = min(length, start + room)
+            step.append((row, start, stop))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield step
+                step, room = [], most
+    if step:
+        yield step
+
+
+class Clock:
+    """When a call began and when its first token came."""
+
+    def __init__(self) -> None:
+        self.started = perf_counter()
+        self.first: float | None = None
+
+    def tick(self) -> None:
+        if self.first is None:
+            self.first = perf_counter()
+
+    def stats(self, prompt_tokens: int, generated_tokens: int, load_s: float) -> Stats:
+        now = perf_counter()
+        first = now if self.first is None else self.first
+        return Stats(prompt_tokens, generated_tokens, first - self.started, now - first, load_s)

@@ -1,0 +1,87 @@
+"""What reads the hidden states: the language model's head, over the last layer norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bloomq.errors import UsageError
+from bloomq.layers import Backend, Cache, Span, X
+from bloomq.model import BloomModel
+from bloomq.pack import Pack
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CausalLMOutput:
+    """logits: float32 [B, T, V], before softmax; 0 where the attention mask is 0."""
+
+    logits: F32
+
+
+class CausalLM:
+    """BLOOM with its language-model head (tied to the embedding, or its own)."""
+
+    def __init__(self, weights: Pack, backend: Backend) -> None:
+        self.config = weights.config
+        self.backend = backend
+        self.model = BloomModel(weights, backend)
+        self._head = backend.linear(weights.matrix("lm_head"), norm=weights.norm("ln_f"))
+
+    def cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for `batch` rows of up to `capacity` tokens."""
+        return self.backend.cache(self.config, batch, capacity)
+
+    def step(self, ids: I64, cache: Cache, span: Span, wanted: I64) -> X:
+        """Run the tokens of a step; logits [W, V] of those at the indices `wanted` [W] alone (512
+        positions of 250,880 logits would be 514 MB)."""
+        x = self.model(ids, cache, span)
+        return self._head(self.backend.take(x, wanted))
+
+    def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Any:
+        """Logits of every position. input_ids: [B, T] or [T] whole numbers; attention_mask: the same
+        shape, 0 for padding, on either side or in the middle: positions count real tokens alone.
+
+        Raises: UsageError for wrong shapes, types or ids.
+        """
+        ids, mask = _checked_batch(input_ids, attention_mask)
+        batch, length = ids.shape
+        cache = self.cache(batch, length)
+        rows = np.flatnonzero(mask.any(axis=1))
+        span = Span.of(rows.tolist(), mask[rows].sum(axis=1).tolist())
+        real = ids[mask]  # [M], row by row
+        logits = np.zeros((batch, length, self.config.vocab_size), np.float32)
+        logits[mask] = self.backend.numpy(self.step(real, cache, span, np.arange(len(real))))
+        return CausalLMOutput(logits)
+
+
+def _checked_batch(
+    input_ids: ArrayLike, attention_mask: ArrayLike | None
+) -> tuple[I64, NDArray[np.bool_]]:
+    """ids [B, T] and mask [B, T], at least one token unmasked."""
+    try:
+        ids = np.atleast_2d(np.asarray(input_ids))
+    except ValueError:
+        raise UsageError(
+            "input_ids has rows of different lengths: pad them and pass attention_mask"
+        ) from None
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+        raise UsageError(
+            f"input_ids is {ids.dtype} {list(ids.shape)}, expected whole numbers of shape [B, T]"
+        )
+    mask = np.ones(ids.shape, bool)
+    if attention_mask is not None:
+        given = np.atleast_2d(np.asarray(attention_mask))
+        if given.shape != ids.shape:
+            raise UsageError(
+                f"attention_mask is {list(given.shape)}, expected {list(ids.shape)} as input_ids"
+            )
+        mask = given != 0
+    if not mask.any():
+        raise UsageError("attention_mask hides every token: nothing to compute")
+    return ids.astype(np.int64), mask

@@ -1,0 +1,293 @@
+"""Joins a pack, a backend and a tokenizer: what `bloomq.load` returns.
+
+This and the command line are the only places that know all three.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from time import perf_counter
+from typing import Any, overload
+
+from numpy.typing import ArrayLike
+
+from bloomq import backends
+from bloomq.config import BloomConfig
+from bloomq.errors import CapacityError, PackError, TokenizerError, UsageError
+from bloomq.generation import (
+    Batch,
+    Clock,
+    FinishReason,
+    Generation,
+    PrefillProgress,
+    TextAssembler,
+)
+from bloomq.heads import CausalLM, CausalLMOutput
+from bloomq.layers import Backend
+from bloomq.pack import Pack
+from bloomq.sampling import Sampling
+from bloomq.tokenizer import BloomTokenizer
+
+Prompt = str | Sequence[int]
+
+
+def demo_pack() -> Path:
+    """The pack that comes with bloomq: a small BLOOM, really trained."""
+    return Path(str(files("bloomq"))) / "demo"
+
+
+def load(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+) -> LanguageModel:
+    """Map a pack (None: the embedded demo) and build its layers on a backend.
+
+    backend: "auto", "numba", "cuda" or "reference"; threads: of the CPU, None for one a physical core;
+    context: the most tokens of prompt and output together, None for what the model was trained on
+    (ALiBi carries further, at some loss).
+
+    Raises: InputNotFound, PackError, TokenizerError, BackendError, UsageError.
+    """
+    started = perf_counter()
+    pack = Pack.open(demo_pack() if path is None else Path(path))
+    if context is None:
+        context = pack.config.seq_length
+    if isinstance(context, bool) or not isinstance(context, int) or context < 2:
+        raise UsageError(f"context is {context!r}, expected at least 2 tokens")
+    choice = backends.choose(backend, pack, threads)
+    data = pack.tokenizer_bytes()
+    source = str(pack.path / "tokenizer.json")
+    tokenizer = None if data is None else BloomTokenizer.from_bytes(data, source)
+    if tokenizer is not None and tokenizer.vocab_size > pack.config.vocab_size:
+        raise TokenizerError(
+            f"{source}: {tokenizer.vocab_size} tokens, the model has {pack.config.vocab_size}: "
+            "it belongs to another model"
+        )
+    causal_lm = CausalLM(pack, choice.backend)
+    return LanguageModel(
+        causal_lm, tokenizer, pack, context, choice.reason, perf_counter() - started
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A token of a stream: its id, its logprob, and the text that it made certain ("" while a
+    character or a possible stop string is incomplete)."""
+
+    text: str
+    id: int | None
+    logprob: float | None
+
+
+class Stream:
+    """An iterator over the pieces of one generation. `generation` is what has been produced so far,
+    also after an exception or Ctrl-C ended the loop."""
+
+    def __init__(self, model: LanguageModel, prompt: Prompt, options: _Options) -> None:
+        self._run = _Run(model, [prompt], options)
+        self._pieces = self._run.pieces()
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)[1]
+
+    @property
+    def generation(self) -> Generation:
+        return self._run.result(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    sampling: Sampling
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    progress: PrefillProgress
+
+
+class _Run:
+    """One call of generate: the batch, the text of each sequence, and why each ended."""
+
+    def __init__(self, model: LanguageModel, prompts: Sequence[Prompt], options: _Options) -> None:
+        self._model, self._options = model, options
+        self._clock = Clock()
+        self._prompts = [model.prompt_ids(prompt) for prompt in prompts]
+        self._batch = Batch(
+            model.causal_lm, self._prompts, options.sampling,
+            max_new_tokens=options.max_new_tokens, context=model.context,
+        )  # fmt: skip
+        tokenizer = model.tokenizer
+        if tokenizer is None and options.stop:
+            raise UsageError("stop strings need a tokenizer, which this pack has not")
+        self._assemblers = [
+            None if tokenizer is None else TextAssembler(tokenizer.stream(), options.stop)
+            for _ in prompts
+        ]
+        self._texts = ["" for _ in prompts]
+        self._reasons: list[FinishReason | None] = [None for _ in prompts]
+
+    def pieces(self) -> Iterator[tuple[int, Piece]]:
+        """(index of the sequence, piece) as they come."""
+        eos = self._model.config.eos_token_id
+        for token in self._batch.run(self._options.progress):
+            self._clock.tick()
+            index, assembler = token.index, self._assemblers[token.index]
+            text = "" if assembler is None else assembler.push(token.id)
+            if assembler is not None and assembler.stopped:
+                self._reasons[index] = "stop"
+            elif token.id == eos:
+                self._reasons[index] = "eos"
+            elif len(self._batch.sequences[index].ids) == self._options.max_new_tokens:
+                self._reasons[index] = "length"
+            if self._reasons[index] is not None:
+                self._batch.stop(index)
+                text += "" if assembler is None else assembler.finish()
+            self._texts[index] += text
+            yield index, Piece(text, token.id, token.logprob)
+
+    def result(self, index: int) -> Generation:
+        """What sequence `index` has produced; "interrupted" where it has not ended."""
+        sequence, assembler = self._batch.sequences[index], self._assemblers[index]
+        reason = self._reasons[index]
+        if reason is None and assembler is not None:
+            self._texts[index] += assembler.finish()
+        stats = self._clock.stats(len(self._prompts[index]), len(sequence.ids), self._model.load_s)
+        return Generation(
+            self._texts[index], tuple(sequence.ids), tuple(sequence.logprobs),
+            reason or "interrupted", stats,
+        )  # fmt: skip
+
+
+class LanguageModel:
+    """A loaded BLOOM: call it for logits, `generate` or `stream` for text."""
+
+    def __init__(
+        self,
+        causal_lm: CausalLM,
+        tokenizer: BloomTokenizer | None,
+        pack: Pack,
+        context: int,
+        reason: str,
+        load_s: float,
+    ) -> None:
+        self.causal_lm, self.tokenizer, self.pack = causal_lm, tokenizer, pack
+        self.context, self.load_s = context, load_s
+        self.backend_reason = reason
+
+    @property
+    def config(self) -> BloomConfig:
+        return self.pack.config
+
+    @property
+    def backend(self) -> Backend:
+        return self.causal_lm.backend
+
+    def __call__(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None
+    ) -> CausalLMOutput:
+        """Logits [B, T, V], float32: see `CausalLM`."""
+        output: CausalLMOutput = self.causal_lm(input_ids, attention_mask)
+        return output
+
+    @overload
+    def generate(self, prompt: str, **kwargs: Any) -> Generation: ...
+    @overload
+    def generate(self, prompt: Sequence[Prompt], **kwargs: Any) -> list[Generation]: ...
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        progress: PrefillProgress = lambda done, total: None,
+    ) -> Generation | list[Generation]:
+        """Continue a prompt (text, or token ids), or several at once as one batch.
+
+        Sampling options: see `Sampling`; stop: strings that end the text, and are not part of it.
+        Ctrl-C ends the call and returns what was produced, with finish_reason "interrupted".
+
+        Raises: UsageError, CapacityError, NumericError.
+        """
+        sampling = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p,
+            repetition_penalty=repetition_penalty, seed=seed,
+        )  # fmt: skip
+        options = _Options(sampling, max_new_tokens, _stop_strings(stop), progress)
+        single = isinstance(prompt, str) or _is_ids(prompt)
+        prompts: Any = [prompt] if single else list(prompt)
+        run = _Run(self, prompts, options)
+        try:
+            for _ in run.pieces():
+                pass
+        except KeyboardInterrupt:
+            pass  # what was produced is worth more than a traceback
+        results = [run.result(index) for index in range(len(prompts))]
+        return results[0] if single else results
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        progress: PrefillProgress = lambda done, total: None,
+    ) -> Stream:
+        """`generate` for one prompt, piece by piece."""
+        sampling = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p,
+            repetition_penalty=repetition_penalty, seed=seed,
+        )  # fmt: skip
+        return Stream(
+            self, prompt, _Options(sampling, max_new_tokens, _stop_strings(stop), progress)
+        )
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """A prompt as token ids. Raises: UsageError, PackError for text without a tokenizer."""
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        if self.tokenizer is None:
+            raise PackError(f"{self.pack.path}: has no tokenizer.json: pass token ids, not text")
+        return self.tokenizer.encode(prompt)
+
+    def room(self, prompt: Prompt) -> int:
+        """How many new tokens fit after a prompt. Raises: CapacityError where none does."""
+        room = self.context - len(self.prompt_ids(prompt))
+        if room < 1:
+            raise CapacityError(f"the prompt fills the context of {self.context} tokens")
+        return room
+
+
+def _is_ids(prompt: object) -> bool:
+    return (
+        hasattr(prompt, "__getitem__")
+        and len(prompt) > 0
+        and not isinstance(  # type: ignore[arg-type]
+            prompt[0],
+            str | list | tuple,  # type: ignore[index]
+        )
+    )
+
+
+def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) and s for s in strings):
+        raise UsageError(f"stop is {stop!r}, expected strings of at least one character")
+    return strings

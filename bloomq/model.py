@@ -1,0 +1,103 @@
+"""BLOOM, once: embedding, blocks, and the last norm left to whichever head reads the result.
+
+Source: transformers' modeling_bloom.py, which docs/architecture.md compares line by line.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bloomq.errors import CapacityError, NumericError, UsageError
+from bloomq.layers import Backend, Cache, Span, X
+from bloomq.pack import Pack
+
+I64 = NDArray[np.int64]
+
+
+class Block:
+    """One transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, weights: Pack, backend: Backend, layer: int) -> None:
+        config, h = weights.config, f"h.{layer}"
+        c = config.hidden_size
+
+        def linear(name: str, n: int, norm: str | None = None, gelu: bool = False):  # type: ignore[no-untyped-def]
+            return backend.linear(
+                weights.matrix(f"{h}.{name}"),
+                weights.vector(f"{h}.{name}.bias", n),
+                norm=None if norm is None else weights.norm(f"{h}.{norm}"),
+                act="gelu" if gelu else None,
+            )
+
+        self.qkv = linear("attn.qkv", 3 * c, norm="ln_1")  # rows lie as [H, 3, D]
+        self.attention = backend.attention(layer, config.n_head, config.head_dim)
+        self.out = linear("attn.out", c)
+        self.up = linear("mlp.up", 4 * c, norm="ln_2", gelu=True)
+        self.down = linear("mlp.down", c)
+
+    def __call__(self, x: X, cache: Cache, span: Span) -> X:
+        """x [M, C] -> [M, C]."""
+        mixed = self.attention(self.qkv(x), cache, span)  # [M, C]
+        x = self.out(mixed, add=x)
+        return self.down(self.up(x), add=x)  # through [M, 4C]
+
+
+class BloomModel:
+    """ids -> hidden states before the last norm, on one backend.
+
+    The backend says how a step runs; the model says what it is.
+    """
+
+    def __init__(self, weights: Pack, backend: Backend) -> None:
+        self.config = weights.config
+        self.backend = backend
+        self.embedding = backend.embedding(weights.matrix("wte"), weights.norm("emb_ln"))
+        self.blocks = [Block(weights, backend, i) for i in range(self.config.n_layer)]
+        self._step = backend.compile(self._forward)
+
+    def __call__(self, ids: I64, cache: Cache, span: Span) -> X:
+        """ids [M] -> hidden [M, C]; the cache then holds these tokens.
+
+        Raises: UsageError for an id outside the vocabulary, CapacityError where a row is full. The
+        cache is as before if anything is raised.
+        """
+        self._check(ids, cache, span)
+        x = self._step(ids, cache, span)
+        cache.advance(span)
+        return x
+
+    def _forward(self, ids: I64, cache: Cache, span: Span) -> X:
+        x = self.embedding(ids)  # [M, C]
+        for block in self.blocks:
+            x = block(x, cache, span)
+        return x
+
+    def _check(self, ids: I64, cache: Cache, span: Span) -> None:
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            wrong = int(ids[(ids < 0) | (ids >= self.config.vocab_size)][0])
+            raise UsageError(f"token id {wrong}, expected 0 to {self.config.vocab_size - 1}")
+        most = int((cache.lengths[span.rows] + span.counts).max())
+        if most > cache.capacity:
+            raise CapacityError(
+                f"{most} tokens in a row, the cache holds {cache.capacity}: use a shorter prompt, fewer "
+                "new tokens or a larger context"
+            )
+
+    def find_not_finite(self, ids: I64, cache: Cache, span: Span) -> NumericError:
+        """Run a step again, one layer at a time, to name the first whose output is not finite.
+
+        The cache must be as it was before the step.
+        """
+        x = self.embedding(ids)
+        name = "emb_ln"
+        for i, block in enumerate(self.blocks):
+            if not np.isfinite(self.backend.numpy(x)).all():
+                break
+            x, name = block(x, cache, span), f"h.{i}"
+        if np.isfinite(self.backend.numpy(x)).all():
+            name = "ln_f or the head"
+        return NumericError(
+            f"NaN or infinity after {name}: the checkpoint is damaged or overflows: run 'bloomq verify', "
+            "or convert with another scheme"
+        )

@@ -1,0 +1,356 @@
+"""How weights are stored: each scheme quantizes, lays out and restores a matrix, in plain NumPy.
+
+The stored layout is the CPU kernels' own, so a mapped pack is used as it lies. A tile is 16 rows of
+the matrix; rows are padded to whole pairs of tiles, columns to whole groups, both with zeros.
+
+    f32, f16, bf16   values [N/16, K, 16]               the yardstick, not quantized
+    int8             codes  [N/16, K/4, 16, 4] int8     scales [N] float32, one per row
+    int4             codes  [N/16, K/8, 16, 4] uint8    scales [N/16, K/G, 16] float16
+    nf4              codes  as int4                     scales [N/16, K/64, 16] float16
+
+A byte of 4-bit codes holds column k in its low and column k + 4 in its high nibble, so that 64 bytes
+are 8 columns of 16 rows and one lane is one row.
+
+Invariant: dequantize(quantize(w)) depends on each row (int8) or group (int4, nf4) alone, so a matrix
+can be quantized in blocks of rows; a group of zeros has scale 0 and never divides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bloomq.errors import UsageError
+
+Array = NDArray[np.generic]
+F32 = NDArray[np.float32]
+Parts = Mapping[str, Array]
+
+TILE = 16  # rows of a tile: the 32-bit lanes of a 512-bit register
+ROW_MULTIPLE = 2 * TILE  # the prefill kernels work on pairs of tiles
+GROUP_SIZES = (32, 64, 128)
+
+# NF4: the 16 quantiles of a normal distribution that bitsandbytes computes with.
+# Source: QLoRA (arXiv 2305.14314), appendix E.
+NF4_CODEBOOK: F32 = np.array(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+     0.7229568362236023, 1.0],
+    dtype=np.float32,
+)  # fmt: skip
+# The integer kernels' code book: 127 times the above, rounded: an error of at most 0.4 % of a
+# block's largest weight, a tenth of NF4's own.
+NF4_INT8_CODEBOOK = tuple(int(c) for c in np.rint(127 * NF4_CODEBOOK))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One stored array of a weight: its dtype as safetensors spells it, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A way to store a matrix [N, K].
+
+    `group_size` is the number of columns that share an activation scale in the integer kernels, and
+    for int4 and nf4 a weight scale; columns are padded to a multiple of it.
+    """
+
+    name: Literal["f32", "f16", "bf16", "int8", "int4", "nf4"]
+    group_size: int
+
+    @property
+    def is_float(self) -> bool:
+        return self.name in ("f32", "f16", "bf16")
+
+    @property
+    def label(self) -> str:
+        return f"int4-g{self.group_size}" if self.name == "int4" else self.name
+
+    def padded(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """[N, K] as stored."""
+        n, k = shape
+        return round_up(n, ROW_MULTIPLE), round_up(k, self.group_size)
+
+    def parts(self, shape: tuple[int, int]) -> dict[str, Part]:
+        """The stored arrays of a matrix [N, K]."""
+        n, k = self.padded(shape)
+        tiles = n // TILE
+        if self.is_float:
+            dtype = {"f32": "F32", "f16": "F16", "bf16": "BF16"}[self.name]
+            return {"values": Part(dtype, (tiles, k, TILE))}
+        if self.name == "int8":
+            return {"codes": Part("I8", (tiles, k // 4, TILE, 4)), "scales": Part("F32", (n,))}
+        return {
+            "codes": Part("U8", (tiles, k // 8, TILE, 4)),
+            "scales": Part("F16", (tiles, k // self.group_size, TILE)),
+        }
+
+    def quantize(self, w: F32) -> dict[str, Array]:
+        """w [N, K] -> the stored arrays. Not finite where a value or a scale is too large."""
+        return _QUANTIZE[self.name](_pad(w, self.padded(_shape2(w))), self)
+
+    def dequantize(self, parts: Parts, shape: tuple[int, int]) -> F32:
+        """The stored arrays -> [N, K] float32: the weights that the scheme computes with."""
+        n, k = shape
+        return _DEQUANTIZE[self.name](parts, self)[:n, :k]
+
+    def dequantize_rows(self, parts: Parts, ids: NDArray[np.int64]) -> F32:
+        """Rows `ids` [M] -> [M, stored K] float32, reading those rows alone."""
+        tile, lane = ids // TILE, ids % TILE
+        picked = {}
+        for name, part in parts.items():
+            if part.ndim == 1:  # a value per row
+                rows = part[ids]
+                picked[name] = np.concatenate([rows, np.zeros(-len(ids) % TILE, rows.dtype)])
+                continue
+            rows = part[tile, :, lane]  # [M, ...]
+            padded = np.zeros((round_up(len(ids), TILE), *rows.shape[1:]), rows.dtype)
+            padded[: len(ids)] = rows
+            tiles = padded.reshape(-1, TILE, *rows.shape[1:])  # [M/16, 16, ...] -> lanes third
+            picked[name] = np.ascontiguousarray(np.moveaxis(tiles, 1, 2))
+        return _DEQUANTIZE[self.name](picked, self)[: len(ids)]
+
+
+def get_scheme(name: str, group_size: int | None = None) -> Scheme:
+    """The scheme of that name; `group_size` (32, 64 or 128) is for int4 alone.
+
+    Raises: UsageError.
+    """
+    if name not in _QUANTIZE:
+        raise UsageError(f"unknown scheme {name!r}, expected one of {', '.join(_QUANTIZE)}")
+    if name != "int4":
+        if group_size is not None:
+            raise UsageError(f"scheme {name} has no group size to choose: drop it, or use int4")
+        return Scheme(name, _FIXED_GROUP[name])  # type: ignore[arg-type]
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise UsageError(f"group size {group_size}, expected one of {GROUP_SIZES}")
+    return Scheme("int4", group_size or DEFAULT_INT4_GROUP)
+
+
+DEFAULT_INT4_GROUP = 64
+# float: columns are summed in blocks of 64, which keeps float32 sums short; int8: the columns of one
+# activation scale; nf4: the block of bitsandbytes.
+_FIXED_GROUP = {"f32": 64, "f16": 64, "bf16": 64, "int8": 128, "nf4": 64}
+SCHEME_NAMES = ("int8", "int4", "nf4", "f32", "bf16", "f16")
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def _shape2(w: F32) -> tuple[int, int]:
+    n, k = w.shape
+    return n, k
+
+
+def _pad(w: F32, shape: tuple[int, int]) -> F32:
+    if w.shape == shape:
+        return w
+    out = np.zeros(shape, np.float32)
+    out[: w.shape[0], : w.shape[1]] = w
+    return out
+
+
+# -- bfloat16, which NumPy lacks -------------------------------------------------------------------
+
+
+def bf16_to_f32(bits: NDArray[np.uint16]) -> F32:
+    """bfloat16 bits -> float32, exact."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def f32_to_bf16(x: F32) -> NDArray[np.uint16]:
+    """float32 -> bfloat16 bits, to nearest even; NaN stays a quiet NaN."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+# -- layouts -----------------------------------------------------------------------------------------
+
+
+def tile_rows(x: Array) -> Array:
+    """[N, K] -> [N/16, K, 16]."""
+    n, k = x.shape
+    return np.ascontiguousarray(x.reshape(n // TILE, TILE, k).transpose(0, 2, 1))
+
+
+def untile_rows(x: Array) -> Array:
+    """[N/16, K, 16] -> [N, K]."""
+    tiles, k, _ = x.shape
+    return x.transpose(0, 2, 1).reshape(tiles * TILE, k)
+
+
+def tile_bytes(codes: Array) -> Array:
+    """[N, K] -> [N/16, K/4, 16, 4]."""
+    n, k = codes.shape
+    return np.ascontiguousarray(codes.reshape(n // TILE, TILE, k // 4, 4).transpose(0, 2, 1, 3))
+
+
+def untile_bytes(tiled: Array) -> Array:
+    """[N/16, K/4, 16, 4] -> [N, K]."""
+    tiles, k4, _, _ = tiled.shape
+    return tiled.transpose(0, 2, 1, 3).reshape(tiles * TILE, 4 * k4)
+
+
+def tile_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[N, K] of 0..15 -> [N/16, K/8, 16, 4]: column k low, column k + 4 high."""
+    n, k = codes.shape
+    split = codes.reshape(n // TILE, TILE, k // 8, 2, 4)
+    packed = split[:, :, :, 0, :] | (split[:, :, :, 1, :] << 4)  # [N/16, 16, K/8, 4]
+    return np.ascontiguousarray(packed.transpose(0, 2, 1, 3))
+
+
+def untile_nibbles(tiled: Array) -> NDArray[np.uint8]:
+    """[N/16, K/8, 16, 4] -> [N, K] of 0..15."""
+    packed = np.asarray(tiled, np.uint8).transpose(0, 2, 1, 3)  # [N/16, 16, K/8, 4]
+    split = np.stack([packed & 15, packed >> 4], axis=3)  # [N/16, 16, K/8, 2, 4]
+    tiles, _, k8, _, _ = split.shape
+    return split.reshape(tiles * TILE, 8 * k8)
+
+
+# -- float -------------------------------------------------------------------------------------------
+
+
+def _quantize_float(w: F32, scheme: Scheme) -> dict[str, Array]:
+    if scheme.name == "bf16":
+        return {"values": tile_rows(f32_to_bf16(w))}
+    with np.errstate(
+        over="ignore"
+    ):  # beyond float16's 65,504 becomes infinite, which callers check
+        return {"values": tile_rows(w.astype(np.float16 if scheme.name == "f16" else np.float32))}
+
+
+def _dequantize_float(parts: Parts, scheme: Scheme) -> F32:
+    values = untile_rows(parts["values"])
+    if scheme.name == "bf16":
+        return bf16_to_f32(values.view(np.uint16))
+    return values.astype(np.float32)
+
+
+# -- int8: symmetric, per output row ---------------------------------------------------------------
+
+
+def _quantize_int8(w: F32, scheme: Scheme) -> dict[str, Array]:
+    scales = int8_scales(np.abs(w).max(axis=1))
+    codes = np.rint(w * reciprocal(scales)[:, None])  # |code| <= 127 by the choice of the scale
+    return {"codes": tile_bytes(codes.astype(np.int8)), "scales": scales}
+
+
+def int8_scales(largest: F32) -> F32:
+    """The scale of a row from its largest magnitude."""
+    return largest / np.float32(127)
+
+
+def _dequantize_int8(parts: Parts, scheme: Scheme) -> F32:
+    scales = np.asarray(parts["scales"], np.float32)
+    return untile_bytes(parts["codes"]).astype(np.float32) * scales[:, None]
+
+
+def reciprocal(scales: F32) -> F32:
+    """1 / scale in float32, and 0 for 0 (and where 1 / scale would overflow)."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / scales
+    return np.where(np.isinf(inverse), np.float32(0), inverse)
+
+
+# -- int4: groups along K, 16 levels -8..7, error-minimising scale ---------------------------------
+
+# The group's largest weight is tried at each of these levels; -8 alone is round to nearest. A
+# fractional level lets the scale shrink or grow a little, whatever lowers the squared error.
+# Measured on normal weights, squared error in groups of 32 / 64 / 128 against -8 alone:
+# see docs/experiments.md.
+INT4_LEVELS = (-8.0, -8.6, -8.3, -7.7, -7.4, -7.1, -6.8, -6.5, -9.0, -6.2)
+
+
+def int4_scales(w: F32, group_size: int) -> F32:
+    """w [N, K] -> the float32 scale [N, K/G] of each group that minimises its squared error among
+    INT4_LEVELS, by least squares on the codes of each."""
+    groups = w.reshape(w.shape[0], -1, group_size)  # [N, K/G, G]
+    at = np.abs(groups).argmax(axis=2)  # the first of equals
+    peak = np.take_along_axis(groups, at[..., None], axis=2)[..., 0]  # [N, K/G], signed
+    best = np.zeros(peak.shape, np.float32)
+    best_gain = np.full(peak.shape, -1, np.float32)
+    inverse_peak = reciprocal(peak)
+    for level in INT4_LEVELS:
+        factor = np.float32(level) * inverse_peak
+        wq = np.zeros(peak.shape, np.float32)
+        qq = np.zeros(peak.shape, np.float32)
+        for k in range(group_size):  # in this order in the compiled twin too: same bits
+            value = groups[..., k]
+            q = np.clip(np.rint(value * factor), np.float32(-8), np.float32(7))
+            wq = wq + value * q
+            qq = qq + q * q
+        scale = wq / np.where(qq > 0, qq, np.float32(1))
+        gain = wq * scale  # squared error = sum(w^2) - gain
+        better = gain > best_gain
+        best = np.where(better, scale, best)
+        best_gain = np.where(better, gain, best_gain)
+    return best
+
+
+def _quantize_int4(w: F32, scheme: Scheme) -> dict[str, Array]:
+    scales = to_half(int4_scales(w, scheme.group_size))
+    inverse = reciprocal(scales.astype(np.float32))
+    q = np.rint(w.reshape(*scales.shape, -1) * inverse[..., None]).reshape(w.shape)
+    codes = (np.clip(q, -8, 7) + 8).astype(np.uint8)
+    return {"codes": tile_nibbles(codes), "scales": tile_rows(scales)}
+
+
+def _dequantize_int4(parts: Parts, scheme: Scheme) -> F32:
+    q = untile_nibbles(parts["codes"]).astype(np.float32) - np.float32(8)
+    return q * np.repeat(untile_rows(parts["scales"]).astype(np.float32), scheme.group_size, axis=1)
+
+
+def to_half(scales: F32) -> NDArray[np.float16]:
+    """float32 -> float16; too large becomes infinite, which callers check."""
+    with np.errstate(over="ignore"):
+        return scales.astype(np.float16)
+
+
+# -- nf4: blocks of 64, the largest magnitude as scale ----------------------------------------------
+
+# A value goes to the nearest entry: the index is how many of these midpoints lie below it.
+NF4_MIDPOINTS: F32 = (NF4_CODEBOOK[1:] + NF4_CODEBOOK[:-1]) / np.float32(2)
+
+
+def _quantize_nf4(w: F32, scheme: Scheme) -> dict[str, Array]:
+    groups = w.reshape(w.shape[0], -1, scheme.group_size)
+    scales = to_half(np.abs(groups).max(axis=2))
+    x = groups * reciprocal(scales.astype(np.float32))[..., None]
+    codes = np.searchsorted(NF4_MIDPOINTS, x.reshape(w.shape)).astype(np.uint8)
+    return {"codes": tile_nibbles(codes), "scales": tile_rows(scales)}
+
+
+def _dequantize_nf4(parts: Parts, scheme: Scheme) -> F32:
+    values = NF4_CODEBOOK[untile_nibbles(parts["codes"])]
+    return values * np.repeat(
+        untile_rows(parts["scales"]).astype(np.float32), scheme.group_size, axis=1
+    )
+
+
+_QUANTIZE: dict[str, Callable[[F32, Scheme], dict[str, Array]]] = {
+    "int8": _quantize_int8,
+    "int4": _quantize_int4,
+    "nf4": _quantize_nf4,
+    "f32": _quantize_float,
+    "bf16": _quantize_float,
+    "f16": _quantize_float,
+}
+_DEQUANTIZE: dict[str, Callable[[Parts, Scheme], F32]] = {
+    "int8": _dequantize_int8,
+    "int4": _dequantize_int4,
+    "nf4": _dequantize_nf4,
+    "f32": _dequantize_float,
+    "bf16": _dequantize_float,
+    "f16": _dequantize_float,
+}

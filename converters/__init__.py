@@ -1,0 +1,1 @@
+"""Checkpoints into packs. Each reader knows one foreign format; `convert` knows none."""

@@ -1,0 +1,184 @@
+"""A checkpoint becomes a pack: blocks of rows go through worker threads, in order, into the writer.
+
+Peak memory is a few blocks, whatever the model's size: no tensor is ever whole in memory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from bloomq import __version__
+from bloomq.config import BloomConfig, WeightSpec, weight_specs
+from bloomq.converters.source import Checkpoint, SourceTensor
+from bloomq.errors import NumericError, UsageError
+from bloomq.pack import Pack
+from bloomq.pack_writer import writing_pack
+from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, bf16_to_f32, get_scheme, round_up
+
+_BLOCK_BYTES = 8 << 20  # of source; with float32 copies about five times that in memory, per worker
+Progress = Callable[[int, int], None]  # (source bytes done, source bytes in all)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a conversion did. Bytes are of the weights; notes are for the user."""
+
+    pack: Path
+    source_bytes: int
+    pack_bytes: int
+    bits_per_weight: float
+    seconds: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows [start, stop) of one tensor, to be stored under `keys`."""
+
+    tensor: SourceTensor
+    start: int
+    stop: int
+    name: str
+    scheme: Scheme | None  # None: a vector, stored as padded float32
+
+    @property
+    def nbytes(self) -> int:
+        rows = self.tensor.shape[0]
+        return self.tensor.nbytes * (self.stop - self.start) // rows
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    scheme: str = "int4",
+    group_size: int | None = None,
+    head_scheme: str | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert the Hugging Face checkpoint in folder `source` to a pack at `target`.
+
+    scheme: int8, int4, nf4, f32, bf16 or f16; group_size: of int4 (32, 64 or 128); head_scheme: of
+    the embedding and the head, the same scheme by default. `force` replaces a pack that is there.
+
+    Raises: UsageError, InputNotFound, ConfigError, CheckpointError, NumericError, OutputError.
+    """
+    from bloomq.converters.hf import read_checkpoint
+
+    started = perf_counter()
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise UsageError(f"threads is {threads!r}, expected at least 1")
+    body = get_scheme(scheme, group_size)
+    head = body if head_scheme is None else _head_scheme(head_scheme, group_size)
+    checkpoint = read_checkpoint(source)
+    schemes = choose_schemes(checkpoint.config, body, head)
+    with writing_pack(Path(target), checkpoint.config, schemes, force=force) as writer:
+        done = 0
+        for block, arrays in _quantized(checkpoint, schemes, threads or os.cpu_count() or 1):
+            for key, array in arrays.items():
+                writer.write(key, array)
+            done += block.nbytes
+            if progress is not None:
+                progress(done, checkpoint.nbytes)
+        options = {"scheme": body.label, "head_scheme": head.label}
+        writer.finish(
+            checkpoint.tokenizer,
+            {**checkpoint.provenance, **options, "bloomq": __version__},
+        )
+    pack = Pack.open(target)
+    return Conversion(
+        Path(target), checkpoint.nbytes, pack.nbytes, pack.bits_per_weight,
+        perf_counter() - started, checkpoint.notes,
+    )  # fmt: skip
+
+
+def _head_scheme(name: str, group_size: int | None) -> Scheme:
+    return get_scheme(name, group_size if name == "int4" else None)
+
+
+def choose_schemes(config: BloomConfig, body: Scheme, head: Scheme) -> dict[str, Scheme]:
+    """The scheme of every matrix: `head` for the embedding and the language model's head."""
+    return {
+        spec.name: head if spec.kind in ("embedding", "head") else body
+        for spec in weight_specs(config)
+        if spec.quantized
+    }
+
+
+def _quantized(
+    checkpoint: Checkpoint, schemes: dict[str, Scheme], threads: int
+) -> Iterator[tuple[_Block, dict[str, Array]]]:
+    """Every block with its arrays, in order; workers run a few blocks ahead."""
+    blocks = _blocks(checkpoint, schemes)
+    window: deque[tuple[_Block, Future[dict[str, Array]]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for block in blocks:
+                window.append((block, pool.submit(_run, block)))
+                if len(window) > threads + 1:
+                    oldest, future = window.popleft()
+                    yield oldest, future.result()
+            while window:
+                oldest, future = window.popleft()
+                yield oldest, future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _blocks(checkpoint: Checkpoint, schemes: dict[str, Scheme]) -> Iterator[_Block]:
+    for spec in weight_specs(checkpoint.config):
+        scheme = schemes.get(spec.name)
+        yield from _weight_blocks(checkpoint, spec, scheme)
+        if spec.has_bias:
+            bias = checkpoint.tensors[f"{spec.name}.bias"]
+            yield _Block(bias, 0, bias.shape[0], f"{spec.name}.bias", None)
+
+
+def _weight_blocks(
+    checkpoint: Checkpoint, spec: WeightSpec, scheme: Scheme | None
+) -> Iterator[_Block]:
+    tensor = checkpoint.tensors[f"{spec.name}.weight"]
+    if scheme is None:
+        yield _Block(tensor, 0, tensor.shape[0], f"{spec.name}.weight", None)
+        return
+    row_bytes = tensor.nbytes // tensor.shape[0]
+    rows = max(ROW_MULTIPLE, _BLOCK_BYTES // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
+    for start in range(0, tensor.shape[0], rows):
+        stop = min(start + rows, tensor.shape[0])
+        yield _Block(tensor, start, stop, spec.name, scheme)
+
+
+def _run(block: _Block) -> dict[str, Array]:
+    """Read and quantize one block; runs in a worker thread."""
+    from bloomq.converters.quantize import all_finite, quantize_block
+
+    raw = block.tensor.rows(block.start, block.stop)
+    if not all_finite(raw, block.tensor.dtype):
+        raise NumericError(f"{block.tensor.name} holds NaN or infinity: the checkpoint is damaged")
+    if block.scheme is None:
+        values = bf16_to_f32(raw) if block.tensor.dtype == "BF16" else raw.astype(np.float32)
+        padded = np.zeros(round_up(len(values), 32), np.float32)
+        padded[: len(values)] = values
+        return {block.name: padded}
+    parts = quantize_block(raw, block.tensor.dtype, block.scheme)
+    for part in ("scales", "values"):
+        if part in parts and not _finite(parts[part], block.scheme):
+            raise NumericError(
+                f"{block.tensor.name} holds weights too large for {block.scheme.name}: "
+                "choose bf16, f32 or int8"
+            )
+    return {f"{block.name}.{part}": array for part, array in parts.items()}
+
+
+def _finite(array: Array, scheme: Scheme) -> bool:
+    return True if scheme.name == "bf16" else bool(np.isfinite(array).all())

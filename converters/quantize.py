@@ -1,0 +1,219 @@
+"""Quantization of a block of rows, compiled: the same bits as `schemes`, at the speed of memory.
+
+The inner loops run over the 16 rows of a tile, so they vectorise without reordering a sum; without
+fast-math, LLVM contracts nothing. Callers run blocks on several threads: these hold no lock.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from bloomq.schemes import (
+    INT4_LEVELS,
+    NF4_MIDPOINTS,
+    TILE,
+    Array,
+    Scheme,
+    int8_scales,
+    reciprocal,
+    to_half,
+)
+
+F32 = NDArray[np.float32]
+_LEVELS = np.array(INT4_LEVELS, np.float32)
+_ROUND = np.float32(12582912)  # 1.5 x 2^23: adding and subtracting it rounds, half to even
+
+
+def quantize_block(raw: Array, dtype: str, scheme: Scheme) -> dict[str, Array]:
+    """Rows as stored in a checkpoint, [n, K] of F32, F16 or BF16 -> the scheme's arrays.
+
+    n a multiple of 32, but for a matrix's last block. Not finite where a weight or a scale is not.
+    """
+    w = _widen(raw, dtype, scheme.padded((raw.shape[0], raw.shape[1])))
+    if scheme.is_float:
+        return scheme.quantize(w)
+    tiles = w.shape[0] // TILE
+    if scheme.name == "int8":
+        scales = int8_scales(_row_peaks(w))
+        codes = np.empty((tiles, w.shape[1] // 4, TILE, 4), np.int8)
+        _int8_codes(w, reciprocal(scales), codes)
+        return {"codes": codes, "scales": scales}
+    groups = w.shape[1] // scheme.group_size
+    wide = np.empty((tiles, groups, TILE), np.float32)
+    if scheme.name == "int4":
+        _int4_scales(w, scheme.group_size, _LEVELS, wide)
+    else:
+        _group_peaks(w, scheme.group_size, wide)
+    half = to_half(wide)
+    nibbles = np.empty((tiles, w.shape[1] // 8, TILE, 4), np.uint8)
+    inverse = reciprocal(half.astype(np.float32))
+    if scheme.name == "int4":
+        _int4_codes(w, scheme.group_size, inverse, nibbles)
+    else:
+        _nf4_codes(w, scheme.group_size, inverse, NF4_MIDPOINTS, nibbles)
+    return {"codes": nibbles, "scales": half}
+
+
+def all_finite(raw: Array, dtype: str) -> bool:
+    """Is every value of a block finite?"""
+    if dtype == "F32":
+        return bool(_peak_bits(raw.reshape(-1).view(np.int32), 0x7FFFFFFF) < 0x7F800000)
+    exponent = 0x7F80 if dtype == "BF16" else 0x7C00
+    return bool(_peak_bits(raw.reshape(-1).view(np.int16), 0x7FFF) < exponent)
+
+
+def _widen(raw: Array, dtype: str, shape: tuple[int, int]) -> F32:
+    """[n, K] float32, padded with zeros to `shape`."""
+    n, k = raw.shape
+    out = np.empty(shape, np.float32) if (n, k) == shape else np.zeros(shape, np.float32)
+    if dtype == "BF16":
+        _widen_bf16(raw, out.view(np.uint32))
+    else:
+        out[:n, :k] = raw
+    return out
+
+
+@njit(nogil=True, cache=True)
+def _widen_bf16(bits, out):  # type: ignore[no-untyped-def]
+    for i in range(bits.shape[0]):
+        for j in range(bits.shape[1]):
+            out[i, j] = np.uint32(bits[i, j]) << np.uint32(16)
+
+
+@njit(nogil=True, cache=True)
+def _peak_bits(bits, mask):  # type: ignore[no-untyped-def]
+    """The largest magnitude as an integer: floats order like their bits."""
+    peak = np.int32(0)
+    for i in range(bits.shape[0]):
+        peak = max(peak, np.int32(bits[i]) & np.int32(mask))
+    return peak
+
+
+@njit(nogil=True, cache=True)
+def _row_peaks(w):  # type: ignore[no-untyped-def]
+    peaks = np.empty(w.shape[0], np.float32)
+    for i in range(w.shape[0]):
+        bits = w[i].view(np.int32)
+        peak = np.int32(0)
+        for j in range(w.shape[1]):
+            peak = max(peak, bits[j] & np.int32(0x7FFFFFFF))
+        peaks[i] = np.int32(peak).view(np.float32)
+    return peaks
+
+
+@njit(nogil=True, cache=True)
+def _int8_codes(w, inverse, codes):  # type: ignore[no-untyped-def]
+    for tile in range(codes.shape[0]):
+        for lane in range(16):
+            row = tile * 16 + lane
+            for k4 in range(codes.shape[1]):
+                for j in range(4):
+                    whole = w[row, 4 * k4 + j] * inverse[row] + _ROUND
+                    codes[tile, k4, lane, j] = np.int8(whole - _ROUND)
+
+
+@njit(nogil=True, cache=True)
+def _load_group(w, tile, first, block):  # type: ignore[no-untyped-def]
+    """16 rows x one group of columns, transposed into block [group, 16]."""
+    for lane in range(16):
+        for k in range(block.shape[0]):
+            block[k, lane] = w[tile * 16 + lane, first + k]
+
+
+@njit(nogil=True, cache=True)
+def _peak_of_group(block, peak, magnitude):  # type: ignore[no-untyped-def]
+    """The value of largest magnitude in each lane, signed; the first of equals."""
+    for lane in range(16):
+        peak[lane] = block[0, lane]
+        magnitude[lane] = abs(block[0, lane])
+    for k in range(1, block.shape[0]):
+        for lane in range(16):
+            value = block[k, lane]
+            larger = abs(value) > magnitude[lane]
+            peak[lane] = value if larger else peak[lane]
+            magnitude[lane] = abs(value) if larger else magnitude[lane]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _int4_scales(w, group, levels, scales):  # type: ignore[no-untyped-def]
+    block = np.empty((group, 16), np.float32)
+    peak, magnitude = np.empty(16, np.float32), np.empty(16, np.float32)
+    inverse, factor = np.empty(16, np.float32), np.empty(16, np.float32)
+    wq, qq = np.empty(16, np.float32), np.empty(16, np.float32)
+    gain = np.empty(16, np.float32)
+    for tile in range(scales.shape[0]):
+        for g in range(scales.shape[1]):
+            _load_group(w, tile, g * group, block)
+            _peak_of_group(block, peak, magnitude)
+            best = scales[tile, g]
+            for lane in range(16):
+                reciprocal = np.float32(1) / peak[lane]
+                inverse[lane] = np.float32(0) if np.isinf(reciprocal) else reciprocal
+                gain[lane] = np.float32(-1)
+                best[lane] = np.float32(0)
+            for level in levels:
+                for lane in range(16):
+                    factor[lane] = level * inverse[lane]
+                    wq[lane] = np.float32(0)
+                    qq[lane] = np.float32(0)
+                for k in range(group):
+                    for lane in range(16):
+                        value = block[k, lane]
+                        q = (value * factor[lane] + _ROUND) - _ROUND
+                        q = min(max(q, np.float32(-8)), np.float32(7))
+                        wq[lane] += value * q
+                        qq[lane] += q * q
+                for lane in range(16):
+                    scale = wq[lane] / (qq[lane] if qq[lane] > 0 else np.float32(1))
+                    this = wq[lane] * scale
+                    better = this > gain[lane]
+                    best[lane] = scale if better else best[lane]
+                    gain[lane] = this if better else gain[lane]
+
+
+@njit(nogil=True, cache=True)
+def _group_peaks(w, group, peaks):  # type: ignore[no-untyped-def]
+    block = np.empty((group, 16), np.float32)
+    peak = np.empty(16, np.float32)
+    for tile in range(peaks.shape[0]):
+        for g in range(peaks.shape[1]):
+            _load_group(w, tile, g * group, block)
+            _peak_of_group(block, peak, peaks[tile, g])
+
+
+@njit(nogil=True, cache=True)
+def _int4_codes(w, group, inverse, codes):  # type: ignore[no-untyped-def]
+    for tile in range(codes.shape[0]):
+        for lane in range(16):
+            row = tile * 16 + lane
+            for k8 in range(codes.shape[1]):
+                factor = inverse[tile, k8 * 8 // group, lane]
+                for j in range(4):
+                    low = (w[row, 8 * k8 + j] * factor + _ROUND) - _ROUND
+                    high = (w[row, 8 * k8 + 4 + j] * factor + _ROUND) - _ROUND
+                    low = min(max(low, np.float32(-8)), np.float32(7)) + np.float32(8)
+                    high = min(max(high, np.float32(-8)), np.float32(7)) + np.float32(8)
+                    codes[tile, k8, lane, j] = np.uint8(np.int32(low) | (np.int32(high) << 4))
+
+
+@njit(nogil=True, cache=True)
+def _nf4_index(x, midpoints):  # type: ignore[no-untyped-def]
+    index = np.int32(0)
+    for midpoint in midpoints:
+        index += np.int32(x > midpoint)
+    return index
+
+
+@njit(nogil=True, cache=True)
+def _nf4_codes(w, group, inverse, midpoints, codes):  # type: ignore[no-untyped-def]
+    for tile in range(codes.shape[0]):
+        for lane in range(16):
+            row = tile * 16 + lane
+            for k8 in range(codes.shape[1]):
+                factor = inverse[tile, k8 * 8 // group, lane]
+                for j in range(4):
+                    low = _nf4_index(w[row, 8 * k8 + j] * factor, midpoints)
+                    high = _nf4_index(w[row, 8 * k8 + 4 + j] * factor, midpoints)
+                    codes[tile, k8, lane, j] = np.uint8(low | (high << 4))
