@@ -99,8 +99,6 @@ class BloomConfig:
                 if value is None and not field.name.endswith("_token_id"):
                     continue
                 fields[field.name] = value
-        if isinstance(fields.get("layer_norm_epsilon"), int):
-            fields["layer_norm_epsilon"] = float(fields["layer_norm_epsilon"])
         _refuse_unsupported(raw, fields["hidden_size"], source)
         try:
             return cls(**fields)
@@ -146,13 +144,17 @@ def read_json(path: Path, limit_bytes: int = 64 << 20) -> Any:
     """
     try:
         size = path.stat().st_size
-        if size > limit_bytes:
-            raise ConfigError(f"{path}: {size} bytes, expected at most {limit_bytes} of JSON")
-        return json.loads(path.read_bytes())
+        data = path.read_bytes() if size <= limit_bytes else b""
     except FileNotFoundError:
         raise InputNotFound(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:  # a NUL in the name
+        raise InputNotFound(f"{str(path)!r}: no such file") from None
+    if size > limit_bytes:
+        raise ConfigError(f"{path}: {size} bytes, expected at most {limit_bytes} of JSON")
+    try:
+        return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON ({str(error).splitlines()[0]})") from None
 

@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from bloomq.config import BloomConfig, WeightSpec, read_json, weight_specs
 from bloomq.errors import BloomqError, ConfigError, InputNotFound, PackError, UsageError
 from bloomq.schemes import Array, Part, Scheme, get_scheme, round_up
-from bloomq.tensorfile import TensorFile
+from bloomq.tensorfile import TensorFile, exists, shown
 from bloomq.weights import Matrix, Norm
 
 FORMAT, VERSION = "bloomq-pack", 1
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 _SHARD_NAME = re.compile(r"weights-\d{5}-of-\d{5}\.safetensors")
+ALIGNMENT = 64  # bytes: a cache line, and a vector register
 _HASH_BLOCK_BYTES = 8 << 20
 Progress = Callable[[int], None]  # called with the bytes done since the last call
 
@@ -79,10 +80,10 @@ class Pack:
         Raises: InputNotFound; PackError, naming file and field, for anything that does not fit.
         """
         path = Path(path)
-        if not path.is_dir():
-            if path.exists():
-                raise PackError(f"{path}: is a file, expected the folder of a pack")
+        if not exists(path):
             raise InputNotFound(f"{path}: no such pack: make one with 'bloomq convert'")
+        if not path.is_dir():
+            raise PackError(f"{path}: is a file, expected the folder of a pack")
         manifest = _read_manifest(path)
         where = path / MANIFEST
         try:
@@ -92,19 +93,10 @@ class Pack:
         specs = weight_specs(config)
         schemes = _read_schemes(manifest, specs, where)
         files, array_file = _open_shards(path, manifest)
+        expected: dict[str, Part] = {}
         for spec in specs:
-            for key, part in stored_arrays(spec, schemes.get(spec.name)).items():
-                if key not in array_file:
-                    raise PackError(
-                        f"{path}: no array {key}: the pack is incomplete, convert again"
-                    )
-                file = files[array_file[key]]
-                found = file.entries[key]
-                if (found.dtype, found.shape) != (part.dtype, part.shape):
-                    raise PackError(
-                        f"{file.path}: {key} is {found.dtype} {list(found.shape)}, "
-                        f"expected {part.dtype} {list(part.shape)}: convert again"
-                    )
+            expected |= stored_arrays(spec, schemes.get(spec.name))
+        _check_arrays(path, expected, files, array_file)
         return cls(path, config, schemes, manifest, files, array_file)
 
     def array(self, key: str) -> Array:
@@ -209,6 +201,33 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if not isinstance(manifest.get(field), dict):
             raise PackError(f"{where}: no {field}: convert again")
     return manifest
+
+
+def _check_arrays(
+    path: Path,
+    expected: Mapping[str, Part],
+    files: Mapping[str, TensorFile],
+    array_file: Mapping[str, str],
+) -> None:
+    """The arrays are those of the config, of the right dtype, shape and alignment."""
+    for key, part in expected.items():
+        if key not in array_file:
+            raise PackError(f"{path}: no array {key}: the pack is incomplete, convert again")
+        file = files[array_file[key]]
+        found = file.entries[key]
+        if (found.dtype, found.shape) != (part.dtype, part.shape):
+            raise PackError(
+                f"{file.path}: {key} is {found.dtype} {list(found.shape)}, "
+                f"expected {part.dtype} {list(part.shape)}: convert again"
+            )
+        if found.start % ALIGNMENT:
+            raise PackError(
+                f"{file.path}: {key} starts at byte {found.start}, expected it aligned to "
+                f"{ALIGNMENT} bytes: convert again"
+            )
+    for key in array_file:
+        if key not in expected:
+            raise PackError(f"{path}: unexpected array {shown(key)}: convert again")
 
 
 def _read_schemes(

@@ -23,12 +23,19 @@ import numpy as np
 
 from bloomq.config import BloomConfig, WeightSpec, weight_specs
 from bloomq.errors import BloomqError, OutputError
-from bloomq.pack import FORMAT, MANIFEST, TOKENIZER, VERSION, manifest_checksum, stored_arrays
+from bloomq.pack import (
+    ALIGNMENT,
+    FORMAT,
+    MANIFEST,
+    TOKENIZER,
+    VERSION,
+    manifest_checksum,
+    stored_arrays,
+)
 from bloomq.schemes import Array, Part, Scheme
 from bloomq.tensorfile import DTYPES
 
 SHARD_BYTES = 1 << 30  # a shard is closed at the first layer boundary after this
-ALIGNMENT = 64  # bytes: a cache line, and a vector register
 
 
 @dataclass(slots=True)
@@ -134,20 +141,23 @@ def writing_pack(
     `force` replaces a pack that is already there. Raises: OutputError where the target exists, the
     disk is too small or full, rights are missing or another run is writing it.
     """
-    target = Path(os.path.abspath(target))
-    _check_target(target, force)
-    folder = target.with_name(f".{target.name}.partial")
     with _os_errors(target):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder, target)
+        target = Path(os.path.realpath(target))  # a link's pack is written where the link points
+        _check_target(target, force)
+    folder = target.with_name(f".{target.name}.partial")
+    made = [parent for parent in folder.parents if not parent.exists()]
+    lock = None
     try:
         with _os_errors(target):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder, target)
+            _check_target(target, force)  # another run may have ended since
             _empty(folder)  # left by a run that was killed
             writer = PackWriter(folder, config, schemes)
             free = shutil.disk_usage(folder).free
             if free < writer.nbytes:
                 raise OutputError(
-                    f"{target}: needs {writer.nbytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: "
+                    f"{target}: needs {_size(writer.nbytes)}, {_size(free)} are free: "
                     "free some space or choose another disk"
                 )
             try:
@@ -156,10 +166,18 @@ def writing_pack(
             finally:
                 writer.abandon()
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        with _ignore_oserror():  # what is not ours or not empty stays
+            folder.rmdir() if lock is None else shutil.rmtree(folder)
+            for parent in made:
+                parent.rmdir()
         raise
     finally:
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _plan(specs: list[WeightSpec], schemes: Mapping[str, Scheme]) -> list[_Shard]:

@@ -125,14 +125,15 @@ def get_scheme(name: str, group_size: int | None = None) -> Scheme:
 
     Raises: UsageError.
     """
-    if name not in _QUANTIZE:
+    if not isinstance(name, str) or name not in _QUANTIZE:
         raise UsageError(f"unknown scheme {name!r}, expected one of {', '.join(_QUANTIZE)}")
     if name != "int4":
         if group_size is not None:
             raise UsageError(f"scheme {name} has no group size to choose: drop it, or use int4")
         return Scheme(name, _FIXED_GROUP[name])  # type: ignore[arg-type]
-    if group_size is not None and group_size not in GROUP_SIZES:
-        raise UsageError(f"group size {group_size}, expected one of {GROUP_SIZES}")
+    whole = isinstance(group_size, int)  # 64.0 is in the tuple too
+    if group_size is not None and not (whole and group_size in GROUP_SIZES):
+        raise UsageError(f"group size {group_size!r}, expected one of {GROUP_SIZES}")
     return Scheme("int4", group_size or DEFAULT_INT4_GROUP)
 
 

@@ -55,7 +55,7 @@ class TensorFile:
         """
         from safetensors import SafetensorError, safe_open
 
-        if not path.exists():
+        if not exists(path):
             raise InputNotFound(f"{path}: no such file")
         entries: dict[str, Entry] = {}
         try:
@@ -96,6 +96,19 @@ class TensorFile:
         return array
 
 
+def shown(name: str) -> str:
+    """A tensor's name as an error may show it: a file could put line breaks there."""
+    return name if name.isprintable() else repr(name)
+
+
+def exists(path: Path) -> bool:
+    """`path.exists()`, also for names that no file can have (too long, with a NUL)."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def _looks_pickled(path: Path) -> bool:
     """Does the file begin as torch.save writes: a zip archive, or a bare pickle?"""
     with path.open("rb") as file:
@@ -104,6 +117,6 @@ def _looks_pickled(path: Path) -> bool:
 
 def _entry(path: Path, name: str, dtype: str, shape: list[int], start: int) -> Entry:
     if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {name} has dtype {dtype}, which bloomq does not read")
+        raise CheckpointError(f"{path}: {shown(name)} has dtype {dtype}, which bloomq does not read")
     nbytes = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     return Entry(dtype, tuple(shape), start, nbytes)

@@ -24,6 +24,8 @@ from bloomq.pack_writer import writing_pack
 from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, bf16_to_f32, get_scheme, round_up
 
 _BLOCK_BYTES = 8 << 20  # of source; with float32 copies about five times that in memory, per worker
+# A worker needs some 100 MB, and a few of them are faster than any disk.
+_DEFAULT_WORKERS, _MOST_WORKERS = 8, 64
 Progress = Callable[[int, int], None]  # (source bytes done, source bytes in all)
 
 
@@ -76,15 +78,13 @@ def convert(
     from bloomq.converters.hf import read_checkpoint
 
     started = perf_counter()
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise UsageError(f"threads is {threads!r}, expected at least 1")
-    body = get_scheme(scheme, group_size)
-    head = body if head_scheme is None else _head_scheme(head_scheme, group_size)
+    workers = _workers(threads)
+    body, head = _body_and_head(scheme, group_size, head_scheme)
     checkpoint = read_checkpoint(source)
     schemes = choose_schemes(checkpoint.config, body, head)
     with writing_pack(Path(target), checkpoint.config, schemes, force=force) as writer:
         done = 0
-        for block, arrays in _quantized(checkpoint, schemes, threads or os.cpu_count() or 1):
+        for block, arrays in _quantized(checkpoint, schemes, workers):
             for key, array in arrays.items():
                 writer.write(key, array)
             done += block.nbytes
@@ -102,8 +102,29 @@ def convert(
     )  # fmt: skip
 
 
-def _head_scheme(name: str, group_size: int | None) -> Scheme:
-    return get_scheme(name, group_size if name == "int4" else None)
+def _body_and_head(
+    scheme: str, group_size: int | None, head_scheme: str | None
+) -> tuple[Scheme, Scheme]:
+    """Both schemes; the group size belongs to whichever is int4."""
+    head_scheme = head_scheme or scheme
+    if "int4" not in (scheme, head_scheme):
+        return get_scheme(scheme, group_size), get_scheme(head_scheme, group_size)
+    return (
+        get_scheme(scheme, group_size if scheme == "int4" else None),
+        get_scheme(head_scheme, group_size if head_scheme == "int4" else None),
+    )
+
+
+def _workers(threads: int | None) -> int:
+    if threads is None:
+        return min(os.cpu_count() or 1, _DEFAULT_WORKERS)
+    if (
+        isinstance(threads, bool)
+        or not isinstance(threads, int)
+        or not 1 <= threads <= _MOST_WORKERS
+    ):
+        raise UsageError(f"threads is {threads!r}, expected 1 to {_MOST_WORKERS}")
+    return threads
 
 
 def choose_schemes(config: BloomConfig, body: Scheme, head: Scheme) -> dict[str, Scheme]:
@@ -171,14 +192,10 @@ def _run(block: _Block) -> dict[str, Array]:
         padded[: len(values)] = values
         return {block.name: padded}
     parts = quantize_block(raw, block.tensor.dtype, block.scheme)
-    for part in ("scales", "values"):
-        if part in parts and not _finite(parts[part], block.scheme):
+    for name, part in block.scheme.parts((len(raw), raw.shape[1])).items():
+        if name in ("scales", "values") and not all_finite(parts[name], part.dtype):
             raise NumericError(
                 f"{block.tensor.name} holds weights too large for {block.scheme.name}: "
                 "choose bf16, f32 or int8"
             )
     return {f"{block.name}.{part}": array for part, array in parts.items()}
-
-
-def _finite(array: Array, scheme: Scheme) -> bool:
-    return True if scheme.name == "bf16" else bool(np.isfinite(array).all())

@@ -21,7 +21,7 @@ from bloomq.converters.source import Checkpoint, SourceTensor
 from bloomq.errors import CheckpointError, ConfigError, InputNotFound
 from bloomq.pack import MANIFEST, TOKENIZER
 from bloomq.schemes import Array
-from bloomq.tensorfile import DTYPES, Entry, TensorFile
+from bloomq.tensorfile import DTYPES, Entry, TensorFile, exists, shown
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ARCHITECTURES = ("BloomForCausalLM", "BloomModel")
@@ -50,7 +50,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if found:
         extra = sorted(found)
         raise CheckpointError(
-            f"{path}: unexpected tensor {extra[0]}{f' and {len(extra) - 1} more' * bool(extra[1:])}: "
+            f"{path}: unexpected tensor {shown(extra[0])}{f' and {len(extra) - 1} more' * bool(extra[1:])}: "
             "not part of a BLOOM language model (merge adapters first)"
         )
     tokenizer = _read_tokenizer(path / TOKENIZER)
@@ -66,7 +66,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not exists(path):
         raise InputNotFound(f"{path}: no such folder")
     if not path.is_dir():
         raise CheckpointError(f"{path}: is a file, expected the folder of a checkpoint")
@@ -83,7 +83,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path}: is quantized already (quantization_config): convert the original checkpoint"
         )
     architectures = raw.get("architectures") or ["BloomForCausalLM"]
-    if not isinstance(architectures, list) or not set(architectures) <= set(_ARCHITECTURES):
+    if not isinstance(architectures, list) or any(a not in _ARCHITECTURES for a in architectures):
         raise CheckpointError(
             f"{path / 'config.json'}: architectures {architectures}, expected one of "
             f"{', '.join(_ARCHITECTURES)}"
@@ -112,7 +112,8 @@ def _find_tensors(path: Path) -> dict[str, SourceTensor]:
             raise CheckpointError(f"{path / shard}: missing shard: download it again") from None
         for foreign, entry in file.entries.items():
             rows = partial(_read_rows, file.path, file.size, entry)
-            tensor = SourceTensor(f"{file.path}: {foreign}", entry.dtype, entry.shape, rows)
+            label = f"{file.path}: {shown(foreign)}"
+            tensor = SourceTensor(label, entry.dtype, entry.shape, rows)
             name = foreign.removeprefix(PREFIX)
             if name in tensors:
                 raise CheckpointError(f"{tensor.name}: stored twice, also as {tensors[name].name}")
@@ -176,6 +177,8 @@ def _settle_tie(
     head, table = found.get("lm_head.weight"), found.get("word_embeddings.weight")
     if head is None:
         return config, ()
+    for tensor in filter(None, (head, table)):
+        _checked(tensor, (config.vocab_size, config.hidden_size))
     if table is not None and _equal(head, table):
         del found["lm_head.weight"]
         return dataclasses.replace(config, tie_word_embeddings=True), ()

@@ -17,7 +17,7 @@ Bytes touched per decoded token: 2 x S x D x size of a cache element for each he
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -25,13 +25,15 @@ import llvmlite.ir as ir
 import numpy as np
 from numba import float32, int64, njit, prange, types, void
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from bloomq.backends.numba_cpu.jit import compiled
 from bloomq.backends.numba_cpu.matmul import address, keep
 from bloomq.backends.numba_cpu.simd import F16, F32, I64, LANES, V16F, V16H, Vectors
 
 CHUNK = 256  # keys between two rescalings of the running sum
+# Below this many products (about 8 us of one thread, what waking the others costs) one thread works.
+_SERIAL_WORK = 1 << 17
 QUERIES = 4  # queries that share each loaded key and value in prefill
 
 
@@ -191,6 +193,100 @@ def _bias_and_peak(scores, visible, first, position, slope):  # type: ignore[no-
     return peak
 
 
+def _attend_share(  # type: ignore[no-untyped-def]
+    spec, share, shares, qkv, keys, values, row_stride, rows, starts, past, slopes, head_dim,
+    capacity, out,
+):  # fmt: skip
+    """The heads of one thread, for all rows."""
+
+
+@overload(_attend_share, prefer_literal=True)
+def _build_attend_share(  # type: ignore[no-untyped-def]
+    spec, share, shares, qkv, keys, values, row_stride, rows, starts, past, slopes, head_dim,
+    capacity, out,
+):  # fmt: skip
+    base = AttentionSpec.parse(spec.literal_value)
+    single, several = str(base), str(replace(base, queries=QUERIES))
+    size, width = base.size, base.width
+
+    def attend_share(  # type: ignore[no-untyped-def]
+        spec, share, shares, qkv, keys, values, row_stride, rows, starts, past, slopes, head_dim,
+        capacity, out,
+    ):  # fmt: skip
+        tasks = slopes.shape[0] * rows.shape[0]  # heads outermost: rows of any lengths balance
+        norm = np.float32(1.0 / math.sqrt(head_dim))
+        q = np.zeros((QUERIES, width), np.float32)
+        scores = np.zeros((QUERIES, CHUNK), np.float32)
+        mixed = np.zeros((QUERIES, width), np.float32)
+        peaks = np.zeros(QUERIES, np.float32)
+        sums = np.zeros(QUERIES, np.float32)
+        one = np.zeros(width, np.float32)
+        for task in range(tasks * share // shares, tasks * (share + 1) // shares):
+            head, r = task // rows.shape[0], task % rows.shape[0]
+            base = (rows[r] * row_stride + head * capacity * width) * size
+            k_base, v_base = keys + base, values + base
+            column = head * 3 * head_dim
+            slope = slopes[head]
+            first_token, tokens = starts[r], starts[r + 1] - starts[r]
+
+            for t in range(tokens):
+                source, position = qkv[first_token + t], past[r] + t
+                one[:head_dim] = source[column + head_dim : column + 2 * head_dim]
+                block = position // 16 * (16 * width) + position % 16
+                store_key(single, address(one), k_base + block * size)
+                one[:head_dim] = source[column + 2 * head_dim : column + 3 * head_dim]
+                store_value(single, address(one), v_base + position * width * size)
+
+            for token in range(0, tokens, QUERIES):
+                count = min(QUERIES, tokens - token)
+                for i in range(count):
+                    for d in range(head_dim):
+                        q[i, d] = qkv[first_token + token + i, column + d] * norm
+                mixed[:] = np.float32(0)
+                peaks[:] = np.float32(-np.inf)
+                sums[:] = np.float32(0)
+                end = past[r] + token + count  # keys that the last of these queries sees
+                for first in range(0, end, CHUNK):
+                    length = min(CHUNK, end - first)
+                    blocks = (length + 15) // 16
+                    chunk_keys = k_base + first * width * size
+                    if count == 1:
+                        score_keys(single, address(q), chunk_keys, blocks, address(scores))
+                    else:
+                        score_keys(several, address(q), chunk_keys, blocks, address(scores))
+                    for i in range(count):
+                        position = past[r] + token + i
+                        visible = min(length, position + 1 - first)
+                        if visible <= 0:
+                            scores[i, : 16 * blocks] = np.float32(0)
+                            continue
+                        peak = _bias_and_peak(scores[i], visible, first, position, slope)
+                        peak = max(peak, peaks[i])
+                        decay = np.float32(math.exp(peaks[i] - peak))
+                        peaks[i] = peak
+                        seen = (visible + 15) // 16
+                        exp_less(single, address(scores[i]), seen, address(peaks[i:]))
+                        scores[i, 16 * seen : 16 * blocks] = np.float32(0)
+                        sums[i] = sums[i] * decay + _sum(scores[i, : 16 * seen])
+                        for d in range(width):
+                            mixed[i, d] *= decay
+                    chunk_values = v_base + first * width * size
+                    if count == 1:
+                        mix_values(single, address(scores), chunk_values, length, address(mixed))
+                    else:
+                        mix_values(several, address(scores), chunk_values, length, address(mixed))
+                for i in range(count):
+                    for d in range(head_dim):
+                        out[first_token + token + i, head * head_dim + d] = mixed[i, d] / sums[i]
+        keep(q)
+        keep(scores)
+        keep(mixed)
+        keep(peaks)
+        keep(one)
+
+    return attend_share
+
+
 @lru_cache(maxsize=8)
 def attend(dtype: str, width: int, tier: str) -> Any:
     """The compiled attention of one cache dtype and head width: see the module.
@@ -199,8 +295,7 @@ def attend(dtype: str, width: int, tier: str) -> Any:
     slopes [H], D, capacity, out [M, H * D], threads): `keys` and `values` are addresses of a layer's
     cache; a cache row takes row_stride elements; capacity is a multiple of 16.
     """
-    single, several = (str(AttentionSpec(dtype, width, tier, n)) for n in (1, QUERIES))
-    size = AttentionSpec(dtype, width, tier).size
+    spec = str(AttentionSpec(dtype, width, tier))
 
     @compiled(
         void(
@@ -212,83 +307,20 @@ def attend(dtype: str, width: int, tier: str) -> Any:
     def attend(  # type: ignore[no-untyped-def]
         qkv, keys, values, row_stride, rows, starts, past, slopes, head_dim, capacity, out, threads
     ):
-        n_head = slopes.shape[0]
-        tasks = n_head * rows.shape[0]  # heads outermost: rows of any lengths balance
-        norm = np.float32(1.0 / math.sqrt(head_dim))
-        for thread in prange(threads):
-            q = np.zeros((QUERIES, width), np.float32)
-            scores = np.zeros((QUERIES, CHUNK), np.float32)
-            mixed = np.zeros((QUERIES, width), np.float32)
-            peaks = np.zeros(QUERIES, np.float32)
-            sums = np.zeros(QUERIES, np.float32)
-            one = np.zeros(width, np.float32)
-            for task in range(tasks * thread // threads, tasks * (thread + 1) // threads):
-                head, r = task // rows.shape[0], task % rows.shape[0]
-                base = (rows[r] * row_stride + head * capacity * width) * size
-                k_base, v_base = keys + base, values + base
-                column = head * 3 * head_dim
-                slope = slopes[head]
-                first_token, tokens = starts[r], starts[r + 1] - starts[r]
-
-                for t in range(tokens):
-                    source, position = qkv[first_token + t], past[r] + t
-                    one[:head_dim] = source[column + head_dim : column + 2 * head_dim]
-                    block = position // 16 * (16 * width) + position % 16
-                    store_key(single, address(one), k_base + block * size)
-                    one[:head_dim] = source[column + 2 * head_dim : column + 3 * head_dim]
-                    store_value(single, address(one), v_base + position * width * size)
-
-                for token in range(0, tokens, QUERIES):
-                    count = min(QUERIES, tokens - token)
-                    for i in range(count):
-                        for d in range(head_dim):
-                            q[i, d] = qkv[first_token + token + i, column + d] * norm
-                    mixed[:] = np.float32(0)
-                    peaks[:] = np.float32(-np.inf)
-                    sums[:] = np.float32(0)
-                    end = past[r] + token + count  # keys that the last of these queries sees
-                    for first in range(0, end, CHUNK):
-                        length = min(CHUNK, end - first)
-                        blocks = (length + 15) // 16
-                        chunk_keys = k_base + first * width * size
-                        if count == 1:
-                            score_keys(single, address(q), chunk_keys, blocks, address(scores))
-                        else:
-                            score_keys(several, address(q), chunk_keys, blocks, address(scores))
-                        for i in range(count):
-                            position = past[r] + token + i
-                            visible = min(length, position + 1 - first)
-                            if visible <= 0:
-                                scores[i, : 16 * blocks] = np.float32(0)
-                                continue
-                            peak = _bias_and_peak(scores[i], visible, first, position, slope)
-                            peak = max(peak, peaks[i])
-                            decay = np.float32(math.exp(peaks[i] - peak))
-                            peaks[i] = peak
-                            seen = (visible + 15) // 16
-                            exp_less(single, address(scores[i]), seen, address(peaks[i:]))
-                            scores[i, 16 * seen : 16 * blocks] = np.float32(0)
-                            sums[i] = sums[i] * decay + _sum(scores[i, : 16 * seen])
-                            for d in range(width):
-                                mixed[i, d] *= decay
-                        chunk_values = v_base + first * width * size
-                        if count == 1:
-                            mix_values(
-                                single, address(scores), chunk_values, length, address(mixed)
-                            )
-                        else:
-                            mix_values(
-                                several, address(scores), chunk_values, length, address(mixed)
-                            )
-                    for i in range(count):
-                        for d in range(head_dim):
-                            out[first_token + token + i, head * head_dim + d] = (
-                                mixed[i, d] / sums[i]
-                            )
-            keep(q)
-            keep(scores)
-            keep(mixed)
-            keep(peaks)
-            keep(one)
+        work = 0  # keys times queries times components, over all heads
+        for r in range(rows.shape[0]):
+            tokens = starts[r + 1] - starts[r]
+            work += tokens * (past[r] + tokens) * width * slopes.shape[0]
+        if work < _SERIAL_WORK or threads == 1:
+            _attend_share(
+                spec, 0, 1, qkv, keys, values, row_stride, rows, starts, past, slopes, head_dim,
+                capacity, out,
+            )  # fmt: skip
+        else:
+            for share in prange(threads):
+                _attend_share(
+                    spec, share, threads, qkv, keys, values, row_stride, rows, starts, past,
+                    slopes, head_dim, capacity, out,
+                )  # fmt: skip
 
     return attend

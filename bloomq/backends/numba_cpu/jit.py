@@ -8,11 +8,13 @@ this package's sources.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import llvmlite
@@ -21,6 +23,7 @@ from llvmlite import binding as llvm
 
 from bloomq.backends.numba_cpu.simd import TIERS
 
+_log = logging.getLogger("bloomq.compile")
 # Only explicit prange loops become parallel: array expressions are left as they are written.
 _PARALLEL = {
     "comprehension": False, "reduction": False, "inplace_binop": False, "setitem": False,
@@ -84,11 +87,15 @@ def _cache_here() -> Iterator[bool]:
 def compiled(
     signature: Any, *, parallel: bool = False, fastmath: frozenset[str] = frozenset()
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator: compile now, for one signature, without the GIL, through the cache."""
+    """Decorator: compile now, for one signature, without the GIL, through the cache.
+
+    A compilation (not a cache hit) is logged on `bloomq.compile`: it takes seconds.
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
+        started = perf_counter()
         with _cache_here() as cached:
-            return numba.njit(
+            kernel = numba.njit(
                 signature,
                 parallel=_PARALLEL if parallel else False,
                 fastmath=set(fastmath),
@@ -96,5 +103,9 @@ def compiled(
                 nogil=True,
                 error_model="numpy",
             )(function)
+        if not kernel.stats.cache_hits:
+            spent = perf_counter() - started
+            _log.info("compiled %s for this machine, once (%.1f s)", function.__name__, spent)
+        return kernel
 
     return decorate

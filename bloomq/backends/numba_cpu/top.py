@@ -12,7 +12,7 @@ import llvmlite.ir as ir
 import numpy as np
 from numba import float32, float64, int64, njit, prange, types, void
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from bloomq.backends.numba_cpu.jit import compiled
 from bloomq.backends.numba_cpu.matmul import address, keep
@@ -89,6 +89,33 @@ def _best(row, values, ids):  # type: ignore[no-untyped-def]
         _sift_down(values, ids, 0, end)
 
 
+def _top_row(tier, row, factor, values, ids):  # type: ignore[no-untyped-def]
+    """One row: fills values and ids, returns the logsumexp."""
+
+
+@overload(_top_row, prefer_literal=True)
+def _build_top_row(tier, row, factor, values, ids):  # type: ignore[no-untyped-def]
+    name = tier.literal_value
+
+    def top_row(tier, row, factor, values, ids):  # type: ignore[no-untyped-def]
+        _best(row, values, ids)
+        blocks = row.shape[0] // 16
+        shift = np.array([values[0], factor], np.float32)
+        sums, rest = np.zeros(16, np.float32), np.zeros(16, np.float32)
+        last = np.full(16, -np.inf, np.float32)
+        last[: row.shape[0] - 16 * blocks] = row[16 * blocks :]
+        sum_exp(name, address(row), blocks, address(shift), address(sums))
+        sum_exp(name, address(last), 1, address(shift), address(rest))
+        total = np.float64(0)
+        for lane in range(16):
+            total += np.float64(sums[lane]) + np.float64(rest[lane])
+        keep(shift)
+        keep(last)
+        return np.float64(values[0]) * np.float64(factor) + np.log(total)
+
+    return top_row
+
+
 @lru_cache(maxsize=4)
 def top_rows(tier: str) -> Any:
     """top_rows(logits [B, V], factor, values [B, k], ids [B, k], logsumexp [B]): per row the k largest
@@ -98,27 +125,10 @@ def top_rows(tier: str) -> Any:
         void(float32[:, ::1], float32, float32[:, ::1], int64[:, ::1], float64[::1]), parallel=True
     )
     def top_rows(logits, factor, values, ids, logsumexp):  # type: ignore[no-untyped-def]
-        size = logits.shape[1]
-        blocks = size // 16
-        for r in prange(logits.shape[0]):
-            row = logits[r]
-            _best(row, values[r], ids[r])
-            shift = np.empty(2, np.float32)
-            shift[0] = values[r, 0]
-            shift[1] = factor
-            sums = np.zeros(16, np.float32)
-            last = np.full(16, -np.inf, np.float32)
-            rest = np.zeros(16, np.float32)
-            last[: size - 16 * blocks] = row[16 * blocks :]
-            sum_exp(tier, address(row), blocks, address(shift), address(sums))
-            sum_exp(tier, address(last), 1, address(shift), address(rest))
-            total = np.float64(0)
-            for lane in range(16):
-                total += np.float64(sums[lane]) + np.float64(rest[lane])
-            logsumexp[r] = np.float64(shift[0]) * np.float64(factor) + np.log(total)
-            keep(shift)
-            keep(sums)
-            keep(last)
-            keep(rest)
+        if logits.shape[0] == 1:
+            logsumexp[0] = _top_row(tier, logits[0], factor, values[0], ids[0])
+        else:
+            for r in prange(logits.shape[0]):
+                logsumexp[r] = _top_row(tier, logits[r], factor, values[r], ids[r])
 
     return top_rows

@@ -1,0 +1,132 @@
+"""What people see on stderr: progress bars, tables, and lines about a run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from bloomq.generation import Generation
+
+Progress = Callable[[int, int], None]
+_BAR_AFTER_TOKENS = 512  # shorter prompts are through before a bar could be read
+
+
+def note(text: str) -> None:
+    """A dim line on stderr."""
+    click.secho(text, err=True, dim=True)
+
+
+def echo_prompt(text: str) -> None:
+    """Show the prompt before its continuation, to a person only: a pipe gets the continuation."""
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        click.secho(text, err=True, dim=True, nl=False)
+
+
+def stats_line(generation: Generation) -> str:
+    """Tokens, times and rates of a generation, in a line."""
+    s = generation.stats
+    return (
+        f"prompt {s.prompt_tokens} tokens in {s.prompt_s:.2f} s ({s.prompt_tokens_per_s:.0f}/s), "
+        f"output {s.generated_tokens} in {s.generate_s:.2f} s ({s.generated_tokens_per_s:.1f}/s), "
+        f"load {s.load_s:.2f} s, ended by {generation.finish_reason}"
+    )
+
+
+def announce_compilation() -> None:
+    """Say so while kernels are compiled: it happens once for each machine and version."""
+    logger = logging.getLogger("bloomq.compile")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+
+
+def read_line() -> str | None:
+    """The next line a person (or a pipe) enters, None at the end."""
+    try:
+        if sys.stdin.isatty():
+            import readline  # noqa: F401  line editing and history for input()
+
+            return input("> ")
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    except EOFError:
+        return None
+
+
+@contextmanager
+def _bar(*columns: Any) -> Iterator[Any]:
+    """A rich progress bar on stderr, None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True,
+    ) as progress:  # fmt: skip
+        yield progress
+
+
+@contextmanager
+def byte_progress(label: str) -> Iterator[Progress]:
+    """A bar over bytes, for callbacks (done, total)."""
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
+    with _bar(DownloadColumn(), TransferSpeedColumn()) as bar:
+        if bar is None:
+            yield lambda done, total: None
+            return
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def prefill_progress(quiet: bool) -> Iterator[Progress]:
+    """A bar while a long prompt is read, gone before the first token is printed."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    bar = Progress(console=Console(stderr=True), transient=True)
+    task = bar.add_task("reading the prompt", start=True)
+
+    def show(done: int, total: int) -> None:
+        if total <= _BAR_AFTER_TOKENS:
+            return
+        if not bar.live.is_started:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+        if done == total:
+            bar.stop()
+
+    try:
+        yield show
+    finally:
+        bar.stop()
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Facts in sections, as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for section, rows in facts.items():
+        table.add_row(f"[u]{section}[/u]", "")
+        for name, value in rows.items():
+            table.add_row(f"  {name}", str(value), style=None)
+    # A pipe gets whole lines, however long.
+    Console(width=None if sys.stdout.isatty() else 200).print(table, markup=True)

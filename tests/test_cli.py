@@ -1,0 +1,237 @@
+"""The command as people call it: exit codes, streams, pipes, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ("generate", "chat", "convert", "info", "verify", "warmup")
+LONG_S = 120
+
+
+def run(*args: str, stdin: str | bytes = "", check: int | None = 0) -> subprocess.CompletedProcess:
+    """Run `bloomq ARGS`; stdin is a pipe."""
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    done = subprocess.run(
+        [sys.executable, "-m", "bloomq", *args], input=data, capture_output=True, timeout=LONG_S
+    )
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    if check is not None:
+        assert done.returncode == check, done.stderr
+    return done
+
+
+def error_line(done: subprocess.CompletedProcess) -> str:
+    """The one line that begins with `error:`, which must be the last and the only one of its kind."""
+    lines = done.stderr.splitlines()
+    assert "Traceback" not in done.stderr
+    assert sum(line.startswith("error: ") for line in lines) == 1
+    assert lines[-1].startswith("error: ")
+    return lines[-1]
+
+
+def test_generate_streams_text_to_stdout_and_notes_to_stderr() -> None:
+    done = run("generate", "Once upon a time", "-n", "12")
+    assert done.stdout.strip()
+    assert "bloomq" not in done.stdout
+    assert "numba" in done.stderr
+    assert "output 12" in done.stderr
+
+
+def test_quiet_says_nothing_on_stderr() -> None:
+    assert run("generate", "Once", "-n", "3", "-q").stderr == ""
+
+
+def test_a_piped_prompt_equals_the_same_prompt_as_argument() -> None:
+    by_argument = run("generate", "def main(", "-n", "8").stdout
+    assert run("generate", "-n", "8", stdin="def main(\n").stdout == by_argument
+    assert run("generate", "-", "-n", "8", stdin="def main(").stdout == by_argument
+
+
+def test_json_holds_the_whole_generation() -> None:
+    result = json.loads(run("generate", "Il était", "-n", "5", "--json").stdout)
+    assert result["prompt"] == "Il était"
+    assert len(result["ids"]) == len(result["logprobs"]) == 5
+    assert result["finish_reason"] == "length"
+    assert result["stats"]["generated_tokens"] == 5
+
+
+def test_the_same_seed_gives_the_same_text() -> None:
+    options = ("generate", "She", "-n", "10", "--temperature", "0.9", "--top-p", "0.9", "--seed")
+    assert run(*options, "3").stdout == run(*options, "3").stdout
+    assert run(*options, "3").stdout != run(*options, "4").stdout
+
+
+def test_a_stop_string_ends_the_text_before_it() -> None:
+    free = run("generate", "Once upon a time", "-n", "20").stdout.rstrip("\n")
+    word = free.split()[2]
+    assert run("generate", "Once upon a time", "-n", "20", "--stop", word).stdout.rstrip(
+        "\n"
+    ) == free[: free.index(word)]
+
+
+def test_reference_and_numba_write_the_same_text() -> None:
+    options = ("generate", "The sea", "-n", "10", "--backend")
+    assert run(*options, "reference").stdout == run(*options, "numba").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (("generate", "a", "-m", "/no/such pack"), 1, "/no/such pack: no such pack"),
+        (("generate", "a", "-m", "/etc/hostname"), 1, "is a file, expected the folder"),
+        (("generate", "a", "-m", "/etc"), 1, "no manifest.json"),
+        (("generate", ""), 2, "the prompt is empty"),
+        (("generate", "a", "--temperature", "-1"), 2, "temperature is -1.0"),
+        (("generate", "a", "--temperature", "nan"), 2, "temperature is nan"),
+        (("generate", "a", "--top-p", "0"), 2, "top_p is 0.0"),
+        (("generate", "a", "--top-k", "-1"), 2, "top_k is -1"),
+        (("generate", "a", "--repetition-penalty", "0"), 2, "repetition_penalty is 0.0"),
+        (("generate", "a", "-n", "0"), 2, "max_new_tokens is 0"),
+        (("generate", "a", "--seed", "-1"), 2, "seed is -1"),
+        (("generate", "a", "--stop", ""), 2, "at least one character"),
+        (("generate", "a", "-t", "0"), 2, "threads is 0"),
+        (("generate", "a", "-t", "9999"), 2, "threads is 9999"),
+        (("generate", "a", "-c", "1"), 2, "context is 1"),
+        (("generate", "a", "-n", "50", "-c", "20"), 1, "exceed the context of 20"),
+        (("generate", "a", "--backend", "tpu"), 1, "unknown backend 'tpu'"),
+        (("generate", "a", "--backend", "cuda"), 1, "backend cuda is not available"),
+        (("convert", "/no/such", "/tmp/out"), 1, "/no/such: no such folder"),
+        (("verify", "/no/such"), 1, "no such pack"),
+        (("info", "/no/such"), 1, "no such pack"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_its_remedy(
+    args: tuple[str, ...], code: int, says: str
+) -> None:
+    done = run(*args, check=code)
+    assert says in error_line(done)
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("args", [("nonsense",), ("generate", "a", "--nope"), ("convert", "x")])
+def test_wrong_usage_exits_with_2_and_says_how(args: tuple[str, ...]) -> None:
+    done = run(*args, check=2)
+    assert "Usage: bloomq" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_stdin_that_is_no_text_is_refused() -> None:
+    assert "not UTF-8 (byte 2)" in error_line(run("generate", stdin=b"ab\xff", check=2))
+
+
+def test_a_terminal_without_a_prompt_is_told_to_give_one() -> None:
+    parent, child = pty.openpty()
+    done = subprocess.run(
+        [sys.executable, "-m", "bloomq", "generate"], stdin=child, capture_output=True,
+        timeout=LONG_S,
+    )  # fmt: skip
+    os.close(parent)
+    os.close(child)
+    assert done.returncode == 2
+    assert b"no prompt" in done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_describes_every_option(command: str) -> None:
+    text = run(command, "--help").stdout
+    assert text.startswith(f"Usage: bloomq {command}")
+    for line in text.splitlines():
+        if line.startswith("  -"):
+            option_only = line.split("  ")[-1].startswith("-")
+            assert not option_only or "--" in line
+
+
+def test_convert_verify_info_and_generate_with_spaces_in_every_path(
+    tmp_path: Path, demo_checkpoint: Path
+) -> None:
+    source, target = tmp_path / "a model", tmp_path / "my packs" / "a pack"
+    shutil.copytree(demo_checkpoint, source)
+    target.parent.mkdir()
+    done = run("convert", str(source), str(target), "--scheme", "int8", "--json")
+    assert json.loads(done.stdout)["pack"] == str(target)
+    assert "match their checksums" in run("verify", str(target)).stdout
+    facts = json.loads(run("info", str(target), "--json").stdout)
+    assert facts["pack"]["schemes"] == "int8, embedding int8"
+    assert facts["backends"]["numba"] == "available"
+    assert facts["backends"]["cuda"].startswith("not available: ")
+    assert run("generate", "Once", "-m", str(target), "-n", "4").stdout.strip()
+    assert "already exists" in error_line(run("convert", str(source), str(target), check=1))
+    run("convert", str(source), str(target), "--force")
+
+
+def test_info_on_a_pipe_is_plain_text() -> None:
+    text = run("info").stdout
+    assert "bits per weight" in text
+    assert "\x1b" not in text
+
+
+def test_verify_finds_a_flipped_byte_and_names_the_array(
+    tmp_path: Path, demo_checkpoint: Path
+) -> None:
+    run("convert", str(demo_checkpoint), str(tmp_path / "p"))
+    shard = next((tmp_path / "p").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 1
+    shard.write_bytes(data)
+    line = error_line(run("verify", str(tmp_path / "p"), check=1))
+    assert shard.name in line
+    assert "does not match its checksum" in line
+
+
+def test_the_converter_runs_as_a_script(tmp_path: Path, demo_checkpoint: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bloomq.converters.hf", str(demo_checkpoint), str(tmp_path / "p")],
+        capture_output=True, text=True, timeout=LONG_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "p" / "manifest.json").exists()
+
+
+def test_warmup_says_that_it_is_ready() -> None:
+    assert run("warmup").stdout.startswith("ready: numba")
+
+
+def test_chat_answers_each_line_and_ends_with_its_input() -> None:
+    done = run("chat", "-n", "6", stdin="Hello there\n\nAnd then?\n")
+    assert done.stdout.count("\n") == 2
+    assert "error" not in done.stderr
+
+
+def test_chat_forgets_the_oldest_lines_when_the_context_is_full() -> None:
+    lines = "".join(f"line number {i} of a long talk\n" for i in range(8))
+    done = run("chat", "-n", "4", "-c", "40", stdin=lines)
+    assert done.stdout.count("\n") == 8
+
+
+def test_ctrl_c_keeps_the_text_and_exits_with_130() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bloomq", "generate", "Once upon a time", "-n", "2000"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    first = process.stdout.read(1)  # text is flowing
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=LONG_S)
+    assert process.returncode == 130
+    assert (first + out).strip()
+    assert b"ended by interrupted" in err
+    assert b"Traceback" not in err
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m bloomq generate 'Once upon a time' -n 500 | head -c 5",
+        shell=True, capture_output=True, timeout=LONG_S,
+    )  # fmt: skip
+    assert len(done.stdout) == 5
+    assert b"Traceback" not in done.stderr
+    assert b"Exception ignored" not in done.stderr

@@ -1,0 +1,359 @@
+"""The contract of `bloomq.layers`, line by line, on every backend that can run here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import Tiny, pack
+
+from bloomq import backends
+from bloomq.errors import BackendError, CapacityError, UsageError
+from bloomq.heads import CausalLM
+from bloomq.layers import Span
+from bloomq.pack import Pack
+from bloomq.schemes import SCHEME_NAMES, get_scheme
+from bloomq.weights import Matrix
+
+TINY = Tiny(n_head=3, head_dim=20, vocab_size=131, n_layer=2)
+# The reference multiplies matrices by BLAS, whose order of summing depends on the number of rows: a
+# few units in the last place of float32 for each of the some ten sums on the way to a logit.
+CLOSE = {"numba": 0.0, "reference": 1e-5}
+IDS = np.random.default_rng(3).integers(0, TINY.vocab_size, 64)
+
+Build = Callable[..., CausalLM]
+
+
+@pytest.fixture(scope="module", params=backends.available())
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def build(name: str, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """`build("int8", threads=1)`: the tiny model on the backend under test."""
+
+    def make(scheme: str = "int4", threads: int | None = None) -> CausalLM:
+        opened = Pack.open(pack(tmp_path_factory.getbasetemp(), TINY, scheme))
+        return CausalLM(opened, backends.choose(name, opened, threads).backend)
+
+    return make
+
+
+def run(lm: CausalLM, cache, rows: list[int], pieces: list[np.ndarray]) -> list[np.ndarray]:
+    """Feed `pieces` to `rows` in one step; the logits [T, V] of each row's new tokens."""
+    span = Span.of(rows, [len(piece) for piece in pieces])
+    total = sum(len(piece) for piece in pieces)
+    logits = lm.backend.numpy(lm.step(np.concatenate(pieces), cache, span, np.arange(total)))
+    return np.split(np.array(logits), span.starts[1:-1])
+
+
+def close(found: np.ndarray, expected: np.ndarray, name: str) -> bool:
+    """Equal up to what the backend may differ by; 0: the same bits."""
+    if not CLOSE.get(name, 1e-4):
+        return found.tobytes() == expected.tobytes()
+    return bool(np.abs(found - expected).max() <= CLOSE.get(name, 1e-4) * np.abs(expected).max())
+
+
+def stored(lm: CausalLM, cache) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of a cache's keys and values, each [layer, B, S, ...]."""
+    if lm.backend.name == "reference":
+        return cache.keys, cache.values
+    if lm.backend.name != "numba":
+        pytest.skip("how this backend's cache lies is not known here")
+    n_head, config = lm.config.n_head, lm.config
+    size = cache.capacity
+    width = cache.row_stride // n_head // size
+    keys = cache._data[0].reshape(config.n_layer, cache.batch, n_head, size // 16, width, 16)
+    keys = np.moveaxis(keys, 5, 4).reshape(config.n_layer, cache.batch, n_head, size, width)
+    values = cache._data[1].reshape(config.n_layer, cache.batch, n_head, size, width)
+    return np.moveaxis(keys, 2, 3), np.moveaxis(values, 2, 3)
+
+
+# -- decisions are made at construction ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+def test_a_scheme_runs_or_is_refused_when_the_layer_is_built(build: Build, scheme: str):
+    backend = build().backend
+    w = np.random.default_rng(0).standard_normal((40, 70)).astype(np.float32)
+    kind = get_scheme(scheme)
+    weight = Matrix("w", kind, w.shape, kind.quantize(w))
+    try:
+        layer = backend.linear(weight)
+    except BackendError as error:
+        assert scheme in str(error)
+        return
+    x = np.random.default_rng(1).standard_normal((5, 70)).astype(np.float32)
+    y, expected = backend.numpy(layer(x)), x @ weight.dequantize().T
+    # int8 activations: a step of peak / 127 is about 1 / 40 of a deviation, its error 1 / 140: NMSE
+    # 5e-5; the bound of the project is 5e-4
+    assert np.square(y - expected).sum() <= 5e-4 * np.square(expected).sum()
+
+
+def test_a_backend_says_what_it_chose(build: Build, name: str):
+    backend = build().backend
+    assert backend.name == name
+    assert backend.description
+    assert "\n" not in backend.description
+
+
+# -- only attention writes, and only to the rows of its span ---------------------------------------------
+
+
+def test_a_step_writes_only_its_rows_and_only_beyond_their_lengths(build: Build):
+    lm = build()
+    cache = lm.cache(4, 48)
+    run(lm, cache, [0, 1, 2, 3], [IDS[:20], IDS[20:25], IDS[30:47], IDS[50:51]])
+    before = [part.copy() for part in stored(lm, cache)]
+    run(lm, cache, [2, 0], [IDS[:9], IDS[5:6]])
+    for old, new in zip(before, stored(lm, cache), strict=True):
+        assert old[:, [1, 3]].tobytes() == new[:, [1, 3]].tobytes()
+        for row, past, total in ((0, 20, 21), (2, 17, 26)):
+            assert old[:, row, :past].tobytes() == new[:, row, :past].tobytes()
+            assert (old[:, row, past:total] != new[:, row, past:total]).any()
+            assert old[:, row, total:].tobytes() == new[:, row, total:].tobytes()
+    assert cache.lengths.tolist() == [21, 5, 26, 1]
+
+
+def test_lengths_grow_only_when_the_cache_is_told(build: Build):
+    lm = build()
+    cache, span = lm.cache(1, 16), Span.of([0], [3])
+    lm.model._forward(IDS[:3], cache, span)
+    assert cache.lengths.tolist() == [0]
+    cache.advance(span)
+    assert cache.lengths.tolist() == [3]
+
+
+def test_layers_do_not_change_what_they_are_given(build: Build):
+    lm = build()
+    cache, span = lm.cache(1, 16), Span.of([0], [3])
+    block = lm.model.blocks[0]
+    x = np.random.default_rng(0).standard_normal((3, 60)).astype(np.float32)
+    qkv = np.array(lm.backend.numpy(block.qkv(x)))
+    kept_x, kept_qkv, kept_ids = x.copy(), qkv.copy(), IDS[:3].copy()
+    block.attention(qkv, cache, span)
+    block.out(x, add=x)
+    lm.model.embedding(IDS[:3])
+    lm.backend.top(x, 2)
+    for now, then in ((x, kept_x), (qkv, kept_qkv), (IDS[:3], kept_ids)):
+        assert now.tobytes() == then.tobytes()
+
+
+# -- continuing equals recomputing, rows are independent -------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8", "f32"])
+def test_continuing_a_cache_equals_recomputing(build: Build, name: str, scheme: str):
+    lm = build(scheme)
+    whole = run(lm, lm.cache(1, 64), [0], [IDS[:50]])[0]
+    for cuts in ([1] * 50, [17, 1, 16, 16], [49, 1], [3, 47]):
+        cache, at, parts = lm.cache(1, 64), 0, []
+        for count in cuts:
+            parts += run(lm, cache, [0], [IDS[at : at + count]])
+            at += count
+        assert close(np.concatenate(parts), whole, name), cuts
+
+
+@pytest.mark.parametrize("scheme", ["int4", "int8", "f32"])
+def test_rows_of_different_length_are_independent(build: Build, name: str, scheme: str):
+    lm = build(scheme)
+    lengths = (1, 33, 16, 7)
+    prompts = [IDS[i : i + length] for i, length in enumerate(lengths)]
+    cache = lm.cache(4, 64)
+    together = run(lm, cache, [0, 1, 2, 3], prompts)
+    after = run(lm, cache, [3, 1], [IDS[:1], IDS[:2]])
+    for prompt, found in zip(prompts, together, strict=True):
+        assert close(found, run(lm, lm.cache(1, 64), [0], [prompt])[0], name)
+    for row, found in ((3, after[0]), (1, after[1])):
+        alone = np.concatenate([prompts[row], IDS[: len(found)]])
+        expected = run(lm, lm.cache(1, 64), [0], [alone])[0][-len(found) :]
+        assert close(found, expected, name)
+
+
+def test_nan_in_one_row_does_not_reach_another(build: Build):
+    attention = build("f32").model.blocks[0].attention
+    lm = build("f32")
+    qkv = np.random.default_rng(0).standard_normal((8, 180)).astype(np.float32)
+    clean = np.array(attention(qkv, lm.cache(2, 16), Span.of([0, 1], [4, 4])))
+    qkv[2] = np.nan
+    found = np.array(attention(qkv, lm.cache(2, 16), Span.of([0, 1], [4, 4])))
+    assert found[4:].tobytes() == clean[4:].tobytes()
+    assert np.isnan(found[2:4]).all()
+
+
+# -- compiled equals eager, any number of threads --------------------------------------------------------
+
+
+def test_compiled_equals_eager(build: Build):
+    lm = build()
+    spans = [Span.of([0, 1], [9, 4]), Span.of([1], [1]), Span.of([1, 0], [1, 1])]
+    hidden = []
+    for step in (lm.model._forward, lm.backend.compile(lm.model._forward)):
+        cache = lm.cache(2, 32)
+        for span in spans:
+            x = step(IDS[: span.starts[-1]], cache, span)
+            cache.advance(span)
+            hidden.append(np.array(lm.backend.numpy(x)))
+    for eager, compiled in zip(hidden[:3], hidden[3:], strict=True):
+        assert eager.tobytes() == compiled.tobytes()
+
+
+@pytest.mark.parametrize("scheme", ["int4", "nf4", "f32"])
+def test_one_and_two_threads_give_the_same_bits(build: Build, scheme: str):
+    found = []
+    for threads in (1, 2):
+        lm = build(scheme, threads)
+        cache = lm.cache(2, 64)
+        steps = [([0, 1], [IDS[:37], IDS[:5]]), ([1], [IDS[:1]]), ([0, 1], [IDS[:1], IDS[:9]])]
+        found.append([piece for rows, ids in steps for piece in run(lm, cache, rows, ids)])
+    for one, two in zip(*found, strict=True):
+        assert one.tobytes() == two.tobytes()
+
+
+# -- the cache -------------------------------------------------------------------------------------------
+
+
+def test_a_truncated_row_continues_as_if_the_rest_had_never_been(build: Build, name: str):
+    lm = build()
+    cache = lm.cache(2, 64)
+    run(lm, cache, [0, 1], [IDS[:40], IDS[:10]])
+    cache.truncate(0, 18)
+    assert cache.lengths.tolist() == [18, 10]
+    found = run(lm, cache, [0], [IDS[50:55]])[0]
+    expected = run(lm, lm.cache(1, 64), [0], [np.concatenate([IDS[:18], IDS[50:55]])])[0][18:]
+    assert close(found, expected, name)
+
+
+def test_truncating_to_more_than_a_row_holds_changes_nothing(build: Build):
+    cache = build().cache(2, 64)
+    cache.truncate(1, 5)
+    assert cache.lengths.tolist() == [0, 0]
+
+
+def test_a_copied_row_continues_as_its_source_and_leaves_it_alone(build: Build, name: str):
+    lm = build()
+    cache = lm.cache(3, 64)
+    run(lm, cache, [0, 1, 2], [IDS[:20], IDS[20:50], IDS[5:9]])
+    cache.copy(0, 1)
+    assert cache.lengths.tolist() == [20, 20, 4]
+    run(lm, cache, [1], [IDS[60:64]])  # the copy goes its own way
+    assert cache.lengths.tolist() == [20, 24, 4]
+    found = run(lm, cache, [0], [IDS[40:43]])[0]
+    expected = run(lm, lm.cache(1, 64), [0], [np.concatenate([IDS[:20], IDS[40:43]])])[0][20:]
+    assert close(found, expected, name)
+
+
+def test_a_cache_says_its_size(build: Build):
+    lm = build()
+    cache = lm.cache(2, 64)
+    assert cache.batch == 2
+    assert cache.capacity >= 64
+    smallest = 2 * lm.config.n_layer * 2 * 64 * lm.config.hidden_size * 2  # k and v, 2 bytes each
+    assert smallest <= cache.nbytes <= 8 * smallest
+
+
+def test_a_full_cache_is_refused_and_is_as_before(build: Build, name: str):
+    lm = build()
+    cache = lm.cache(2, 32)
+    run(lm, cache, [0, 1], [IDS[:30], IDS[:3]])
+    before = [part.copy() for part in stored(lm, cache)]
+    expected = f"^33 tokens in a row, the cache holds {cache.capacity}: use a shorter prompt, fewer"
+    with pytest.raises(CapacityError, match=expected):
+        run(lm, cache, [1, 0], [IDS[:1], IDS[:3]])
+    assert cache.lengths.tolist() == [30, 3]
+    for old, new in zip(before, stored(lm, cache), strict=True):
+        assert old.tobytes() == new.tobytes()
+    found = run(lm, cache, [0], [IDS[30:32]])[0]
+    assert close(found, run(lm, lm.cache(1, 32), [0], [IDS[:32]])[0][30:], name)
+
+
+@pytest.mark.parametrize("wrong", [-1, TINY.vocab_size, 2**40])
+def test_an_id_outside_the_vocabulary_is_refused_and_the_cache_is_as_before(
+    build: Build, wrong: int
+):
+    lm = build()
+    cache = lm.cache(1, 32)
+    with pytest.raises(UsageError, match=f"^token id {wrong}, expected 0 to 130$"):
+        run(lm, cache, [0], [np.array([3, wrong, 5])])
+    assert cache.lengths.tolist() == [0]
+
+
+# -- the rest of a backend -------------------------------------------------------------------------------
+
+
+def test_take_and_numpy_give_rows_back(build: Build):
+    backend = build().backend
+    x = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
+    assert np.array_equal(backend.numpy(backend.take(x, np.array([4, 0, 4]))), x[[4, 0, 4]])
+
+
+def test_top_is_stable_and_its_logsumexp_is_of_the_scaled_logits(build: Build):
+    logits = np.array([[1, 3, 3, -2, 3], [0, 0, 0, 0, 0]], np.float32)
+    top = build().backend.top(logits, 3, 2.0)
+    assert top.ids.tolist() == [[1, 2, 4], [0, 1, 2]]
+    assert top.logits.tolist() == [[3, 3, 3], [0, 0, 0]]
+    assert top.logsumexp == pytest.approx(np.log(np.exp(logits / 2.0).sum(axis=1)), rel=1e-6)
+
+
+def test_an_embedding_reads_and_norms_the_rows_asked_for(build: Build, tmp_path_factory):
+    opened = Pack.open(pack(tmp_path_factory.getbasetemp(), TINY, "int4"))
+    backend = build().backend
+    norm = opened.norm("emb_ln")
+    layer = backend.embedding(opened.matrix("wte"), norm)
+    ids = np.array([130, 0, 17, 17])
+    rows = opened.matrix("wte").dequantize()[ids].astype(np.float64)
+    rows -= rows.mean(axis=1, keepdims=True)
+    rows /= np.sqrt(np.square(rows).mean(axis=1, keepdims=True) + norm.epsilon)
+    assert backend.numpy(layer(ids)) == pytest.approx(rows * norm.gain + norm.bias, abs=1e-5)
+
+
+# -- choosing --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    return Pack.open(pack(tmp_path_factory.getbasetemp(), TINY, "int4"))
+
+
+def test_auto_takes_the_first_available_and_says_so(opened: Pack):
+    choice = backends.choose("auto", opened, 1)
+    assert choice.backend.name == backends.available()[0]
+    assert choice.reason == f"auto: the fastest available here; {choice.backend.description}"
+
+
+def test_a_backend_asked_for_is_given_and_said(opened: Pack):
+    choice = backends.choose("reference", opened, None)
+    assert choice.reason == "asked for; NumPy float32, f32 activations"
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones(opened: Pack):
+    with pytest.raises(BackendError, match="^unknown backend 'tpu', expected auto, numba, cuda, ref"):
+        backends.choose("tpu", opened, None)
+
+
+def test_an_absent_backend_is_refused_with_the_reason_and_the_present_ones(
+    opened: Pack, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(backends, "why_not", lambda name: {"cuda": "no driver"}.get(name))
+    expected = r"^backend cuda is not available: no driver: use one of \['numba', 'reference'\]$"
+    with pytest.raises(BackendError, match=expected):
+        backends.choose("cuda", opened, None)
+
+
+def test_without_numba_the_reference_is_what_there_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert backends.why_not("numba") == "numba is not installed"
+    assert str(backends.why_not("cuda")).startswith("torch is not installed")
+    assert backends.available() == ["reference"]
+
+
+def test_float_packs_get_a_float32_cache_and_quantized_ones_float16(tmp_path_factory):
+    base: Path = tmp_path_factory.getbasetemp()
+    found = {
+        scheme: backends.choose("numba", Pack.open(pack(base, TINY, scheme)), 1).backend.cache_dtype
+        for scheme in ("int4", "f32")
+    }
+    assert found == {"int4": "f16", "f32": "f32"}

@@ -1,0 +1,635 @@
+"""The Numba kernels against their NumPy twins: every scheme, tier, odd size, batch and extreme.
+
+Bounds are derived: `EPS` is float32's unit in the last place of 1, and sums are bounded by the sum of
+their terms' magnitudes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from numba import float32, int64, void
+
+from bloomq.backends import reference
+from bloomq.backends.numba_cpu import layers as numba_layers
+from bloomq.backends.numba_cpu.attention import AttentionSpec, exp_less
+from bloomq.backends.numba_cpu.jit import best_tier, compiled, cpu_features
+from bloomq.backends.numba_cpu.layers import NumbaBackend, NumbaLinear
+from bloomq.backends.numba_cpu.matmul import Spec, address, finish_tile
+from bloomq.backends.numba_cpu.norm import norm_rows
+from bloomq.backends.numba_cpu.simd import TIERS
+from bloomq.config import BloomConfig
+from bloomq.errors import BackendError, CapacityError, UsageError
+from bloomq.layers import Span, slopes
+from bloomq.schemes import Scheme, get_scheme, round_up
+from bloomq.weights import Matrix, Norm
+
+EPS = float(np.finfo(np.float32).eps)  # 2^-23
+BEST = best_tier(cpu_features())
+TIERS_HERE = [tier for tier, needs in TIERS.items() if cpu_features().issuperset(needs)]
+SCHEMES = [
+    get_scheme("int4", 32), get_scheme("int4", 64), get_scheme("int4", 128), get_scheme("int8"),
+    get_scheme("nf4"), get_scheme("f32"), get_scheme("f16"), get_scheme("bf16"),
+]  # fmt: skip
+EVERY_TIER = ("int4-g64", "int8", "nf4", "f32")  # the others on the best tier: compiling takes time
+CASES = [
+    pytest.param(scheme, tier, id=f"{scheme.label}-{tier}")
+    for scheme in SCHEMES
+    for tier in TIERS_HERE
+    if tier == BEST or scheme.label in EVERY_TIER
+]
+ON_BEST = [pytest.param(scheme, id=scheme.label) for scheme in SCHEMES]
+# One weight; less than a tile and a group; over a pair of tiles and a group by one; whole pairs.
+SIZES = [(1, 1), (15, 31), (33, 65), (47, 129), (16, 32), (100, 200), (96, 256)]
+BATCHES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17]  # one, four and eight tokens' kernels, and the panel's
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a `NumbaLinear` asks of its backend, so that a test can choose the tier."""
+
+    tier: str
+    threads: int = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A weight with all that may surround it, and some activations."""
+
+    weight: Matrix
+    bias: np.ndarray
+    norm: Norm
+    x: np.ndarray
+    add: np.ndarray
+
+    @property
+    def group(self) -> int:
+        return self.weight.scheme.group_size
+
+
+def random_matrix(scheme: Scheme, shape: tuple[int, int], seed: int = 0) -> Matrix:
+    w = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    w[0, : shape[1] // 2] = 0  # whole groups of zeros too: scale 0
+    return Matrix("w", scheme, shape, scheme.quantize(w))
+
+
+def random_case(scheme: Scheme, shape: tuple[int, int], batch: int, seed: int = 0) -> Case:
+    n, k = shape
+    rng = np.random.default_rng([seed, n, k, batch])
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(np.float32)
+
+    norm = Norm("ln", 1 + 0.2 * normal(k), 0.2 * normal(k), 1e-5)
+    return Case(random_matrix(scheme, shape), normal(n), norm, normal(batch, k), normal(batch, n))
+
+
+def product(case: Case, machine: Machine, x: np.ndarray | None = None) -> np.ndarray:
+    """x @ W.T by the compiled kernel, nothing around it."""
+    return NumbaLinear(machine, case.weight, None, None, None)(case.x if x is None else x)
+
+
+def twin(
+    case: Case, *, bias: bool = False, gelu: bool = False, add: bool = False, norm: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same in NumPy, float64 from the rounded operands on, and how far a right kernel may be.
+
+    Integer schemes: the products of codes are exact; what rounds is one fused multiply-add a group,
+    its scale (a product of two or three float32) and the twin's restored values: (groups + 6) EPS of
+    the terms' magnitude. Float schemes: one fused multiply-add a column within a group, then one
+    addition a group. A norm before it moves x by some EPS, and where x stood close to the middle
+    between two codes by a whole code.
+    """
+    scheme, x = case.weight.scheme, case.x
+    if norm:
+        x = reference.layer_norm(x, case.norm)
+    groups = round_up(x.shape[1], case.group) // case.group
+    if scheme.is_float:
+        a, w, steps = x, case.weight.dequantize(), case.group + groups
+    else:
+        with np.errstate(over="ignore"):  # 127 / peak of a group under 1e-36, which is then not used
+            a = reference.round_activations(x, case.group)
+        w, steps = reference.integer_weights(case.weight), groups + 6
+    a64, w64 = a.astype(np.float64), w.astype(np.float64)
+    # 1e-40: float32 loses digits under 1e-38.
+    bound = steps * EPS * (np.abs(a64) @ np.abs(w64).T) + 1e-40
+    if norm:
+        # Sums of k terms in another order: k EPS at most, of the mean and of the variance.
+        slack = (8 + x.shape[1]) * EPS
+        moved = slack * (np.abs(x) + np.abs(case.norm.bias) + np.abs(case.norm.gain))
+        if not scheme.is_float:
+            moved += code_flips(x, case.group, moved)
+        bound += moved @ np.abs(w64).T
+    y = a64 @ w64.T
+    if bias:
+        y, bound = y + case.bias, bound + EPS * np.abs(y + case.bias)
+    if gelu:
+        # Its slope is at most 1.13; 2e-7 of exp and the roundings of u, which is at most 5 where it
+        # matters: 16 EPS of x.
+        bound = 1.13 * bound + 16 * EPS * np.abs(y)
+        y = exact_gelu(y)
+    if add:
+        y, bound = y + case.add, bound + EPS * (np.abs(y) + np.abs(case.add))
+    return y, bound
+
+
+def code_flips(x: np.ndarray, group: int, moved: np.ndarray) -> np.ndarray:
+    """A code's worth [M, K] where moving x by `moved` may change its int8 code."""
+    m, k = x.shape
+    padded = np.zeros((m, round_up(k, group)))
+    padded[:, :k] = x
+    peak = np.abs(padded.reshape(m, -1, group)).max(axis=2)
+    step = np.repeat(peak / 127, group, axis=1)[:, :k]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        real = np.where(step > 0, x / step, 0)
+        near = 0.5 - np.abs(real - np.rint(real)) < 4 * moved / step
+    return np.where((step > 0) & near, step, 0)
+
+
+def exact_gelu(x: np.ndarray) -> np.ndarray:
+    """BLOOM's gelu in float64, x / (1 + e^-2u), which does not cancel as 1 + tanh u does."""
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(-2 * 0.79788456 * x * (1 + 0.044715 * x * x)))
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+# -- linear -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("scheme", "tier"), CASES)
+@pytest.mark.parametrize("shape", SIZES, ids=str)
+def test_linear_equals_its_twin_for_odd_sizes_and_every_batch(scheme, tier, shape):
+    for batch in BATCHES:
+        case = random_case(scheme, shape, batch)
+        expected, bound = twin(case)
+        assert (np.abs(product(case, Machine(tier)) - expected) <= bound).all(), batch
+
+
+@pytest.mark.parametrize(("scheme", "tier"), CASES)
+def test_linear_adds_norm_bias_gelu_and_residual_in_this_order(scheme, tier):
+    for bits in range(16):
+        norm, bias, gelu, add = (bool(bits >> i & 1) for i in range(4))
+        for batch in (1, 3, 9):
+            case = random_case(scheme, (47, 129), batch, seed=bits)
+            layer = NumbaLinear(
+                Machine(tier), case.weight, case.bias if bias else None,
+                case.norm if norm else None, "gelu" if gelu else None,
+            )  # fmt: skip
+            y = layer(case.x, case.add) if add else layer(case.x)
+            expected, bound = twin(case, norm=norm, bias=bias, gelu=gelu, add=add)
+            assert (np.abs(y - expected) <= bound).all(), (norm, bias, gelu, add, batch)
+
+
+@pytest.mark.parametrize("shape", [(100, 200), (1060, 512)], ids=["one-thread", "parallel"])
+@pytest.mark.parametrize(("scheme", "tier"), CASES)
+def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(scheme, tier, shape):
+    case = random_case(scheme, shape, 17)
+    weight_bytes = sum(part.nbytes for part in case.weight.parts.values())
+    assert (weight_bytes > 1 << 18) == (shape[0] > 1000)  # linear._SERIAL_BYTES
+
+    def run(x: np.ndarray, threads: int) -> np.ndarray:
+        layer = NumbaLinear(Machine(tier, threads), case.weight, case.bias, case.norm, "gelu")
+        return layer(x)
+
+    singles = np.concatenate([run(case.x[i : i + 1], 1) for i in range(17)])
+    for batch in BATCHES:
+        for threads in (1, 2):
+            assert same_bits(run(case.x[:batch], threads), singles[:batch]), (batch, threads)
+
+
+@pytest.mark.parametrize("scheme", ON_BEST)
+def test_more_threads_than_tiles_leave_no_output_unwritten(scheme):
+    for shape in ((17, 64), (17, 32768)):  # two tiles; the second is above _SERIAL_BYTES
+        case = random_case(scheme, shape, 9)
+        assert same_bits(product(case, Machine(BEST, 7)), product(case, Machine(BEST, 1)))
+
+
+@pytest.mark.parametrize(("scheme", "tier"), CASES)
+def test_a_row_of_zeros_gives_exactly_the_bias(scheme, tier):
+    case = random_case(scheme, (47, 129), 3)
+    layer = NumbaLinear(Machine(tier), case.weight, case.bias, None, None)
+    y = layer(np.zeros((3, 129), np.float32))
+    assert same_bits(y, np.tile(case.bias, (3, 1)))
+
+
+@pytest.mark.parametrize("scheme", ON_BEST)
+def test_weights_of_zeros_give_exactly_zero(scheme):
+    weight = Matrix("w", scheme, (33, 65), scheme.quantize(np.zeros((33, 65), np.float32)))
+    case = random_case(scheme, (33, 65), 2)
+    layer = NumbaLinear(Machine(BEST), weight, None, None, None)
+    assert not layer(case.x).any()
+
+
+@pytest.mark.parametrize(("scheme", "tier"), CASES)
+def test_massive_and_tiny_activations_stay_within_the_bound(scheme, tier):
+    case = random_case(scheme, (47, 200), 9)
+    case.x[0, 3] = 3500.0  # BLOOM's massive activations
+    case.x[1, ::7] *= 3500
+    case.x[2] *= np.float32(1e-38)  # near the least normal float32
+    case.x[3] *= np.float32(1e-30)  # where 127 / peak is still finite
+    case.x[4, 1:] = 0
+    case.x[5] = 3e35  # sums reach 1e37
+    expected, bound = twin(case)
+    y = product(case, Machine(tier))
+    assert np.isfinite(y).all()
+    assert (np.abs(y - expected) <= bound).all()
+
+
+@pytest.mark.parametrize(("scheme", "tier"), CASES)
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf], ids=str)
+def test_nan_or_infinity_in_never_gives_a_plausible_number(scheme, tier, bad):
+    for batch in (1, 4, 9):
+        case = random_case(scheme, (47, 129), batch)
+        clean = product(case, Machine(tier))
+        x = case.x.copy()
+        x[batch // 2, 128] = bad  # the lone column of the last group
+        for norm in (None, case.norm):
+            layer = NumbaLinear(Machine(tier), case.weight, case.bias, norm, "gelu")
+            assert not np.isfinite(layer(x)[batch // 2]).any()
+        y = product(case, Machine(tier), x)
+        others = np.arange(batch) != batch // 2
+        assert not np.isfinite(y[batch // 2]).any()
+        assert same_bits(y[others], clean[others])
+
+
+@pytest.mark.parametrize("scheme", ON_BEST)
+def test_two_python_threads_at_once_get_the_right_bits(scheme):
+    cases = [random_case(scheme, (1060, 512), 4, seed) for seed in range(2)]
+    layers = [NumbaLinear(Machine(BEST), c.weight, c.bias, c.norm, "gelu") for c in cases]
+    expected = [layer(case.x) for layer, case in zip(layers, cases, strict=True)]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        wrong.extend(i for _ in range(50) if not same_bits(layers[i](cases[i].x), expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.parametrize("tier", TIERS_HERE)
+def test_every_tier_gives_the_same_bits_for_one_integer_group(tier):
+    scheme = get_scheme("int4", 64)  # one group: no float sum whose order could differ
+    case = random_case(scheme, (33, 64), 9)
+    assert same_bits(product(case, Machine(tier)), product(case, Machine("portable")))
+
+
+# -- exp, gelu, norm ------------------------------------------------------------------------------------
+
+
+def exp_kernel(tier: str):
+    spec = str(AttentionSpec("f32", 16, tier))
+
+    @compiled(void(float32[::1], float32[::1]))
+    def run(x, peak):
+        exp_less(spec, address(x), x.shape[0] // 16, address(peak))
+
+    return run
+
+
+def gelu_kernel(tier: str):
+    spec = str(Spec("f32", 64, tier))
+
+    @compiled(void(float32[::1], int64))
+    def run(x, one):
+        for block in range(x.shape[0] // 16):
+            finish_tile(spec, address(x) + 64 * block, 0, one)
+
+    return run
+
+
+@pytest.mark.parametrize("tier", TIERS_HERE)
+def test_exp_is_within_2e_7_of_float64(tier):
+    x = np.linspace(-87.2, 88, 1 << 16).astype(np.float32)
+    y = x.copy()
+    exp_kernel(tier)(y, np.zeros(1, np.float32))
+    exact = np.exp(x.astype(np.float64))
+    assert (np.abs(y / exact - 1) < 2e-7).all()
+
+
+@pytest.mark.parametrize("tier", TIERS_HERE)
+def test_exp_of_special_values(tier):
+    x = np.zeros(16, np.float32)
+    x[:7] = [0, -np.inf, -88, np.nan, np.inf, 1000, -0.0]
+    exp_kernel(tier)(x, np.zeros(1, np.float32))
+    capped = np.exp(np.float64(88))
+    assert list(x[:3]) == [1, 0, 0]
+    assert np.isnan(x[3])
+    assert x[4] == x[5] == pytest.approx(capped, rel=2e-7)
+    assert x[6] == 1
+
+
+@pytest.mark.parametrize("tier", TIERS_HERE)
+def test_gelu_is_close_to_float64(tier):
+    x = np.linspace(-20, 20, 1 << 16).astype(np.float32)
+    y = x.copy()
+    gelu_kernel(tier)(y, 1)
+    exact = exact_gelu(x.astype(np.float64))
+    # Relative: gelu goes with e^2u, and u is a few roundings off: 8 |u| EPS, |u| up to 43 where gelu
+    # is 1e-37.
+    seen = np.abs(exact) > 1e-36
+    assert (np.abs(y - exact)[seen] <= np.abs(exact[seen]) * 8 * 43 * EPS).all()
+    assert (np.abs(y - exact) <= 4 * EPS * np.maximum(np.abs(x), 1)).all()
+
+
+@pytest.mark.parametrize("tier", TIERS_HERE)
+def test_gelu_of_massive_values_is_the_value_or_nothing(tier):
+    x = np.zeros(16, np.float32)
+    x[:4] = [3500, -3500, 1e30, -1e30]
+    gelu_kernel(tier)(x, 1)
+    assert list(x[[0, 2]]) == [np.float32(3500), np.float32(1e30)]
+    assert abs(x[1]) < 1e-30
+    assert abs(x[3]) < 1e-7  # 1e30 over the cap of e^88 = 1.7e38
+    assert not x[4:].any()
+
+
+@pytest.mark.parametrize("rows", [5, 12], ids=["one-thread", "parallel"])
+@pytest.mark.parametrize("width", [1, 7, 16, 33, 256])
+def test_norm_equals_its_twin(width, rows):
+    case = random_case(get_scheme("f32"), (1, width), rows)
+    case.x[1] *= 3500
+    case.x[2] = 1.0  # no variance: epsilon alone
+    out = np.empty_like(case.x)
+    epsilon = np.float32(case.norm.epsilon)
+    norm_rows()(case.x, case.norm.gain, case.norm.bias, epsilon, out)
+    exact = case.x.astype(np.float64)
+    exact -= exact.mean(axis=1, keepdims=True)
+    exact /= np.sqrt(np.square(exact).mean(axis=1, keepdims=True) + epsilon)
+    exact = exact * case.norm.gain + case.norm.bias
+    # The mean is off by at most `width` roundings, which the division by a small deviation enlarges.
+    scale = np.abs(case.x).max(axis=1, keepdims=True) / np.sqrt(
+        case.x.astype(np.float64).var(axis=1, keepdims=True) + epsilon
+    )
+    bound = (width + 8) * EPS * np.maximum(scale, 1) * (np.abs(case.norm.gain) + 1)
+    assert (np.abs(out - exact) <= bound).all()
+    assert (np.abs(reference.layer_norm(case.x, case.norm) - exact) <= bound).all()
+
+
+# -- attention ------------------------------------------------------------------------------------------
+
+CONFIG_OF = {
+    dim: BloomConfig(hidden_size=3 * dim, n_layer=2, n_head=3, vocab_size=16)
+    for dim in (8, 16, 20, 64, 80, 128)
+}
+CHUNKY = [(250, 15, 1), (6, 1, 15), (1, 1, 240), (9, 17, 1), (300, 2, 16), (1, 1, 1)]
+
+
+def attention_steps(config: BloomConfig, dtype: str, cuts, threads: int = 2) -> list[np.ndarray]:
+    """The outputs of feeding `cuts`, new tokens of each row step by step, to a fresh cache."""
+    backend = NumbaBackend(threads, dtype)
+    layer = backend.attention(1, config.n_head, config.head_dim)
+    return feed(layer, backend.cache(config, 3, 700), config, cuts)
+
+
+def feed(layer, cache, config: BloomConfig, cuts, round_to=np.float32) -> list[np.ndarray]:
+    stream = token_stream(config)
+    if round_to is not np.float32:  # as a float16 cache keeps them
+        split = stream.reshape(3, 700, config.n_head, 3, config.head_dim)
+        split[:, :, :, 1:] = split[:, :, :, 1:].astype(round_to)
+    outputs = []
+    for counts in cuts:
+        rows = [row for row in range(3) if counts[row]]
+        span = Span.of(rows, [counts[row] for row in rows])
+        at = [int(cache.lengths[row]) for row in rows]
+        qkv = [stream[r, a : a + counts[r]] for r, a in zip(rows, at, strict=True)]
+        outputs.append(layer(np.concatenate(qkv), cache, span))
+        cache.advance(span)
+    return outputs
+
+
+def token_stream(config: BloomConfig) -> np.ndarray:
+    """qkv of 700 tokens for each of 3 rows, [3, 700, H * 3 * D]."""
+    rng = np.random.default_rng(5)
+    return rng.standard_normal((3, 700, 3 * config.hidden_size)).astype(np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("head_dim", list(CONFIG_OF))
+def test_attention_equals_the_reference_across_block_and_chunk_edges(head_dim, dtype):
+    config = CONFIG_OF[head_dim]
+    backend = reference.ReferenceBackend()
+    expected = feed(
+        backend.attention(1, config.n_head, head_dim), backend.cache(config, 3, 700), config, CHUNKY,
+        np.float16 if dtype == "f16" else np.float32,
+    )  # fmt: skip
+    found = attention_steps(config, dtype, CHUNKY)
+    # Scores are sums of D products: at most 2 sqrt(D) EPS |q||k| off on both sides, and the ALiBi
+    # term 300 EPS; a weight is off by that share. |q||k| is near D, so D^1.5 EPS / sqrt(D) = D EPS.
+    bound = (4 * head_dim + 600) * EPS * 5  # |v| is at most 5
+    for step, (y, want) in enumerate(zip(found, expected, strict=True)):
+        assert np.abs(y - want).max() <= bound, step
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_attention_has_the_same_bits_however_the_tokens_are_cut(dtype):
+    config = CONFIG_OF[20]
+    total = np.array(CHUNKY).sum(axis=0)
+    whole = attention_steps(config, dtype, [tuple(total)])[0]
+    starts = np.concatenate([[0], np.cumsum(total)])
+    for threads in (1, 2):
+        pieces: list[list[np.ndarray]] = [[], [], []]
+        for counts, y in zip(CHUNKY, attention_steps(config, dtype, CHUNKY, threads), strict=True):
+            for row, piece in enumerate(np.split(y, np.cumsum(counts)[:-1])):
+                pieces[row].append(piece)
+        for row in range(3):
+            joined = np.concatenate(pieces[row])
+            assert same_bits(joined, whole[starts[row] : starts[row + 1]]), (row, threads)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_attention_hides_nan_of_forgotten_tokens_and_shows_nan_of_held_ones(dtype):
+    config = CONFIG_OF[16]
+    backend = NumbaBackend(2, dtype)
+    layer, cache = backend.attention(0, 3, 16), backend.cache(config, 1, 64)
+    stream = token_stream(config)[0]
+    ten = Span.of([0], [10])
+    y = layer(stream[:10], cache, ten)
+    cache.advance(ten)
+    assert np.isfinite(y).all()
+    assert np.isnan(layer(np.full_like(stream[:10], np.nan), cache, ten)).all()
+    cache.advance(ten)
+    assert np.isnan(layer(stream[20:21], cache, Span.of([0], [1]))).all()
+    cache.truncate(0, 10)
+    again = layer(stream[10:11], cache, Span.of([0], [1]))
+    fresh_cache = backend.cache(config, 1, 64)
+    fresh = layer(stream[:11], fresh_cache, Span.of([0], [11]))
+    assert same_bits(again[0], fresh[10])
+
+
+def test_keys_beyond_float16_end_as_nan_not_as_a_number():
+    config = CONFIG_OF[16]
+    backend = NumbaBackend(2, "f16")
+    layer, cache = backend.attention(0, 3, 16), backend.cache(config, 1, 64)
+    qkv = np.abs(token_stream(config)[0, :4])
+    qkv.reshape(4, 3, 3, 16)[1, :, 1:, 3] = 70000.0  # keys and values beyond 65,504
+    y = layer(qkv, cache, Span.of([0], [4]))
+    assert not np.isfinite(y.reshape(4, 3, 16)[1:, :, 3]).any()
+    assert np.isfinite(y[0]).all()
+
+
+# -- top, slopes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 100, 1000, 8191])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_top_equals_a_stable_sort(size, temperature):
+    rng = np.random.default_rng(size)
+    logits = (5 * rng.standard_normal((3, size))).astype(np.float32)
+    logits[1] = np.rint(logits[1])  # many ties
+    logits[2] = 7  # nothing but ties
+    backend = NumbaBackend()
+    order = np.argsort(-logits, axis=1, kind="stable")
+    scaled = logits.astype(np.float64) / temperature
+    peak = scaled.max(axis=1)
+    logsumexp = peak + np.log(np.exp(scaled - peak[:, None]).sum(axis=1))
+    for k in sorted({1, min(5, size), min(40, size), size}):
+        top = backend.top(logits, k, temperature)
+        assert np.array_equal(top.ids, order[:, :k])
+        assert np.array_equal(top.logits, np.take_along_axis(logits, order[:, :k], axis=1))
+        # float32: a lane sums size / 16 terms, each 2e-7 off; 1 / temperature is rounded
+        bound = (size / 16 + 4) * EPS + EPS * np.abs(peak) * 2 + 40 * EPS / temperature
+        assert (np.abs(top.logsumexp - logsumexp) <= bound).all()
+        single = backend.top(logits[1:2], k, temperature)
+        assert np.array_equal(single.ids[0], top.ids[1])
+        assert single.logsumexp[0] == top.logsumexp[1]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf], ids=str)
+@pytest.mark.parametrize("at", [0, 8, 99])
+def test_top_reports_a_logit_that_is_not_finite(bad, at):
+    logits = np.random.default_rng(0).standard_normal((2, 100)).astype(np.float32)
+    clean = NumbaBackend().top(logits, 3)
+    logits[1, at] = bad
+    top = NumbaBackend().top(logits, 3)
+    assert not np.isfinite(top.logsumexp[1])
+    assert top.logsumexp[0] == clean.logsumexp[0]
+
+
+def test_top_of_minus_infinity_alone_is_not_a_number():
+    top = NumbaBackend().top(np.full((1, 20), -np.inf, np.float32), 1)
+    assert not np.isfinite(top.logsumexp).any()
+
+
+@pytest.mark.parametrize("n_head", [1, 2, 3, 4, 6, 7, 12, 16, 25, 32, 40, 112])
+def test_slopes_equal_those_of_transformers(n_head):
+    torch = pytest.importorskip("torch")
+    modeling = pytest.importorskip("transformers.models.bloom.modeling_bloom")
+    bias = modeling.build_alibi_tensor(torch.ones(1, 2), n_head, torch.float32)  # [H, 1, 2]
+    assert slopes(n_head).dtype == np.float32
+    # two pow() functions: half a unit in the last place each
+    assert np.abs(slopes(n_head) / bias[:, 0, 1].numpy() - 1).max() <= EPS
+
+
+# -- what the backend chooses, and refuses --------------------------------------------------------------
+
+
+def test_a_tier_is_chosen_only_where_all_its_features_are():
+    for tier, needs in TIERS.items():
+        assert best_tier(frozenset(needs)) == tier
+    assert best_tier(frozenset({"avx512f", "avx2"})) == "portable"
+    assert BEST == TIERS_HERE[0]
+
+
+@pytest.mark.parametrize("threads", [0, -1, 100_000, 1.5, "2"])
+def test_an_impossible_number_of_threads_is_refused(threads):
+    most = numba.config.NUMBA_NUM_THREADS
+    with pytest.raises(UsageError, match=f"^threads is {threads!r}, expected 1 to {most} "):
+        NumbaBackend(threads)
+
+
+def test_threads_are_at_most_the_physical_cores_by_default():
+    cores = numba_layers.physical_cores()
+    assert 1 <= cores <= (os.cpu_count() or 1)
+    assert NumbaBackend().threads == min(cores, numba.config.NUMBA_NUM_THREADS)
+
+
+def test_a_description_says_tier_threads_layer_and_cache():
+    backend = NumbaBackend(1, "f32")
+    assert backend.description == f"{BEST}, 1 thread ({backend.threading_layer}), f32 cache"
+
+
+def test_no_threading_layer_is_a_backend_error(monkeypatch):
+    def refuse(*args: object) -> None:
+        raise ValueError("No threading layer could be loaded.")
+
+    monkeypatch.setattr(numba_layers.numba, "threading_layer", refuse)
+    monkeypatch.setattr(numba_layers.numba, "set_num_threads", refuse)
+    monkeypatch.setattr(numba_layers.numba.config, "THREADING_LAYER", "omp")
+    with pytest.raises(BackendError, match=r"^numba starts no threads here \(No threading layer"):
+        NumbaBackend(1)
+
+
+def test_the_workqueue_layer_warns_and_takes_one_call_at_a_time(monkeypatch):
+    monkeypatch.setattr(numba_layers.numba, "threading_layer", lambda: "workqueue")
+    with pytest.warns(RuntimeWarning, match="omp threading layer does not load here"):
+        backend = NumbaBackend(1)
+    inside, most = 0, 0
+
+    def step(ids, cache, span):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        threading.Event().wait(0.01)
+        inside -= 1
+        return ids
+
+    run = backend.compile(step)
+    threads = [threading.Thread(target=run, args=(i, None, None)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_a_cache_that_memory_cannot_hold_says_its_size():
+    with pytest.raises(CapacityError, match=r"^no memory for a cache of 1 x 1\d+ tokens \(.* GB\)"):
+        NumbaBackend().cache(CONFIG_OF[128], 1, 10**13)
+
+
+AVX2_SCRIPT = """
+import sys
+import numpy as np
+import bloomq
+model = bloomq.load()
+print(model.backend.tier)
+generation = model.generate("Once upon a time", max_new_tokens=24)
+print(*generation.ids)
+ids = np.arange(100, 140)
+np.save(sys.argv[1], model(ids).logits)
+"""
+AVX2_FEATURES = "+64bit,+avx,+avx2,+bmi,+bmi2,+cx16,+cx8,+f16c,+fma,+fxsr,+lzcnt,+mmx,+movbe," \
+    "+popcnt,+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3"  # fmt: skip
+
+
+@pytest.mark.skipif("avx2" not in TIERS_HERE, reason="this processor has no AVX2")
+def test_a_process_lowered_to_avx2_takes_that_tier_and_writes_the_same_text(tmp_path: Path):
+    lowered = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": AVX2_FEATURES}
+    found = []
+    for name, extra in (("avx2", lowered), (BEST, {})):
+        done = subprocess.run(
+            [sys.executable, "-c", AVX2_SCRIPT, str(tmp_path / f"{name}.npy")],
+            env={**os.environ, **extra}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        tier, ids = done.stdout.splitlines()
+        assert tier == name
+        found.append((ids, np.load(tmp_path / f"{name}.npy")))
+    (ids, logits), (same_ids, same_logits) = found
+    # The sums of layer norms run in another order, so an activation may take the next code: logits
+    # differ by 1e-4 of their size (NMSE), far less than int4 itself changes them.
+    assert np.square(logits - same_logits).sum() <= 1e-4 * np.square(same_logits).sum()
+    assert ids == same_ids

@@ -1,0 +1,156 @@
+"""Rules of the source tree, read from the code itself."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bloomq
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "numba", "jax", "transformers", "tokenizers", "safetensors", "rich")
+
+# Level of every module: imports of ours go to a lower level, or to one named here.
+LEVELS = {
+    "errors": 0,
+    "config": 1, "schemes": 1, "weights": 1, "tokenizer": 1, "tensorfile": 1,
+    "layers": 2, "pack": 2, "pack_writer": 2,
+    "backends.reference": 3, "backends.numba_cpu": 3, "model": 3, "heads": 3,
+    "sampling": 4, "generation": 4,
+    "backends": 5, "loading": 5, "describe": 5, "console": 5, "cli": 5, "__main__": 5,
+    "converters": 3, "": 6,
+}  # fmt: skip
+SAME_LEVEL = {
+    ("schemes", "errors"), ("weights", "schemes"), ("tensorfile", "schemes"),
+    ("pack_writer", "pack"), ("heads", "model"), ("generation", "sampling"),
+    ("cli", "console"), ("cli", "loading"), ("cli", "describe"), ("__main__", "cli"),
+    ("describe", "loading"), ("describe", "backends"), ("loading", "backends"),
+    ("converters", "cli"),  # `python -m bloomq.converters.hf` is the command `convert`
+}  # fmt: skip
+# What a level may import of the outside: the model and the loop know no engine and no file.
+NO_ENGINE = ("model", "heads", "sampling", "generation", "layers")
+
+
+def modules() -> dict[str, Path]:
+    """Every module of ours, by its dotted name below `bloomq`."""
+    found = {}
+    for base, prefix in ((ROOT / "bloomq", ""), (ROOT / "converters", "converters.")):
+        for path in base.rglob("*.py"):
+            parts = path.relative_to(base).with_suffix("").parts
+            found[prefix + ".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[str]:
+    """Modules that a file imports: anywhere in it, or when it is imported itself."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level else list(ast.walk(tree))
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def group(module: str) -> str:
+    """The entry of LEVELS that a module belongs to."""
+    found = module
+    while found not in LEVELS:
+        found = found.rpartition(".")[0]
+    assert found or not module, f"{module} has no level: give it one"
+    return found
+
+
+def own_imports(path: Path) -> set[str]:
+    known = set(modules())
+    names = {n.removeprefix("bloomq").lstrip(".") for n in imports(path) if n.startswith("bloomq")}
+    return {name for name in names if name in known and name}
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_only_go_down(module: str) -> None:
+    here = group(module)
+    for other in own_imports(modules()[module]):
+        there = group(other)
+        allowed = here == there or LEVELS[there] < LEVELS[here] or (here, there) in SAME_LEVEL
+        assert allowed, f"{module} (level {LEVELS[here]}) imports {other} (level {LEVELS[there]})"
+
+
+def test_backends_do_not_import_each_other_or_the_model() -> None:
+    for module, path in modules().items():
+        if not module.startswith("backends."):
+            continue
+        mine = ".".join(module.split(".")[:2])
+        for other in own_imports(path):
+            assert other not in ("model", "heads", "generation", "sampling", "loading")
+            assert not other.startswith("backends.") or other.startswith(mine)
+
+
+@pytest.mark.parametrize("module", NO_ENGINE)
+def test_the_model_and_the_loop_know_no_engine(module: str) -> None:
+    roots = {name.split(".")[0] for name in imports(modules()[module])}
+    assert not roots & {"numba", "torch", "jax", "llvmlite", "safetensors", "tokenizers", "os"}
+
+
+def test_import_is_light() -> None:
+    code = f"import sys, bloomq; print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_is_light() -> None:
+    code = (
+        "import sys\nfrom bloomq.cli import main\n"
+        f"try: main(['--help'])\nexcept SystemExit: print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_every_exported_name_is_there() -> None:
+    for name in bloomq.__all__:
+        assert getattr(bloomq, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = bloomq.nonsense
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_nothing_catches_every_exception(module: str) -> None:
+    """A backend's panic is a BaseException, so one place catches that, and re-raises what is not."""
+    for node in ast.walk(ast.parse(modules()[module].read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{module}:{node.lineno} has a bare except"
+            assert ast.unparse(node.type) != "Exception" or module == "tokenizer"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_nothing_unpickles(module: str) -> None:
+    roots = {name.split(".")[0] for name in imports(modules()[module])}
+    assert not roots & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+    assert "torch.load" not in modules()[module].read_text()
+
+
+def test_every_module_says_what_it_is() -> None:
+    for module, path in modules().items():
+        source = path.read_text()
+        assert not source.strip() or ast.get_docstring(ast.parse(source)), module
+
+
+def test_error_messages_are_one_lower_case_line_without_a_full_stop() -> None:
+    """Of every `raise SomethingError("...")` with a literal start."""
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
+                continue
+            texts = [ast.unparse(arg) for arg in node.exc.args]
+            for text in texts:
+                assert "\\n" not in text, f"{module}:{node.lineno}"
+                assert not re.search(r"\.['\"]\)?$", text), f"{module}:{node.lineno}"
