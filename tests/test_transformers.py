@@ -29,13 +29,14 @@ TINIES = [
 PROMPTS = ["Once upon a time", "Il était une fois", "def main(", "La ciudad de", "O gato"]
 # Measured on the demo, 2 x 64 tokens of text: (worst matrix product's, logits') NMSE against
 # transformers with the dequantized weights. What differs is int8 activations (in groups of the
-# scheme's size; int8's are 128), nf4's code book rounded to 1/127 and the float16 cache.
+# scheme's size; int8's are 128: the smaller, the less), nf4's code book rounded to 1/127 and the float16 cache. The
+# worst product is always h.1.mlp.down, whose inputs after gelu are the most uneven.
 MEASURED = {
-    ("int4", 32): (0.0, 0.0),
-    ("int4", 64): (0.0, 0.0),
-    ("int4", 128): (0.0, 0.0),
-    ("int8", None): (0.0, 0.0),
-    ("nf4", None): (0.0, 0.0),
+    ("int4", 32): (4.05e-5, 1.83e-5),
+    ("int4", 64): (6.98e-5, 2.54e-5),
+    ("int4", 128): (1.13e-4, 4.49e-5),
+    ("int8", None): (1.15e-4, 3.94e-5),
+    ("nf4", None): (9.23e-5, 4.04e-5),
 }
 TEXTS = [
     "The old man sat by the window and watched the rain fall over the quiet street below him. " * 4,
@@ -232,8 +233,6 @@ def test_a_quantized_demo_equals_transformers_up_to_int8_activations(pack_of, sc
     logits = nmse(model(ids).logits, oracle_logits(hf, ids))
     assert len(product) == 17  # 4 a layer, and the head
     worst, measured = MEASURED[scheme, group]
-    print(f"{scheme} {group}: worst {max(product.values()):.2e} {max(product, key=product.get)}, "
-          f"logits {logits:.2e}")  # fmt: skip
     assert max(product.values()) <= min(5e-4, 2.5 * worst)
     assert logits <= 2.5 * measured
 
