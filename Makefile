@@ -18,6 +18,7 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p bloomq
+	$(BIN)/mypy converters
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff format .

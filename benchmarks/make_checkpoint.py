@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+from bloomq.converters.names import expected_tensors, huggingface_name
 
 from bloomq.config import BloomConfig, weight_specs
-from bloomq.converters.names import expected_tensors, huggingface_name
 from bloomq.schemes import f32_to_bf16
 
 # hidden_size, n_layer, n_head of the published models; all have 250,880 tokens.

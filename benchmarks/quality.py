@@ -1,10 +1,11 @@
 """What each scheme costs in quality: perplexity, KL divergence and top-1 agreement against f32.
 
-    python benchmarks/quality.py [--checkpoint DIR] [--text FILE_OR_DIR] [--tokens 20000] [--json FILE]
+    python benchmarks/quality.py [--checkpoint DIR] [--text FILE_OR_DIR] [--tokens 20000] [--json
+    FILE]
 
 Windows of `--window` tokens without overlap from the start of each file; every token but a window's
-first is predicted. KL is of the scheme's distribution from the f32 pack's, in nats a token, over all
-positions; the interval is two standard errors of the difference in loss, windows as samples.
+first is predicted. KL is of the scheme's distribution from the f32 pack's, in nats a token, over
+all positions; the interval is two standard errors of the difference in loss, windows as samples.
 Runs through the Numba backend, so the rounding of activations is included.
 """
 

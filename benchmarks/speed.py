@@ -158,7 +158,8 @@ def report(row: dict[str, float]) -> None:
         f"  bandwidth   {row['bandwidth_gb_s']:7.1f} GB/s read, measured between the samples\n"
         f"  tg{OUTPUT}        {row['decode_tok_s']:7.1f} tok/s = {row['decode_gb_s']:.1f} GB/s = "
         f"{row['decode_percent']:.0f} % of it\n"
-        f"  pp{PROMPT}       {row['prefill_tok_s']:7.0f} tok/s = {row['prefill_gmac_s']:.0f} GMAC/s",
+        f"  pp{PROMPT}       {row['prefill_tok_s']:7.0f} tok/s = "
+        f"{row['prefill_gmac_s']:.0f} GMAC/s",
         flush=True,
     )
 

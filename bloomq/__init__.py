@@ -25,7 +25,8 @@ _WHERE = {
     **dict.fromkeys(
         (
             "BackendError", "BloomqError", "CapacityError", "CheckpointError", "ConfigError",
-            "InputNotFound", "NumericError", "OutputError", "PackError", "TokenizerError", "UsageError",
+            "InputNotFound", "NumericError", "OutputError", "PackError", "TokenizerError",
+            "UsageError",
         ),
         "errors",
     ),

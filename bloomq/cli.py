@@ -1,6 +1,7 @@
 """The `bloomq` command: text on stdout, everything else on stderr.
 
-Exit codes: 0 done; 1 a `BloomqError`, in one line; 2 wrong usage; 130 Ctrl-C, what was produced kept.
+Exit codes: 0 done; 1 a `BloomqError`, in one line; 2 wrong usage; 130 Ctrl-C, what was produced
+kept.
 """
 
 from __future__ import annotations
@@ -288,7 +289,7 @@ def verify(pack: Path) -> None:
 def warmup(model: Path | None, backend: str, threads: int | None, context: int | None) -> None:
     """Compile the kernels that a pack needs, so that its first use is as fast as the next."""
     loaded = _load(model, backend, threads, context, quiet=False)
-    loaded.generate([1] * 16, max_new_tokens=2)  # one prefill step, one decode step
+    loaded.generate([[1] * 16], max_new_tokens=2)  # one prefill step, one decode step
     click.echo(f"ready: {loaded.backend.name} ({loaded.backend.description})")
 
 

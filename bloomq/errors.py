@@ -1,11 +1,11 @@
 """The errors of bloomq: one tree, so that `except bloomq.BloomqError` catches all and nothing else.
 
     BloomqError
-    ├── UsageError (ValueError)          an argument that cannot be: an option's value, an empty prompt
+    ├── UsageError (ValueError)          an argument that cannot be: an option, an empty prompt
     ├── InputNotFound (FileNotFoundError)  no such path
     ├── CheckpointError (ValueError)     a checkpoint that is damaged, incomplete or of another kind
     ├── ConfigError (ValueError)         a config.json that bloomq cannot honour
-    ├── TokenizerError (ValueError)      a tokenizer.json that cannot be read or does not fit the model
+    ├── TokenizerError (ValueError)      a tokenizer.json that is damaged or does not fit the model
     ├── PackError (ValueError)           a pack that is damaged, or written by a newer version
     ├── OutputError (OSError)            the output cannot be written: exists, disk full, no rights
     ├── BackendError (RuntimeError)      a backend that is unknown, absent or cannot run this pack

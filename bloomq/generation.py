@@ -1,7 +1,7 @@
 """The generation loop: prompts in, tokens out, one step for all rows that are not finished.
 
-`generate_steps` yields tokens, `TextAssembler` makes them text; who calls them (`loading`, `cli`) decides
-what to do with it. Invariant: a row's tokens do not depend on the other rows of its batch.
+`generate_steps` yields tokens, `TextAssembler` makes them text; who calls them (`loading`, `cli`)
+decides what to do with it. Invariant: a row's tokens do not depend on the other rows of its batch.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ class TextAssembler:
 class Batch:
     """Some prompts in one cache, from prefill to the last token.
 
-    Raises: UsageError for an empty prompt or no new tokens, CapacityError where a prompt and its new
-    tokens exceed `context`.
+    Raises: UsageError for an empty prompt or no new tokens, CapacityError where a prompt and its
+    new tokens exceed `context`.
     """
 
     def __init__(

@@ -44,8 +44,9 @@ class CausalLM:
         return self._head(self.backend.take(x, wanted))
 
     def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Any:
-        """Logits of every position. input_ids: [B, T] or [T] whole numbers; attention_mask: the same
-        shape, 0 for padding, on either side or in the middle: positions count real tokens alone.
+        """Logits of every position. input_ids: [B, T] or [T] whole numbers; attention_mask: the
+        same shape, 0 for padding, on either side or in the middle: positions count real tokens
+        alone.
 
         Raises: UsageError for wrong shapes, types or ids.
         """

@@ -1,9 +1,9 @@
 """The layer interface: what a backend is, as the model and the generation loop see it.
 
 Every matrix product of BLOOM has one form, y = act(norm(x) @ W.T + b) + add, so every fusion worth
-having is a prologue or an epilogue of one `Linear`. Tokens of a step lie one after another, [M, C], M
-the tokens of all rows together: a `Span` says which belong to which row of the cache, so rows of
-different length cost nothing and never see each other.
+having is a prologue or an epilogue of one `Linear`. Tokens of a step lie one after another, [M,
+C], M the tokens of all rows together: a `Span` says which belong to which row of the cache, so
+rows of different length cost nothing and never see each other.
 
 The contract, which one test suite checks on every backend:
 - decisions are made at construction: a scheme that a backend cannot run fails there;
@@ -153,8 +153,8 @@ class Backend(Protocol):
 def slopes(n_head: int) -> F32:
     """The ALiBi slope of each head, float32 [H].
 
-    p = 2**floor(log2 H): slopes are powers 1..p of 2**(-8/p), then the odd powers of 2**(-4/p), with
-    the base rounded to float32 first, as transformers does.
+    p = 2**floor(log2 H): slopes are powers 1..p of 2**(-8/p), then the odd powers of 2**(-4/p),
+    with the base rounded to float32 first, as transformers does.
     Source: ALiBi (arXiv 2108.12409); transformers' build_alibi_tensor.
     """
     power = 1 << (n_head.bit_length() - 1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from time import perf_counter
-from typing import Any, overload
+from typing import Any
 
 from numpy.typing import ArrayLike
 
@@ -49,9 +49,9 @@ def load(
 ) -> LanguageModel:
     """Map a pack (None: the embedded demo) and build its layers on a backend.
 
-    backend: "auto", "numba", "cuda" or "reference"; threads: of the CPU, None for one a physical core;
-    context: the most tokens of prompt and output together, None for what the model was trained on
-    (ALiBi carries further, at some loss).
+    backend: "auto", "numba", "cuda" or "reference"; threads: of the CPU, None for one a physical
+    core; context: the most tokens of prompt and output together, None for what the model was
+    trained on (ALiBi carries further, at some loss).
 
     Raises: InputNotFound, PackError, TokenizerError, BackendError, UsageError.
     """
@@ -197,10 +197,6 @@ class LanguageModel:
         output: CausalLMOutput = self.causal_lm(input_ids, attention_mask)
         return output
 
-    @overload
-    def generate(self, prompt: str, **kwargs: Any) -> Generation: ...
-    @overload
-    def generate(self, prompt: Sequence[Prompt], **kwargs: Any) -> list[Generation]: ...
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
@@ -213,8 +209,8 @@ class LanguageModel:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         progress: PrefillProgress = lambda done, total: None,
-    ) -> Generation | list[Generation]:
-        """Continue a prompt (text, or token ids), or several at once as one batch.
+    ) -> Any:
+        """Continue a prompt (text, or token ids): a Generation; or several at once: a list of them.
 
         Sampling options: see `Sampling`; stop: strings that end the text, and are not part of it.
         Ctrl-C ends the call and returns what was produced, with finish_reason "interrupted".
@@ -275,15 +271,9 @@ class LanguageModel:
         return room
 
 
-def _is_ids(prompt: object) -> bool:
-    return (
-        hasattr(prompt, "__getitem__")
-        and len(prompt) > 0
-        and not isinstance(  # type: ignore[arg-type]
-            prompt[0],
-            str | list | tuple,  # type: ignore[index]
-        )
-    )
+def _is_ids(prompt: Sequence[Prompt] | Sequence[int]) -> bool:
+    """Is this one prompt of token ids, not several prompts?"""
+    return len(prompt) > 0 and not isinstance(prompt[0], str | list | tuple)
 
 
 def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:

@@ -80,8 +80,8 @@ class BloomModel:
         most = int((cache.lengths[span.rows] + span.counts).max())
         if most > cache.capacity:
             raise CapacityError(
-                f"{most} tokens in a row, the cache holds {cache.capacity}: use a shorter prompt, fewer "
-                "new tokens or a larger context"
+                f"{most} tokens in a row, the cache holds {cache.capacity}: use a shorter prompt, "
+                "fewer new tokens or a larger context"
             )
 
     def find_not_finite(self, ids: I64, cache: Cache, span: Span) -> NumericError:
@@ -98,6 +98,6 @@ class BloomModel:
         if np.isfinite(self.backend.numpy(x)).all():
             name = "ln_f or the head"
         return NumericError(
-            f"NaN or infinity after {name}: the checkpoint is damaged or overflows: run 'bloomq verify', "
-            "or convert with another scheme"
+            f"NaN or infinity after {name}: the checkpoint is damaged or overflows: run "
+            "'bloomq verify', or convert with another scheme"
         )

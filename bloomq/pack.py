@@ -4,8 +4,8 @@
     weights-00001-of-0000N.safetensors   the arrays of `stored_arrays`, each 64-byte aligned
     tokenizer.json                       the checkpoint's, byte for byte (may be absent)
 
-A pack is untrusted input. Invariant: a `Pack` that opened has every array its config asks for, of the
-dtype and shape its scheme says, inside a file of the right size; `verify` checks the bytes too.
+A pack is untrusted input. Invariant: a `Pack` that opened has every array its config asks for, of
+the dtype and shape its scheme says, inside a file of the right size; `verify` checks the bytes too.
 docs/format.md is the specification.
 """
 
@@ -39,7 +39,8 @@ Progress = Callable[[int], None]  # called with the bytes done since the last ca
 def stored_arrays(spec: WeightSpec, scheme: Scheme | None) -> dict[str, Part]:
     """The arrays of one weight, by pack key: a matrix by its scheme, vectors as float32.
 
-    Vectors are padded with zeros to a multiple of 32, so that every array is a multiple of 64 bytes.
+    Vectors are padded with zeros to a multiple of 32, so that every array is a multiple of 64
+    bytes.
     """
     length = (round_up(spec.shape[0], 32),)
     if spec.kind == "norm":

@@ -1,8 +1,8 @@
 """Writing a pack so that it is either whole or not there.
 
 Everything goes into a hidden folder beside the target, `.NAME.partial`, under a lock; the manifest
-comes last, files and folders are flushed to disk, and one rename makes the pack visible. A run that is
-killed leaves that hidden folder without a manifest; the next run takes it over.
+comes last, files and folders are flushed to disk, and one rename makes the pack visible. A run
+that is killed leaves that hidden folder without a manifest; the next run takes it over.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -59,7 +59,7 @@ class PackWriter:
         self._schemes = schemes
         self._shards = _plan(weight_specs(config), schemes)
         self._of = {key: shard for shard in self._shards for key in shard.places}
-        self._open: tuple[_Shard, BinaryIO] | None = None
+        self._open: tuple[_Shard, IO[bytes]] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -71,10 +71,10 @@ class PackWriter:
         shard = self._of[key]
         if self._open is None or self._open[0] is not shard:
             self._close_shard()
-            file = (self._folder / shard.name).open("wb")
+            file: IO[bytes] = (self._folder / shard.name).open("wb")
             file.write(shard.header)
             self._open = (shard, file)
-        view = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+        view = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         done = shard.written.get(key, 0)
         file = self._open[1]
         file.seek(shard.places[key][1] + done)
@@ -127,7 +127,7 @@ class PackWriter:
     def abandon(self) -> None:
         """Close what is open; the caller removes the folder."""
         if self._open is not None:
-            with _ignore_oserror():  # a full disk is being reported already
+            with suppress(OSError):  # a full disk is being reported already
                 self._open[1].close()
             self._open = None
 
@@ -166,7 +166,7 @@ def writing_pack(
             finally:
                 writer.abandon()
     except BaseException:
-        with _ignore_oserror():  # what is not ours or not empty stays
+        with suppress(OSError):  # what is not ours or not empty stays
             folder.rmdir() if lock is None else shutil.rmtree(folder)
             for parent in made:
                 parent.rmdir()
@@ -291,11 +291,3 @@ def _os_errors(target: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{target}: disk full: free some space, then run it again") from None
         raise OutputError(f"{target}: cannot be written: {error.strerror}") from None
-
-
-@contextmanager
-def _ignore_oserror() -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        pass

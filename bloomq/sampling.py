@@ -1,4 +1,6 @@
-"""From the logits of one row to the next token: options checked once, then a callable per sequence."""
+"""From the logits of one row to the next token: options checked once, then a callable per
+sequence.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ class Sampling:
     temperature 0: the most likely token (of equals the lowest id). Otherwise a draw from
     softmax(logits / temperature), cut to the top_k likeliest (0: all), then to the fewest whose
     probabilities reach top_p (1: all). repetition_penalty p: the logit of a token that occurred, in
-    prompt or output, is divided by p where positive and multiplied where negative (1: off), before all
-    else. seed None: a new one each time.
+    prompt or output, is divided by p where positive and multiplied where negative (1: off), before
+    all else. seed None: a new one each time.
 
     Raises: UsageError for a value that cannot be.
     """
@@ -136,8 +138,8 @@ def top_of(logits: F32, k: int, temperature: float = 1.0) -> Top:
 
 
 def penalise(logits: F32, seen: I64, penalty: float) -> F32:
-    """Copy of logits [V] with the tokens `seen` made less likely. Source: CTRL (arXiv 1909.05858), in
-    transformers' form."""
+    """Copy of logits [V] with the tokens `seen` made less likely. Source: CTRL (arXiv 1909.05858),
+    in transformers' form."""
     out = logits.copy()
     picked = out[seen]
     out[seen] = np.where(picked > 0, picked / np.float32(penalty), picked * np.float32(penalty))

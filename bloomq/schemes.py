@@ -8,11 +8,11 @@ the matrix; rows are padded to whole pairs of tiles, columns to whole groups, bo
     int4             codes  [N/16, K/8, 16, 4] uint8    scales [N/16, K/G, 16] float16
     nf4              codes  as int4                     scales [N/16, K/64, 16] float16
 
-A byte of 4-bit codes holds column k in its low and column k + 4 in its high nibble, so that 64 bytes
-are 8 columns of 16 rows and one lane is one row.
+A byte of 4-bit codes holds column k in its low and column k + 4 in its high nibble, so that 64
+bytes are 8 columns of 16 rows and one lane is one row.
 
-Invariant: dequantize(quantize(w)) depends on each row (int8) or group (int4, nf4) alone, so a matrix
-can be quantized in blocks of rows; a group of zeros has scale 0 and never divides.
+Invariant: dequantize(quantize(w)) depends on each row (int8) or group (int4, nf4) alone, so a
+matrix can be quantized in blocks of rows; a group of zeros has scale 0 and never divides.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def get_scheme(name: str, group_size: int | None = None) -> Scheme:
 
 
 DEFAULT_INT4_GROUP = 64
-# float: columns are summed in blocks of 64, which keeps float32 sums short; int8: the columns of one
-# activation scale; nf4: the block of bitsandbytes.
+# float: columns are summed in blocks of 64, which keeps float32 sums short; int8: the columns of
+# one activation scale; nf4: the block of bitsandbytes.
 _FIXED_GROUP = {"f32": 64, "f16": 64, "bf16": 64, "int8": 128, "nf4": 64}
 SCHEME_NAMES = ("int8", "int4", "nf4", "f32", "bf16", "f16")
 
@@ -176,7 +176,7 @@ def f32_to_bf16(x: F32) -> NDArray[np.uint16]:
     return np.where(np.isnan(x), (bits >> 16) | 0x40, rounded).astype(np.uint16)
 
 
-# -- layouts -----------------------------------------------------------------------------------------
+# -- layouts --------------------------------------------------------------------------------------
 
 
 def tile_rows(x: Array) -> Array:
@@ -219,7 +219,7 @@ def untile_nibbles(tiled: Array) -> NDArray[np.uint8]:
     return split.reshape(tiles * TILE, 8 * k8)
 
 
-# -- float -------------------------------------------------------------------------------------------
+# -- float ----------------------------------------------------------------------------------------
 
 
 def _quantize_float(w: F32, scheme: Scheme) -> dict[str, Array]:
@@ -267,8 +267,9 @@ def reciprocal(scales: F32) -> F32:
 # -- int4: groups along K, 16 levels -8..7, error-minimising scale ---------------------------------
 
 # The group's largest weight is tried at each of these levels; -8 alone is round to nearest. A
-# fractional level lets the scale shrink or grow a little, whatever lowers the squared error: by 8 to
-# 11 % against -8 alone on normal weights, within 1 % of what 32 levels reach (docs/experiments.md).
+# fractional level lets the scale shrink or grow a little, whatever lowers the squared error: by 8
+# to 11 % against -8 alone on normal weights, within 1 % of what 32 levels reach
+# (docs/experiments.md).
 INT4_LEVELS = (-8.0, -8.5, -7.5, -7.0, -6.5, -9.0)
 
 
@@ -317,7 +318,7 @@ def to_half(scales: F32) -> NDArray[np.float16]:
         return scales.astype(np.float16)
 
 
-# -- nf4: blocks of 64, the largest magnitude as scale ----------------------------------------------
+# -- nf4: blocks of 64, the largest magnitude as scale --------------------------------------------
 
 # A value goes to the nearest entry: the index is how many of these midpoints lie below it.
 NF4_MIDPOINTS: F32 = (NF4_CODEBOOK[1:] + NF4_CODEBOOK[:-1]) / np.float32(2)

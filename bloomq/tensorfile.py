@@ -30,7 +30,9 @@ DTYPES: dict[str, type[np.generic]] = {
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of a file: dtype as safetensors spells it, shape, and its bytes' place in the file."""
+    """A tensor of a file: dtype as safetensors spells it, shape, and its bytes' place in the
+    file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,7 +53,8 @@ class TensorFile:
     def open(cls, path: Path) -> TensorFile:
         """Check the header and map the file.
 
-        Raises: InputNotFound; CheckpointError for anything that is not whole and strict safetensors.
+        Raises: InputNotFound; CheckpointError for anything that is not whole and strict
+        safetensors.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -74,8 +77,8 @@ class TensorFile:
         except SafetensorError as error:
             if _looks_pickled(path):
                 raise CheckpointError(
-                    f"{path}: is a PyTorch pickle, which bloomq never opens (it can run code): save "
-                    "the model as safetensors"
+                    f"{path}: is a PyTorch pickle, which bloomq never opens (it can run code): "
+                    "save the model as safetensors"
                 ) from None
             raise CheckpointError(f"{path}: damaged or truncated ({error})") from None
         except OSError as error:
@@ -117,6 +120,8 @@ def _looks_pickled(path: Path) -> bool:
 
 def _entry(path: Path, name: str, dtype: str, shape: list[int], start: int) -> Entry:
     if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: {shown(name)} has dtype {dtype}, which bloomq does not read")
+        raise CheckpointError(
+            f"{path}: {shown(name)} has dtype {dtype}, which bloomq does not read"
+        )
     nbytes = math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize
     return Entry(dtype, tuple(shape), start, nbytes)

@@ -14,10 +14,10 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+from bloomq.converters.source import Checkpoint, SourceTensor
 
 from bloomq import __version__
 from bloomq.config import BloomConfig, WeightSpec, weight_specs
-from bloomq.converters.source import Checkpoint, SourceTensor
 from bloomq.errors import NumericError, UsageError
 from bloomq.pack import Pack
 from bloomq.pack_writer import writing_pack

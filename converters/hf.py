@@ -1,4 +1,5 @@
-"""Reads Hugging Face checkpoints: a folder with config.json and safetensors, in one file or sharded.
+"""Reads Hugging Face checkpoints: a folder with config.json and safetensors, in one file or
+sharded.
 
     python -m bloomq.converters.hf CHECKPOINT PACK --scheme int4
 
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from bloomq.config import BloomConfig, read_json
 from bloomq.converters.names import PREFIX, expected_tensors, huggingface_name
 from bloomq.converters.source import Checkpoint, SourceTensor
+
+from bloomq.config import BloomConfig, read_json
 from bloomq.errors import CheckpointError, ConfigError, InputNotFound
 from bloomq.pack import MANIFEST, TOKENIZER
 from bloomq.schemes import Array
@@ -31,7 +32,8 @@ _TOKENIZER_LIMIT_BYTES = 256 << 20
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Open the checkpoint in folder `path`; no tensor is read yet (but for a head that may be tied).
+    """Open the checkpoint in folder `path`; no tensor is read yet (but for a head that may be
+    tied).
 
     Raises: InputNotFound, ConfigError, CheckpointError.
     """
@@ -49,8 +51,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         tensors[name] = _checked(tensor, shape)
     if found:
         extra = sorted(found)
+        others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(
-            f"{path}: unexpected tensor {shown(extra[0])}{f' and {len(extra) - 1} more' * bool(extra[1:])}: "
+            f"{path}: unexpected tensor {shown(extra[0])}{others}: "
             "not part of a BLOOM language model (merge adapters first)"
         )
     tokenizer = _read_tokenizer(path / TOKENIZER)
@@ -99,8 +102,8 @@ def _find_tensors(path: Path) -> dict[str, SourceTensor]:
         names = _shard_names(path / _INDEX)
     elif pickles := sorted(p.name for p in path.glob("pytorch_model*.bin")):
         raise CheckpointError(
-            f"{path / pickles[0]}: is a pickle, which bloomq never opens (it can run code): save the "
-            "model as safetensors"
+            f"{path / pickles[0]}: is a pickle, which bloomq never opens (it can run code): save "
+            "the model as safetensors"
         )
     else:
         raise CheckpointError(f"{path}: no {_SINGLE} and no {_INDEX}: not a checkpoint")
@@ -134,8 +137,8 @@ def _shard_names(index: Path) -> list[str]:
 
 
 def _read_rows(path: Path, size: int, entry: Entry, start: int, stop: int) -> Array:
-    """Read by system calls, not through a mapping: pages of a 14 GB file stay out of our memory, and
-    a file cut short meanwhile is an error, not a crash."""
+    """Read by system calls, not through a mapping: pages of a 14 GB file stay out of our memory,
+    and a file cut short meanwhile is an error, not a crash."""
     row_bytes = entry.nbytes // max(entry.shape[0], 1)
     buffer = np.empty((stop - start) * row_bytes, np.uint8)
     done = 0
@@ -169,7 +172,8 @@ def _checked(tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:
 def _settle_tie(
     path: Path, config: BloomConfig, found: dict[str, SourceTensor]
 ) -> tuple[BloomConfig, tuple[str, ...]]:
-    """The config with the tie that the weights really have; drops a head that repeats the embedding.
+    """The config with the tie that the weights really have; drops a head that repeats the
+    embedding.
 
     As transformers: a head that is stored and differs stays a head of its own, whatever the config
     says.

@@ -1,4 +1,6 @@
-"""What every reader yields: a checkpoint's tensors, named as ours, read a block of rows at a time."""
+"""What every reader yields: a checkpoint's tensors, named as ours, read a block of rows at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,8 @@ class SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint as the converter sees it. `tensors` holds exactly what `config` asks for, each of
-    the right shape; notes are for the user."""
+    """A checkpoint as the converter sees it. `tensors` holds exactly what `config` asks for, each
+    of the right shape; notes are for the user."""
 
     config: BloomConfig
     tensors: Mapping[str, SourceTensor]

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from bloomq.converters.convert import convert
+from bloomq.converters.names import PREFIX, expected_tensors, huggingface_name
 from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig
-from bloomq.converters.convert import convert
-from bloomq.converters.names import PREFIX, expected_tensors, huggingface_name
 from bloomq.schemes import f32_to_bf16
 
 DEMO = Path(__file__).parent / "data" / "bloom-demo"
@@ -23,7 +23,7 @@ DEMO = Path(__file__).parent / "data" / "bloom-demo"
 
 @dataclass(frozen=True)
 class Tiny:
-    """A random BLOOM: biases and layer-norm gains are far from 0 and 1, so that each one matters."""
+    """A random BLOOM, its biases and layer-norm gains far from 0 and 1, so that each matters."""
 
     n_head: int = 4
     head_dim: int = 8

@@ -30,7 +30,9 @@ def run(*args: str, stdin: str | bytes = "", check: int | None = 0) -> subproces
 
 
 def error_line(done: subprocess.CompletedProcess) -> str:
-    """The one line that begins with `error:`, which must be the last and the only one of its kind."""
+    """The one line that begins with `error:`, which must be the last and the only one of its
+    kind.
+    """
     lines = done.stderr.splitlines()
     assert "Traceback" not in done.stderr
     assert sum(line.startswith("error: ") for line in lines) == 1
@@ -73,9 +75,10 @@ def test_the_same_seed_gives_the_same_text() -> None:
 def test_a_stop_string_ends_the_text_before_it() -> None:
     free = run("generate", "Once upon a time", "-n", "20").stdout.rstrip("\n")
     word = free.split()[2]
-    assert run("generate", "Once upon a time", "-n", "20", "--stop", word).stdout.rstrip(
-        "\n"
-    ) == free[: free.index(word)]
+    assert (
+        run("generate", "Once upon a time", "-n", "20", "--stop", word).stdout.rstrip("\n")
+        == free[: free.index(word)]
+    )
 
 
 def test_reference_and_numba_write_the_same_text() -> None:
@@ -109,9 +112,7 @@ def test_reference_and_numba_write_the_same_text() -> None:
         (("info", "/no/such"), 1, "no such pack"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line_with_its_remedy(
-    args: tuple[str, ...], code: int, says: str
-) -> None:
+def test_a_mistake_is_one_line_with_its_remedy(args: tuple[str, ...], code: int, says: str) -> None:
     done = run(*args, check=code)
     assert says in error_line(done)
     assert done.stdout == ""

@@ -1,4 +1,4 @@
-"""Generation: rows independent of their batch, text released at the right moment, ends and refusals."""
+"""Generation: rows independent of their batch, text released in time, ends and refusals."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def tokens(seed: int, count: int) -> list[int]:
     return np.random.default_rng(seed).integers(4, TINY.vocab_size, count).tolist()
 
 
-# -- a batch equals its prompts alone --------------------------------------------------------------------
+# -- a batch equals its prompts alone --------------------------------------------------------------
 
 
 def test_a_greedy_batch_equals_its_prompts_one_by_one(demo: LanguageModel):
@@ -120,7 +120,7 @@ def test_a_list_of_one_prompt_gives_a_list(demo: LanguageModel):
     assert found[0].ids == demo.generate("The", max_new_tokens=2).ids
 
 
-# -- numbers ---------------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_rates_of_no_time_and_no_tokens_are_zero():
     assert Stats(3, 0, 1.0, 1.0, 0.0).generated_tokens_per_s == 0
 
 
-# -- text and its ends -----------------------------------------------------------------------------------
+# -- text and its ends -----------------------------------------------------------------------------
 
 
 class Spelled:
@@ -216,7 +216,7 @@ def test_what_could_have_been_a_stop_string_is_released_when_it_is_not():
 
 def test_the_longest_possible_start_is_held_back():
     assert assembled([b"aa", b"ab", b"c"], "aabc") == (["", "a", ""], "", True)
-    assert assembled([b"aab", b"ab", b"d"], "aabc") == (["", "aab"[:0], "aababd"], "", False)
+    assert assembled([b"aab", b"aa", b"d"], "aabc") == (["", "aab", "aad"], "", False)
 
 
 def test_held_text_is_released_at_the_end():
@@ -325,7 +325,7 @@ def test_a_stream_equals_generate(demo: LanguageModel):
     assert next(stream, None) is None
 
 
-# -- interrupted -----------------------------------------------------------------------------------------
+# -- interrupted -----------------------------------------------------------------------------------
 
 
 def interrupted_steps(model: LanguageModel, monkeypatch, at: int, error: type = KeyboardInterrupt):
@@ -420,7 +420,7 @@ def test_another_error_is_not_swallowed(demo: LanguageModel, monkeypatch):
         demo.generate("The", max_new_tokens=5)
 
 
-# -- what is refused -------------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [0, -1, True, False, 1.5, "3", None], ids=str)
@@ -433,14 +433,14 @@ def test_an_impossible_number_of_new_tokens_is_refused(demo: LanguageModel, coun
 
 @pytest.mark.parametrize("prompt", ["", [[]], ["The", ""], ["", "The"]], ids=str)
 def test_an_empty_prompt_is_refused(demo: LanguageModel, prompt):
-    with pytest.raises(UsageError, match="^the prompt is empty: BLOOM needs at least one token"):
+    with pytest.raises(UsageError, match=r"^the prompt is empty: BLOOM needs at least one token"):
         demo.generate(prompt)
 
 
 def test_no_prompts_are_refused(demo: LanguageModel):
-    with pytest.raises(UsageError, match="^no prompts: give at least one$"):
+    with pytest.raises(UsageError, match=r"^no prompts: give at least one$"):
         demo.generate([])
-    with pytest.raises(UsageError, match="^no prompts: give at least one$"):
+    with pytest.raises(UsageError, match=r"^no prompts: give at least one$"):
         Batch(demo.causal_lm, [], Sampling(), max_new_tokens=1, context=8)
 
 
@@ -475,7 +475,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tiny: LanguageModel, wrong):
 
 def test_sampling_options_are_checked_before_anything_runs(demo: LanguageModel):
     for call in (demo.generate, demo.stream):
-        with pytest.raises(UsageError, match="^top_p is 2, expected above 0, at most 1$"):
+        with pytest.raises(UsageError, match=r"^top_p is 2, expected above 0, at most 1$"):
             call("The", top_p=2)
 
 
@@ -509,7 +509,7 @@ def test_stop_of_another_kind_is_refused_in_our_words(demo: LanguageModel, stop)
         demo.generate("a", stop=stop)
 
 
-# -- not a number ----------------------------------------------------------------------------------------
+# -- not a number ----------------------------------------------------------------------------------
 
 
 def planted(source: Path, target: Path, key: str, value: float) -> Path:
@@ -537,11 +537,11 @@ def planted(source: Path, target: Path, key: str, value: float) -> Path:
 )
 @pytest.mark.parametrize("backend", bloomq.backends.available())
 def test_a_weight_that_is_not_a_number_is_found_and_its_layer_named(
-    base: Path, tmp_path: Path, backend: str, key: str, where: str, value: float
+    base, tmp_path, *, backend, key, where, value
 ):
     path = planted(pack(base, TINY, "int8"), tmp_path / "pack", key, value)
     model = bloomq.load(path, backend=backend)
-    expected = f"^NaN or infinity after {where}: the checkpoint is damaged or overflows: run 'bloomq"
+    expected = f"^NaN or infinity after {where}: the checkpoint is damaged or overflows: "
     with np.errstate(invalid="ignore", over="ignore"), pytest.raises(NumericError, match=expected):
         model.generate([5, 6, 7], max_new_tokens=3)
     with np.errstate(invalid="ignore", over="ignore"):
@@ -551,7 +551,7 @@ def test_a_weight_that_is_not_a_number_is_found_and_its_layer_named(
 @CRASHES
 def test_not_a_number_in_a_prompt_of_several_steps_is_found(base: Path, tmp_path: Path):
     path = planted(pack(base, TINY, "int8"), tmp_path / "pack", "h.1.attn.out.bias", math.nan)
-    with pytest.raises(NumericError, match="^NaN or infinity after h.1: "):
+    with pytest.raises(NumericError, match=r"^NaN or infinity after h.1: "):
         bloomq.load(path).generate(tokens(0, PREFILL_TOKENS + 40), max_new_tokens=3)
 
 
@@ -566,7 +566,7 @@ def test_logits_that_turn_bad_while_decoding_leave_the_cache_as_it_was(tiny, mon
         return logits
 
     monkeypatch.setattr(tiny.causal_lm, "step", bad)
-    with pytest.raises(NumericError, match="^NaN or infinity after ln_f or the head: "):
+    with pytest.raises(NumericError, match=r"^NaN or infinity after ln_f or the head: "):
         tiny.generate([5, 6, 7], max_new_tokens=5)
     assert seen[-1].lengths.tolist() == [4]  # the prompt and one token
 

@@ -1,7 +1,7 @@
 """The Numba kernels against their NumPy twins: every scheme, tier, odd size, batch and extreme.
 
-Bounds are derived: `EPS` is float32's unit in the last place of 1, and sums are bounded by the sum of
-their terms' magnitudes.
+Bounds are derived: `EPS` is float32's unit in the last place of 1, and sums are bounded by the
+sum of their terms' magnitudes.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def twin(
     """The same in NumPy, float64 from the rounded operands on, and how far a right kernel may be.
 
     Integer schemes: the products of codes are exact; what rounds is one fused multiply-add a group,
-    its scale (a product of two or three float32) and the twin's restored values: (groups + 6) EPS of
-    the terms' magnitude. Float schemes: one fused multiply-add a column within a group, then one
+    its scale (a product of two or three float32) and the twin's restored values: (groups + 6) EPS
+    of the terms' magnitude. Float schemes: one fused multiply-add a column within a group, then one
     addition a group. A norm before it moves x by some EPS, and where x stood close to the middle
     between two codes by a whole code.
     """
@@ -115,7 +115,7 @@ def twin(
     if scheme.is_float:
         a, w, steps = x, case.weight.dequantize(), case.group + groups
     else:
-        with np.errstate(over="ignore"):  # 127 / peak of a group under 1e-36, which is then not used
+        with np.errstate(over="ignore"):  # 127 / peak of a group under 1e-36: not used
             a = reference.round_activations(x, case.group)
         w, steps = reference.integer_weights(case.weight), groups + 6
     a64, w64 = a.astype(np.float64), w.astype(np.float64)
@@ -164,7 +164,7 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-# -- linear -------------------------------------------------------------------------------------------
+# -- linear ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("scheme", "tier"), CASES)
@@ -288,7 +288,7 @@ def test_every_tier_gives_the_same_bits_for_one_integer_group(tier):
     assert same_bits(product(case, Machine(tier)), product(case, Machine("portable")))
 
 
-# -- exp, gelu, norm ------------------------------------------------------------------------------------
+# -- exp, gelu, norm -------------------------------------------------------------------------------
 
 
 def exp_kernel(tier: str):
@@ -339,8 +339,8 @@ def test_gelu_is_close_to_float64(tier):
     y = x.copy()
     gelu_kernel(tier)(y, 1)
     exact = exact_gelu(x.astype(np.float64))
-    # Relative: gelu goes with e^2u, and u is a few roundings off: 8 |u| EPS, |u| up to 43 where gelu
-    # is 1e-37.
+    # Relative: gelu goes with e^2u, and u is a few roundings off: 8 |u| EPS, |u| up to 43 where
+    # gelu is 1e-37.
     seen = np.abs(exact) > 1e-36
     assert (np.abs(y - exact)[seen] <= np.abs(exact[seen]) * 8 * 43 * EPS).all()
     assert (np.abs(y - exact) <= 4 * EPS * np.maximum(np.abs(x), 1)).all()
@@ -370,7 +370,7 @@ def test_norm_equals_its_twin(width, rows):
     exact -= exact.mean(axis=1, keepdims=True)
     exact /= np.sqrt(np.square(exact).mean(axis=1, keepdims=True) + epsilon)
     exact = exact * case.norm.gain + case.norm.bias
-    # The mean is off by at most `width` roundings, which the division by a small deviation enlarges.
+    # The mean is off by at most `width` roundings, which dividing by a small deviation enlarges.
     scale = np.abs(case.x).max(axis=1, keepdims=True) / np.sqrt(
         case.x.astype(np.float64).var(axis=1, keepdims=True) + epsilon
     )
@@ -379,7 +379,7 @@ def test_norm_equals_its_twin(width, rows):
     assert (np.abs(reference.layer_norm(case.x, case.norm) - exact) <= bound).all()
 
 
-# -- attention ------------------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
 
 CONFIG_OF = {
     dim: BloomConfig(hidden_size=3 * dim, n_layer=2, n_head=3, vocab_size=16)
@@ -423,8 +423,8 @@ def test_attention_equals_the_reference_across_block_and_chunk_edges(head_dim, d
     config = CONFIG_OF[head_dim]
     backend = reference.ReferenceBackend()
     expected = feed(
-        backend.attention(1, config.n_head, head_dim), backend.cache(config, 3, 700), config, CHUNKY,
-        np.float16 if dtype == "f16" else np.float32,
+        backend.attention(1, config.n_head, head_dim), backend.cache(config, 3, 700), config,
+        CHUNKY, np.float16 if dtype == "f16" else np.float32,
     )  # fmt: skip
     found = attention_steps(config, dtype, CHUNKY)
     # Scores are sums of D products: at most 2 sqrt(D) EPS |q||k| off on both sides, and the ALiBi
@@ -481,7 +481,7 @@ def test_keys_beyond_float16_end_as_nan_not_as_a_number():
     assert np.isfinite(y[0]).all()
 
 
-# -- top, slopes ----------------------------------------------------------------------------------------
+# -- top, slopes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 100, 1000, 8191])
@@ -534,14 +534,14 @@ def test_slopes_equal_those_of_transformers(n_head):
     assert np.abs(slopes(n_head) / bias[:, 0, 1].numpy() - 1).max() <= EPS
 
 
-# -- what the backend chooses, and refuses --------------------------------------------------------------
+# -- what the backend chooses, and refuses ---------------------------------------------------------
 
 
 def test_a_tier_is_chosen_only_where_all_its_features_are():
     for tier, needs in TIERS.items():
         assert best_tier(frozenset(needs)) == tier
     assert best_tier(frozenset({"avx512f", "avx2"})) == "portable"
-    assert BEST == TIERS_HERE[0]
+    assert TIERS_HERE[0] == BEST
 
 
 @pytest.mark.parametrize("threads", [0, -1, 100_000, 1.5, "2"])
@@ -575,7 +575,7 @@ def test_no_threading_layer_is_a_backend_error(monkeypatch):
 
 def test_the_workqueue_layer_warns_and_takes_one_call_at_a_time(monkeypatch):
     monkeypatch.setattr(numba_layers.numba, "threading_layer", lambda: "workqueue")
-    with pytest.warns(RuntimeWarning, match="omp threading layer does not load here"):
+    with pytest.warns(RuntimeWarning, match=r"omp threading layer does not load here"):
         backend = NumbaBackend(1)
     inside, most = 0, 0
 

@@ -11,7 +11,12 @@ from models import DEMO, Tiny, checkpoint, copied, pack
 
 import bloomq
 from bloomq.errors import (
-    BackendError, CapacityError, InputNotFound, PackError, TokenizerError, UsageError,
+    BackendError,
+    CapacityError,
+    InputNotFound,
+    PackError,
+    TokenizerError,
+    UsageError,
 )  # fmt: skip
 from bloomq.layers import Span
 from bloomq.loading import LanguageModel, demo_pack
@@ -35,7 +40,7 @@ def tiny(base: Path) -> LanguageModel:
     return bloomq.load(pack(base, TINY, "int4"))
 
 
-# -- what load returns -----------------------------------------------------------------------------------
+# -- what load returns -----------------------------------------------------------------------------
 
 
 def test_without_a_path_the_embedded_demo_is_loaded(demo: LanguageModel):
@@ -65,20 +70,20 @@ def test_an_impossible_context_is_refused(base: Path, context):
 
 
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path):
-    with pytest.raises(InputNotFound, match="no such pack: make one with 'bloomq convert'$"):
+    with pytest.raises(InputNotFound, match=r"no such pack: make one with 'bloomq convert'$"):
         bloomq.load(tmp_path / "nothing")
 
 
 def test_a_checkpoint_is_not_a_pack(base: Path):
-    with pytest.raises(PackError, match="not a pack"):
+    with pytest.raises(PackError, match=r"not a pack"):
         bloomq.load(checkpoint(base, TINY))
 
 
 def test_a_wrong_backend_or_thread_count_is_refused(base: Path):
     path = pack(base, TINY, "int4")
-    with pytest.raises(BackendError, match="^unknown backend 'gpu', expected auto, numba, cuda"):
+    with pytest.raises(BackendError, match=r"^unknown backend 'gpu', expected auto, numba, cuda"):
         bloomq.load(path, backend="gpu")
-    with pytest.raises(UsageError, match="^threads is 0, expected 1 to "):
+    with pytest.raises(UsageError, match=r"^threads is 0, expected 1 to "):
         bloomq.load(path, backend="numba", threads=0)
 
 
@@ -95,7 +100,7 @@ def test_a_tokenizer_of_a_larger_vocabulary_belongs_to_another_model(base: Path)
 
 def test_room_is_what_the_prompt_leaves_of_the_context(tiny: LanguageModel):
     assert tiny.room(range(5, 45)) == 56
-    with pytest.raises(CapacityError, match="^the prompt fills the context of 96 tokens$"):
+    with pytest.raises(CapacityError, match=r"^the prompt fills the context of 96 tokens$"):
         tiny.room([1] * 96)
 
 
@@ -108,7 +113,9 @@ def test_text_needs_a_tokenizer(tiny: LanguageModel):
 
 def test_stop_strings_need_a_tokenizer(tiny: LanguageModel):
     for call in (tiny.generate, tiny.stream):
-        with pytest.raises(UsageError, match="^stop strings need a tokenizer, which this pack has"):
+        with pytest.raises(
+            UsageError, match=r"^stop strings need a tokenizer, which this pack has"
+        ):
             call([1, 2], stop="x")
 
 
@@ -119,7 +126,7 @@ def test_stop_strings_are_not_empty_and_are_strings(demo: LanguageModel, stop):
             call("a", stop=stop)
 
 
-# -- logits ----------------------------------------------------------------------------------------------
+# -- logits ----------------------------------------------------------------------------------------
 
 
 def test_one_row_of_ids_is_a_batch_of_one(tiny: LanguageModel):
@@ -184,7 +191,7 @@ def test_ids_of_a_wrong_shape_or_type_are_refused(tiny: LanguageModel, ids, foun
 
 
 def test_ragged_ids_are_refused_with_the_remedy(tiny: LanguageModel):
-    with pytest.raises(UsageError, match="^input_ids has rows of different lengths: pad them and"):
+    with pytest.raises(UsageError, match=r"^input_ids has rows of different lengths: pad them and"):
         tiny([[1, 2], [3]])
 
 
@@ -203,11 +210,11 @@ def test_a_mask_of_another_shape_is_refused(tiny: LanguageModel, mask):
 
 
 def test_a_mask_that_hides_everything_is_refused(tiny: LanguageModel):
-    with pytest.raises(UsageError, match="^attention_mask hides every token: nothing to compute$"):
+    with pytest.raises(UsageError, match=r"^attention_mask hides every token: nothing to compute$"):
         tiny([[1, 2]], [[0, 0]])
 
 
-# -- found wanting ---------------------------------------------------------------------------------------
+# -- found wanting ---------------------------------------------------------------------------------
 
 
 @pytest.mark.xfail(strict=True, reason="NumPy's own ValueError: only ragged input_ids are caught")
@@ -239,7 +246,7 @@ def test_a_truth_value_is_not_a_number_of_threads(base: Path):
 @pytest.mark.parametrize(("backend", "tokens"), [("numba", 2**60), ("reference", 10**13)])
 def test_a_cache_beyond_memory_is_a_capacity_error(base: Path, backend: str, tokens: int):
     model = bloomq.load(pack(base, TINY, "int4"), backend=backend, context=2**62)
-    with pytest.raises(CapacityError, match="^no memory for a cache"):
+    with pytest.raises(CapacityError, match=r"^no memory for a cache"):
         model.generate([1, 2], max_new_tokens=tokens)
 
 

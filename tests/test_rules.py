@@ -124,7 +124,9 @@ def test_every_exported_name_is_there() -> None:
 
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_nothing_catches_every_exception(module: str) -> None:
-    """A backend's panic is a BaseException, so one place catches that, and re-raises what is not."""
+    """A backend's panic is a BaseException, so one place catches that, and re-raises what is
+    not.
+    """
     for node in ast.walk(ast.parse(modules()[module].read_text())):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{module}:{node.lineno} has a bare except"

@@ -29,7 +29,7 @@ class Sweep:
 
 
 def shares(sampling: Sampling, logits: np.ndarray, top: Callable | None = None) -> np.ndarray:
-    """The probability of each token, to within 2 / STEPS: how often it is drawn as u sweeps [0, 1)."""
+    """The probability of each token, within 2 / STEPS: how often it is drawn as u sweeps [0, 1)."""
     sweep, found = Sweep(), np.zeros(len(logits))
     top = top or (lambda k, temperature: top_of(logits, k, temperature))
     for _ in range(STEPS):
@@ -41,7 +41,7 @@ def logits_of(*probabilities: float) -> np.ndarray:
     return np.log(np.array(probabilities)).astype(np.float32)
 
 
-# -- by hand ---------------------------------------------------------------------------------------------
+# -- by hand ---------------------------------------------------------------------------------------
 
 
 def test_greedy_takes_the_likeliest_and_of_equals_the_lowest_id():
@@ -129,7 +129,7 @@ def test_top_of_agrees_with_a_stable_sort():
         assert top.logsumexp[0] == pytest.approx(np.log(np.exp(scaled).sum()), rel=1e-12)
 
 
-# -- against transformers ---------------------------------------------------------------------------------
+# -- against transformers --------------------------------------------------------------------------
 
 CASES = [
     {"temperature": 1.0},
@@ -170,7 +170,7 @@ def test_kept_tokens_and_probabilities_equal_those_of_transformers(options, seed
     assert np.abs(found - expected).max() <= 2 / STEPS
 
 
-# -- many draws ------------------------------------------------------------------------------------------
+# -- many draws ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_every_draw_takes_one_number_so_that_streams_stay_in_step(options):
         assert sweep.at == count
 
 
-# -- a large vocabulary -----------------------------------------------------------------------------------
+# -- a large vocabulary ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_the_highest_number_draws_a_token_that_is_kept(options):
         assert token == np.argsort(-logits, kind="stable")[6]
 
 
-# -- values that cannot be --------------------------------------------------------------------------------
+# -- values that cannot be -------------------------------------------------------------------------
 
 WRONG = [
     ("temperature", -0.1, "0 (greedy) to 100"),

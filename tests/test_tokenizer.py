@@ -33,9 +33,9 @@ TEXTS = [
     "Il était une fois, à l'orée du bois… un « œuf »!",
     "El niño comió piñas; ¿quién lo vio?",
     "Não há pão em São João.",
-    "生活的真谛是什么？很简单。",  # noqa: RUF001
+    "生活的真谛是什么？很简单。",
     "नमस्ते दुनिया। मैं ठीक हूँ।",
-    "مرحبا، كيف حالك؟ ۔",  # noqa: RUF001
+    "مرحبا، كيف حالك؟ ۔",
     "Xin chào, tôi là một mô hình ngôn ngữ.",
     "😂 👍🏽 👩‍👩‍👧‍👦 ❤️ 🇫🇷",
     "def main(argv):\n\tfor i in range(10):\n        print(i ** 2)\r\n",

@@ -1,4 +1,4 @@
-"""bloomq against transformers' BloomForCausalLM: the same weights must give the same logits and text."""
+"""bloomq against transformers' BloomForCausalLM: the same weights give the same logits and text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from bloomq.converters.names import PREFIX, huggingface_name
 from models import DEMO, Tiny, checkpoint, pack
 
 import bloomq
 from bloomq.backends.numba_cpu.layers import NumbaBackend
-from bloomq.converters.names import PREFIX, huggingface_name
 from bloomq.pack import Pack
 
 torch = pytest.importorskip("torch")
@@ -29,8 +29,9 @@ TINIES = [
 PROMPTS = ["Once upon a time", "Il était une fois", "def main(", "La ciudad de", "O gato"]
 # Measured on the demo, 2 x 64 tokens of text: (worst matrix product's, logits') NMSE against
 # transformers with the dequantized weights. What differs is int8 activations (in groups of the
-# scheme's size; int8's are 128: the smaller, the less), nf4's code book rounded to 1/127 and the float16 cache. The
-# worst product is always h.1.mlp.down, whose inputs after gelu are the most uneven.
+# scheme's size; int8's are 128: the smaller, the less), nf4's code book rounded to 1/127 and the
+# float16 cache. The worst product is always h.1.mlp.down, whose inputs after gelu are the most
+# uneven.
 MEASURED = {
     ("int4", 32): (4.05e-5, 1.83e-5),
     ("int4", 64): (6.98e-5, 2.54e-5),
@@ -83,7 +84,7 @@ def nmse(found: np.ndarray, expected: np.ndarray) -> float:
     return float(wrong / np.square(expected.astype(np.float64)).sum())
 
 
-# -- unquantized: the same numbers -----------------------------------------------------------------------
+# -- unquantized: the same numbers -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tiny", TINIES, ids=lambda tiny: tiny.name)
@@ -140,7 +141,7 @@ def test_left_padded_batches_equal_singles(base, scheme):
         assert found[row, mask[row]].tobytes() == single.tobytes()
 
 
-# -- text -------------------------------------------------------------------------------------------------
+# -- text -----------------------------------------------------------------------------------------
 
 
 def continuation(model: Any, ids: list[int], count: int, cached: bool = True) -> list[int]:
@@ -184,7 +185,7 @@ def test_cached_decoding_equals_recomputing_the_whole_text(base, scheme):
     assert found.logprobs == pytest.approx(logprobs.tolist(), abs=1e-5)
 
 
-# -- quantized: transformers on the dequantized weights --------------------------------------------------
+# -- quantized: transformers on the dequantized weights --------------------------------------------
 
 
 def dequantized_oracle(opened: Pack, folder: Path) -> Any:

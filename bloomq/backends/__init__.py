@@ -43,7 +43,8 @@ def available() -> list[str]:
 def choose(name: str, pack: Pack, threads: int | None) -> Choice:
     """Build the backend `name` for a pack; "auto" takes the first that can run here.
 
-    Raises: BackendError for one that is unknown or not available, UsageError for impossible threads.
+    Raises: BackendError for one that is unknown or not available, UsageError for impossible
+    threads.
     """
     if name == "auto":
         name, reason = available()[0], "auto: the fastest available here"

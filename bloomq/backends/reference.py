@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig
 from bloomq.layers import Activation, Span, Step, Top, slopes
-from bloomq.schemes import NF4_CODEBOOK, NF4_INT8_CODEBOOK, F32, Scheme, round_up, untile_rows
+from bloomq.schemes import F32, NF4_CODEBOOK, NF4_INT8_CODEBOOK, Scheme, round_up, untile_rows
 from bloomq.weights import Matrix, Norm
 
 I64 = NDArray[np.int64]

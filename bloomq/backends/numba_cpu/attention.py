@@ -2,14 +2,14 @@
 
     out[i] = sum over keys j <= position of i:  softmax_j(q_i . k_j / sqrt(D) + slope * (j - i)) v_j
 
-The bias is slope * j in the paper; softmax does not see the shift by slope * i, and near the query it
-keeps float32's full resolution. Source: ALiBi (arXiv 2108.12409).
+The bias is slope * j in the paper; softmax does not see the shift by slope * i, and near the query
+it keeps float32's full resolution. Source: ALiBi (arXiv 2108.12409).
 
-Keys lie in blocks of 16, [S/16, D, 16]: a lane is a key, so scores need no horizontal sums. Values lie
-in rows [S, D]: a lane is a component. D is padded to a multiple of 16 with zeros.
+Keys lie in blocks of 16, [S/16, D, 16]: a lane is a key, so scores need no horizontal sums. Values
+lie in rows [S, D]: a lane is a component. D is padded to a multiple of 16 with zeros.
 
-One thread does one head of one row from end to end: it stores the new keys and values, then walks the
-keys in chunks of 256 at fixed positions with a running maximum (online softmax). So neither the
+One thread does one head of one row from end to end: it stores the new keys and values, then walks
+the keys in chunks of 256 at fixed positions with a running maximum (online softmax). So neither the
 number of threads, nor the other rows, nor how a prompt was cut into steps changes a bit.
 Bytes touched per decoded token: 2 x S x D x size of a cache element for each head.
 """
@@ -29,10 +29,11 @@ from numba.extending import intrinsic, overload
 
 from bloomq.backends.numba_cpu.jit import compiled
 from bloomq.backends.numba_cpu.matmul import address, keep
-from bloomq.backends.numba_cpu.simd import F16, F32, I64, LANES, V16F, V16H, Vectors
+from bloomq.backends.numba_cpu.simd import F32, I64, LANES, V16F, V16H, Vectors
 
 CHUNK = 256  # keys between two rescalings of the running sum
-# Below this many products (about 8 us of one thread, what waking the others costs) one thread works.
+# Below this many products (about 8 us of one thread, what waking the others costs) one thread
+# works.
 _SERIAL_WORK = 1 << 17
 QUERIES = 4  # queries that share each loaded key and value in prefill
 
@@ -292,8 +293,8 @@ def attend(dtype: str, width: int, tier: str) -> Any:
     """The compiled attention of one cache dtype and head width: see the module.
 
     attend(qkv [M, H * 3 * D], keys, values, row_stride, rows [R], starts [R + 1], past [R],
-    slopes [H], D, capacity, out [M, H * D], threads): `keys` and `values` are addresses of a layer's
-    cache; a cache row takes row_stride elements; capacity is a multiple of 16.
+    slopes [H], D, capacity, out [M, H * D], threads): `keys` and `values` are addresses of a
+    layer's cache; a cache row takes row_stride elements; capacity is a multiple of 16.
     """
     spec = str(AttentionSpec(dtype, width, tier))
 

@@ -46,7 +46,9 @@ def best_tier(features: frozenset[str]) -> str:
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept: BLOOMQ_CACHE_DIR, or bloomq in the user's cache directory."""
+    """Where compiled kernels are kept: BLOOMQ_CACHE_DIR, or bloomq in the user's cache
+    directory.
+    """
     base = os.environ.get("BLOOMQ_CACHE_DIR") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bloomq"
     )

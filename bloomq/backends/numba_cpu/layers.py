@@ -118,7 +118,8 @@ class NumbaLinear:
         self._kernel = build(scheme.name, scheme.group_size, backend.tier)
         self._n = weight.shape[0]
         stored_n, self._k = scheme.padded(weight.shape)
-        first, last = list(weight.parts.values())[0], list(weight.parts.values())[-1]
+        parts = list(weight.parts.values())  # codes and scales, or values alone
+        first, last = parts[0], parts[-1]
         padded_bias = None if bias is None else _padded(bias, stored_n)
         self._alive = (first, last, padded_bias)  # what the addresses below point into
         self._codes, self._scales = first.ctypes.data, last.ctypes.data
@@ -230,10 +231,11 @@ def _padded(vector: F32, length: int) -> F32:
     return out
 
 
-# How long idle OpenMP threads spin before they sleep, in GNU's unit of a few nanoseconds to a few tens.
-# Measured with bloom-560m on 2 cores: 1,000 decodes as fast as GNU's default of 300,000, sleeping at
-# once (OMP_WAIT_POLICY=passive) three times slower; but beside one other busy process the default is
-# 70 times slower than 1,000, for each waits by spinning while the other needs the core.
+# How long idle OpenMP threads spin before they sleep, in GNU's unit of a few nanoseconds to a few
+# tens. Measured with bloom-560m on 2 cores: 1,000 decodes as fast as GNU's default of 300,000,
+# sleeping at once (OMP_WAIT_POLICY=passive) three times slower; but beside one other busy process
+# the default is 70 times slower than 1,000, for each waits by spinning while the other needs the
+# core.
 _SPIN_COUNT = "1000"
 
 
@@ -250,8 +252,8 @@ def _start_threads(threads: int) -> str:
             layer = _first_layer_that_loads(threads)
     if layer == "workqueue":
         warnings.warn(
-            "numba's omp threading layer does not load here; workqueue is used instead: small models "
-            "decode several times slower, and calls from several threads wait for each other",
+            "numba's omp threading layer does not load here; workqueue is used instead: small "
+            "models decode several times slower, and calls from several threads wait in turn",
             RuntimeWarning,
             stacklevel=3,
         )

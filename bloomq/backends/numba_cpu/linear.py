@@ -38,8 +38,8 @@ _SIGNATURE = void(
     float32[:, ::1], float32[:, ::1], int64,
 )  # fmt: skip
 _PANEL = 2 * TILE
-# Below this many weight bytes times rows one thread is faster: starting a parallel region costs about
-# 8 us when the other threads sleep, in which one thread reads 200 KB.
+# Below this many weight bytes times rows one thread is faster: starting a parallel region costs
+# about 8 us when the other threads sleep, in which one thread reads 200 KB.
 _SERIAL_BYTES = 1 << 18
 
 

@@ -1,16 +1,17 @@
 """Matrix products on weight tiles: y[m, n] = sum over k of x[m, k] * W[n, k].
 
-Two micro-kernels, each a generator of LLVM IR for one scheme, group size, tier and number of tokens:
+Two micro-kernels, each a generator of LLVM IR for one scheme, group size, tier and number of
+tokens:
 
 - `gemv_tile`: one tile (16 rows) against 1, 4 or 8 tokens, straight from the packed codes. Decode.
   Reads each weight byte once: bytes touched = the tile's codes and scales.
-- `gemm_panel`: 32 rows that `unpack_tile` spread out into bytes, against 8 tokens. Prefill: the panel
-  (32 x K bytes, in the level-2 cache) is unpacked once and used for all tokens.
+- `gemm_panel`: 32 rows that `unpack_tile` spread out into bytes, against 8 tokens. Prefill: the
+  panel (32 x K bytes, in the level-2 cache) is unpacked once and used for all tokens.
 
 Integer schemes sum int8 products exactly in int32 within a group and fold groups in order with one
-fused multiply-add, y = fma(float(sum), weight scale * activation scale, y). The float schemes do the
-same with a float32 partial sum per group. So an element of y has the same bits whichever kernel, batch
-or thread computed it.
+fused multiply-add, y = fma(float(sum), weight scale * activation scale, y). The float schemes do
+the same with a float32 partial sum per group. So an element of y has the same bits whichever
+kernel, batch or thread computed it.
 """
 
 from __future__ import annotations
@@ -106,8 +107,8 @@ def gemv_tile(
 ) -> Any:  # fmt: skip
     """out [tokens, 16] = the products of one tile with `tokens` rows of activations.
 
-    acts: int8 [tokens, act_stride] (float schemes: float32, stride in bytes); act_scales float32 and
-    act_sums int32 [tokens, groups]. All arguments after `spec` are addresses or sizes, int64.
+    acts: int8 [tokens, act_stride] (float schemes: float32, stride in bytes); act_scales float32
+    and act_sums int32 [tokens, groups]. All arguments after `spec` are addresses or sizes, int64.
     """
     rest = (codes, scales, acts, act_stride, act_scales, act_sums, groups, out)
     return _emitter(_emit_gemv, spec, rest)
@@ -165,7 +166,9 @@ def _weight_bytes(v: Vectors, spec: Spec, codes: ir.Value) -> list[ir.Value]:
 def _accumulate(
     v: Vectors, start: list[ir.Value], steps: int, body: Callable[[ir.Value, list[ir.Value]], None]
 ) -> list[ir.Value]:
-    """Run `body(step, sums)` `steps` times over sums that live in registers; `body` replaces them."""
+    """Run `body(step, sums)` `steps` times over sums that live in registers; `body` replaces
+    them.
+    """
     b = v.b
     cells = [cgutils.alloca_once(b, value.type) for value in start]
     for cell, value in zip(cells, start, strict=True):
@@ -319,7 +322,9 @@ def _group_panel(
 
 @intrinsic(prefer_literal=True)
 def finish_tile(typingctx: Any, spec: Any, out: Any, bias: Any, gelu: Any) -> Any:
-    """In place on 16 values: add the bias at address `bias` (0: none), then gelu where `gelu` is 1."""
+    """In place on 16 values: add the bias at address `bias` (0: none), then gelu where `gelu` is
+    1.
+    """
     return _emitter(_emit_finish, spec, (out, bias, gelu))
 
 

@@ -10,7 +10,6 @@ from numba import float32, prange, void
 from bloomq.backends.numba_cpu.jit import compiled
 from bloomq.backends.numba_cpu.prologue import norm_row
 
-
 _SERIAL_ROWS = 8  # fewer are ready before another thread wakes
 
 

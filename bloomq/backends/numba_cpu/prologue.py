@@ -38,8 +38,8 @@ def quantize_row(x, group, offset, codes, scales, sums):  # type: ignore[no-unty
     """int8 codes of one row, with one scale for each `group` of it.
 
     codes = round(x * 127 / largest), half to even; scales = largest / 127; sums = -offset times the
-    sum of a group's codes. A group of zeros has scale 0. A group with NaN or infinity has scale NaN,
-    so that the result says so.
+    sum of a group's codes. A group of zeros has scale 0. A group with NaN or infinity has scale
+    NaN, so that the result says so.
     """
     bits = x.view(np.int32)
     rounder = np.float32(12582912)  # 1.5 x 2^23: adding it rounds to a whole number

@@ -1,8 +1,8 @@
 """Vectors in LLVM IR: what a micro-kernel is written with, for each instruction-set tier.
 
-Everything is expressed over 16 lanes (512 bits of float32), one lane per output row of a weight tile;
-LLVM splits them in two for 256-bit machines. Only three operations differ between the tiers: the
-four-byte dot product, the 16-entry byte table, and how far a byte of weight may reach.
+Everything is expressed over 16 lanes (512 bits of float32), one lane per output row of a weight
+tile; LLVM splits them in two for 256-bit machines. Only three operations differ between the tiers:
+the four-byte dot product, the 16-entry byte table, and how far a byte of weight may reach.
 
 Invariant: the integer results are the same on every tier; float results differ between tiers by
 rounding at most.
@@ -82,7 +82,9 @@ class Vectors:
     # -- float32 -------------------------------------------------------------------------------
 
     def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-        """x * y + z, rounded once (twice on the portable tier: its processor may have no such unit)."""
+        """x * y + z, rounded once (twice on the portable tier: its processor may have no such
+        unit).
+        """
         name = "llvm.fmuladd.v16f32" if self.tier == "portable" else "llvm.fma.v16f32"
         return self.call(name, V16F, [x, y, z])
 
@@ -119,7 +121,9 @@ class Vectors:
         return b.select(b.fcmp_unordered("uno", x, x), x, y)
 
     def gelu(self, x: ir.Value) -> ir.Value:
-        """BLOOM's gelu: x/2 (1 + tanh u), u = 0.79788456 x (1 + 0.044715 x^2), as x / (1 + e^-2u)."""
+        """BLOOM's gelu: x/2 (1 + tanh u), u = 0.79788456 x (1 + 0.044715 x^2), as x / (1 +
+        e^-2u).
+        """
         b = self.b
         inner = self.fma(b.fmul(self.constant(V16F, 0.044715), x), x, self.constant(V16F, 1.0))
         u2 = b.fmul(b.fmul(self.constant(V16F, -2 * 0.79788456), x), inner)

@@ -118,8 +118,10 @@ def _build_top_row(tier, row, factor, values, ids):  # type: ignore[no-untyped-d
 
 @lru_cache(maxsize=4)
 def top_rows(tier: str) -> Any:
-    """top_rows(logits [B, V], factor, values [B, k], ids [B, k], logsumexp [B]): per row the k largest
-    logits, best first, and log(sum(exp(logits * factor))). A row with NaN has logsumexp NaN."""
+    """top_rows(logits [B, V], factor, values [B, k], ids [B, k], logsumexp [B]): per row the k
+    largest logits, best first, and log(sum(exp(logits * factor))). A row with NaN has logsumexp
+    NaN.
+    """
 
     @compiled(
         void(float32[:, ::1], float32, float32[:, ::1], int64[:, ::1], float64[::1]), parallel=True
