@@ -54,7 +54,7 @@ class _Block:
     @property
     def nbytes(self) -> int:
         rows = self.tensor.shape[0]
-        return self.tensor.nbytes * (self.stop - self.start) // rows
+        return int(self.tensor.nbytes * (self.stop - self.start) // rows)
 
 
 def convert(

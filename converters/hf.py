@@ -146,7 +146,7 @@ def _read_rows(path: Path, size: int, entry: Entry, start: int, stop: int) -> Ar
         with path.open("rb", buffering=0) as file:
             file.seek(entry.start + start * row_bytes)
             while done < len(buffer):
-                count = file.readinto(memoryview(buffer)[done:])
+                count = file.readinto(buffer.data[done:])
                 if not count:
                     raise CheckpointError(
                         f"{path}: shorter than the {size} bytes it had: it changed"
