@@ -2,11 +2,12 @@
 # make test      install the test extra into .venv and run every test
 # make check     format, lint and types
 # make bench     the figures of the README, on this machine
+# make docs      the README's picture
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bloomq generate "Once upon a time" -n 80 --temperature 0.7 --top-p 0.9 --seed 7
@@ -24,7 +25,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed-bench
+bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/speed.py
 
@@ -39,9 +40,8 @@ $(VENV)/.installed-test: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch "$@"
 
-$(VENV)/.installed-bench: $(VENV)/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
-	touch "$@"
+docs: $(VENV)/.installed
+	$(BIN)/python docs/make_picture.py
 
 clean:
 	rm -rf "$(VENV)" build dist *.egg-info

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from bloomq import __version__, console
-from bloomq.errors import BloomqError, UsageError
+from bloomq.errors import BloomqError, CapacityError, UsageError
 from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ def main(args: list[str] | None = None) -> NoReturn:
     except BrokenPipeError:  # the reader of our pipe has left: nothing more to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # of stdout: files of ours raise errors of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(OSError(f"standard output cannot be written: {error.strerror}"), 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -139,13 +142,9 @@ def _print_stream(stream: Stream, *, silent: bool) -> bool:
 def _prompt_text(prompt: str | None) -> str:
     if prompt is not None and prompt != "-":
         return prompt
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and (sys.stdin is None or console.is_terminal(sys.stdin)):
         raise UsageError("no prompt: give one as argument or on standard input")
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"standard input is not UTF-8 (byte {error.start}): convert it") from None
-    return text.removesuffix("\n")
+    return console.read_all().removesuffix("\n")
 
 
 def _load(
@@ -175,29 +174,32 @@ def chat(
     Plain BLOOMZ style: your line, a newline, the answer. Ctrl-C ends an answer, Ctrl-D (or the end
     of standard input) the conversation. The oldest lines go when the context is full.
     """
-    loaded = _load(model, backend, threads, context, quiet=not sys.stderr.isatty())
+    loaded = _load(model, backend, threads, context, quiet=not console.is_terminal(sys.stderr))
     turns: list[str] = []
     while (line := console.read_line()) is not None:
         if not line.strip():
             continue
-        turns.append(line)
-        stream = loaded.stream(
-            _conversation(loaded, turns, max_new_tokens), max_new_tokens=max_new_tokens,
-            temperature=temperature, top_k=top_k, top_p=top_p,
-            repetition_penalty=repetition_penalty, seed=seed, stop=stop or ("\n",),
-        )  # fmt: skip
+        try:
+            stream = loaded.stream(
+                _conversation(loaded, [*turns, line], max_new_tokens),
+                max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                repetition_penalty=repetition_penalty, seed=seed, stop=stop or ("\n",),
+            )  # fmt: skip
+        except CapacityError as error:  # one line too long ends no conversation
+            console.note(f"error: {error}")
+            continue
         _print_stream(stream, silent=False)
-        turns.append(stream.generation.text.strip("\n"))
+        turns += [line, stream.generation.text.strip("\n")]
     return 0
 
 
 def _conversation(loaded: LanguageModel, turns: list[str], new_tokens: int) -> str:
-    """The latest turns that leave room for an answer; drops the others from `turns`."""
+    """The latest turns, of which the last awaits an answer, that leave room for it."""
     while True:
         text = "\n".join(turns) + "\n"
         if len(turns) == 1 or len(loaded.prompt_ids(text)) + new_tokens <= loaded.context:
             return text
-        del turns[0]
+        turns = turns[2:]  # a line and its answer
 
 
 @commands.command()

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bloomq.errors import ConfigError, InputNotFound
+from bloomq.errors import ConfigError
+from bloomq.files import read_bounded
 
 # Bounds that no BLOOM comes near, so that a hostile file cannot ask for absurd memory. The 176B has
 # hidden_size 14,336, 70 layers, 112 heads and 250,880 tokens.
@@ -142,17 +143,7 @@ def read_json(path: Path, limit_bytes: int = 64 << 20) -> Any:
 
     Raises: InputNotFound, ConfigError for anything that is not JSON.
     """
-    try:
-        size = path.stat().st_size
-        data = path.read_bytes() if size <= limit_bytes else b""
-    except FileNotFoundError:
-        raise InputNotFound(f"{path}: no such file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:  # a NUL in the name
-        raise InputNotFound(f"{str(path)!r}: no such file") from None
-    if size > limit_bytes:
-        raise ConfigError(f"{path}: {size} bytes, expected at most {limit_bytes} of JSON")
+    data = read_bounded(path, limit_bytes, ConfigError)
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:

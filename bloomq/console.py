@@ -5,15 +5,22 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 import click
 
+from bloomq.errors import UsageError
+from bloomq.files import shown
 from bloomq.generation import Generation
 
 Progress = Callable[[int, int], None]
 _BAR_AFTER_TOKENS = 512  # shorter prompts are through before a bar could be read
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Is a person there? A closed stream is None."""
+    return stream is not None and stream.isatty()
 
 
 def note(text: str) -> None:
@@ -23,7 +30,7 @@ def note(text: str) -> None:
 
 def echo_prompt(text: str) -> None:
     """Show the prompt before its continuation, to a person only: a pipe gets the continuation."""
-    if sys.stdout.isatty() and sys.stderr.isatty():
+    if is_terminal(sys.stdout) and is_terminal(sys.stderr):
         click.secho(text, err=True, dim=True, nl=False)
 
 
@@ -38,7 +45,7 @@ def stats_line(generation: Generation) -> str:
 
 
 def announce_compilation() -> None:
-    """Say so while kernels are compiled: it happens once for each machine and version."""
+    """Show each kernel that is compiled, and how long it took: seconds, once for each machine."""
     logger = logging.getLogger("bloomq.compile")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
@@ -48,22 +55,38 @@ def announce_compilation() -> None:
 
 
 def read_line() -> str | None:
-    """The next line a person (or a pipe) enters, None at the end."""
-    try:
-        if sys.stdin.isatty():
-            import readline  # noqa: F401  line editing and history for input()
+    """The next line a person (or a pipe) enters, None at the end.
 
+    Raises: UsageError for bytes that are no text.
+    """
+    if is_terminal(sys.stdin):
+        with suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  line editing and history for input()
+        try:
             return input("> ")
-        line = sys.stdin.readline()
-        return line.rstrip("\n") if line else None
-    except EOFError:
-        return None
+        except EOFError:
+            return None
+    line = b"" if sys.stdin is None else sys.stdin.buffer.readline()
+    return decoded(line).rstrip("\n") if line else None
+
+
+def read_all() -> str:
+    """All of standard input. Raises: UsageError for bytes that are no text."""
+    return decoded(b"" if sys.stdin is None else sys.stdin.buffer.read())
+
+
+def decoded(data: bytes) -> str:
+    """UTF-8 as text. Raises: UsageError."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not UTF-8 (byte {error.start}): convert it") from None
 
 
 @contextmanager
 def _bar(*columns: Any) -> Iterator[Any]:
     """A rich progress bar on stderr, None where stderr is no terminal."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield None
         return
     from rich.console import Console
@@ -92,7 +115,7 @@ def byte_progress(label: str) -> Iterator[Progress]:
 @contextmanager
 def prefill_progress(quiet: bool) -> Iterator[Progress]:
     """A bar while a long prompt is read, gone before the first token is printed."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not is_terminal(sys.stderr):
         yield lambda done, total: None
         return
     from rich.console import Console
@@ -116,17 +139,10 @@ def prefill_progress(quiet: bool) -> Iterator[Progress]:
         bar.stop()
 
 
-def print_facts(facts: Mapping[str, Any]) -> None:
-    """Facts in sections, as a table on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+def print_facts(facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Facts in sections, aligned, on stdout: plain text, since names come from files."""
+    width = max(len(name) for rows in facts.values() for name in rows)
     for section, rows in facts.items():
-        table.add_row(f"[u]{section}[/u]", "")
+        click.secho(section, bold=True)
         for name, value in rows.items():
-            table.add_row(f"  {name}", str(value), style=None)
-    # A pipe gets whole lines, however long.
-    Console(width=None if sys.stdout.isatty() else 200).print(table, markup=True)
+            click.echo(f"  {name:{width}}  {shown(str(value))}")

@@ -1,7 +1,7 @@
 """The generation loop: prompts in, tokens out, one step for all rows that are not finished.
 
-`generate_steps` yields tokens, `TextAssembler` makes them text; who calls them (`loading`, `cli`)
-decides what to do with it. Invariant: a row's tokens do not depend on the other rows of its batch.
+`Batch.run` yields tokens; who calls it (`loading`) makes them text. Invariant: a row's tokens do
+not depend on the other rows of its batch (but on its index there, which seeds its draws).
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.errors import CapacityError, UsageError
-from bloomq.heads import CausalLM
+from bloomq.heads import STEP_TOKENS, CausalLM
 from bloomq.layers import Cache, Span, Top, X
-from bloomq.sampling import Sampling, draw, generator, penalise, top_of
+from bloomq.sampling import Sampling, draw, generator, is_whole, penalise, top_of
 
 I64 = NDArray[np.int64]
 FinishReason = Literal["length", "stop", "eos", "interrupted"]
-PREFILL_TOKENS = 512  # a step of the prompt: bounds the activations' memory and paces the progress
 PrefillProgress = Callable[[int, int], None]  # (prompt tokens done, in all)
 
 
@@ -71,61 +70,13 @@ class Token:
 
 
 @dataclass(slots=True)
-class Sequence_:
+class Row:
     """A row under way: its prompt, what it produced, and its random numbers."""
 
     prompt: I64
     rng: np.random.Generator
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-
-
-class Decoder(Protocol):
-    """Incremental text of a tokenizer: `BloomTokenizer.stream()`."""
-
-    def push(self, ids: int) -> str: ...
-    def finish(self) -> str: ...
-
-
-class TextAssembler:
-    """Tokens of one sequence -> text that will not be taken back, ending before a stop string."""
-
-    def __init__(self, decoder: Decoder, stop: Sequence[str]) -> None:
-        self._decoder, self._stop = decoder, tuple(stop)
-        self._held = ""
-        self.stopped = False
-
-    def push(self, token: int) -> str:
-        """The text that this token makes certain."""
-        return self._release(self._decoder.push(token))
-
-    def finish(self) -> str:
-        """What was held back, now that nothing follows."""
-        text = self._release(self._decoder.finish())
-        rest, self._held = ("" if self.stopped else self._held), ""
-        return text + rest
-
-    def _release(self, text: str) -> str:
-        if self.stopped:
-            return ""
-        self._held += text
-        found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
-        if found:
-            self.stopped = True
-            return self._take(min(found))
-        return self._take(len(self._held) - self._open_prefix())
-
-    def _take(self, count: int) -> str:
-        taken, self._held = self._held[:count], self._held[count:]
-        return taken
-
-    def _open_prefix(self) -> int:
-        """Length of the longest end of the held text that could be the start of a stop string."""
-        longest = max((len(s) for s in self._stop), default=1) - 1
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(s.startswith(self._held[-size:]) for s in self._stop):
-                return size
-        return 0
 
 
 class Batch:
@@ -144,11 +95,7 @@ class Batch:
         max_new_tokens: int,
         context: int,
     ) -> None:
-        if (
-            isinstance(max_new_tokens, bool)
-            or not isinstance(max_new_tokens, int)
-            or (max_new_tokens < 1)
-        ):
+        if not is_whole(max_new_tokens) or max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens!r}, expected at least 1")
         if not prompts:
             raise UsageError("no prompts: give at least one")
@@ -156,7 +103,7 @@ class Batch:
             _check_prompt(prompt, max_new_tokens, context)
         self._lm, self._sampling, self._most = lm, sampling, max_new_tokens
         self.sequences = [
-            Sequence_(np.array(prompt, np.int64), generator(sampling, index))
+            Row(np.array(prompt, np.int64), generator(sampling, index))
             for index, prompt in enumerate(prompts)
         ]
         longest = max(len(prompt) for prompt in prompts)
@@ -177,42 +124,42 @@ class Batch:
             rows = list(self._active)
             ids = np.array([self.sequences[row].ids[-1] for row in rows], np.int64)
             span = Span.of(rows, [1] * len(rows))
-            logits = self._step(ids, span, span.last)
-            yield from self._choose(rows, logits)
+            yield from self._step(ids, span, rows)
 
     def _prefill(self, progress: PrefillProgress) -> Iterator[Token]:
-        """The prompts in steps of at most PREFILL_TOKENS; a row's first token as soon as its prompt
+        """The prompts in steps of at most STEP_TOKENS; a row's first token as soon as its prompt
         is through."""
         total = sum(len(s.prompt) for s in self.sequences)
         done = 0
-        for step in _cut([len(s.prompt) for s in self.sequences], PREFILL_TOKENS):
+        for step in _cut([len(s.prompt) for s in self.sequences], STEP_TOKENS):
             ids = np.concatenate([self.sequences[row].prompt[a:b] for row, a, b in step])
             span = Span.of([row for row, _, _ in step], [b - a for _, a, b in step])
-            ended = [
-                i for i, (row, _, b) in enumerate(step) if b == len(self.sequences[row].prompt)
-            ]
-            logits = self._step(ids, span, span.last[ended])
+            ended = [row for row, _, b in step if b == len(self.sequences[row].prompt)]
+            tokens = self._step(ids, span, ended)
             done += len(ids)
             progress(done, total)
-            yield from self._choose([step[i][0] for i in ended], logits)
+            yield from tokens
 
-    def _step(self, ids: I64, span: Span, wanted: I64) -> X:
-        cache = self._cache
-        logits = self._lm.step(ids, cache, span, wanted)
-        if len(wanted):
-            self._best = self._lm.backend.top(logits, 1)
-            if not np.isfinite(self._best.logsumexp).all():
-                self._report_not_finite(ids, cache, span)
-        return logits
+    def _step(self, ids: I64, span: Span, rows: list[int]) -> list[Token]:
+        """Run the tokens of `span`, and draw the next one of each of `rows`."""
+        wanted = span.last[np.isin(span.rows, rows)]
+        if not len(wanted):  # a prompt's first part: nobody reads its logits
+            self._lm.model(ids, self._cache, span)
+            return []
+        logits = self._lm.step(ids, self._cache, span, wanted)
+        best = self._lm.backend.top(logits, 1)
+        if not np.isfinite(best.logsumexp).all():
+            self._report_not_finite(ids, self._cache, span)
+        return self._choose(rows, logits, best)
 
     def _report_not_finite(self, ids: I64, cache: Cache, span: Span) -> None:
         for row, count in zip(span.rows.tolist(), span.counts.tolist(), strict=True):
             cache.truncate(row, int(cache.lengths[row]) - count)
         raise self._lm.model.find_not_finite(ids, cache, span)
 
-    def _choose(self, rows: list[int], logits: X) -> Iterator[Token]:
-        """The next token of each row, drawn and counted before any is handed out."""
-        best, tokens = self._best, []
+    def _choose(self, rows: list[int], logits: X, best: Top) -> list[Token]:
+        """The next token of each row; row i's logits are logits[i]."""
+        tokens = []
         for i, row in enumerate(rows):
             sequence = self.sequences[row]
             token, logit = self._draw(sequence, logits, best, i)
@@ -222,9 +169,9 @@ class Batch:
             tokens.append(Token(row, token, logprob))
             if len(sequence.ids) == self._most:
                 self.stop(row)
-        yield from tokens
+        return tokens
 
-    def _draw(self, sequence: Sequence_, logits: X, best: Top, i: int) -> tuple[int, float]:
+    def _draw(self, sequence: Row, logits: X, best: Top, i: int) -> tuple[int, float]:
         """A token and its logit."""
         sampling, backend = self._sampling, self._lm.backend
         if sampling.greedy and not sampling.penalised:
@@ -277,17 +224,22 @@ def _cut(lengths: list[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
 
 
 class Clock:
-    """When a call began and when its first token came."""
+    """When a call began, and when each of its sequences got its first and its latest token."""
 
-    def __init__(self) -> None:
-        self.started = perf_counter()
-        self.first: float | None = None
+    def __init__(self, sequences: int) -> None:
+        self._started = perf_counter()
+        self._first: list[float | None] = [None] * sequences
+        self._last: list[float | None] = [None] * sequences
 
-    def tick(self) -> None:
-        if self.first is None:
-            self.first = perf_counter()
-
-    def stats(self, prompt_tokens: int, generated_tokens: int, load_s: float) -> Stats:
+    def tick(self, index: int) -> None:
+        """A token of sequence `index` is there."""
         now = perf_counter()
-        first = now if self.first is None else self.first
-        return Stats(prompt_tokens, generated_tokens, first - self.started, now - first, load_s)
+        if self._first[index] is None:
+            self._first[index] = now
+        self._last[index] = now
+
+    def stats(self, index: int, prompt_tokens: int, tokens: int, load_s: float) -> Stats:
+        first, last = self._first[index], self._last[index]
+        if first is None or last is None:
+            return Stats(prompt_tokens, tokens, perf_counter() - self._started, 0.0, load_s)
+        return Stats(prompt_tokens, tokens, first - self._started, last - first, load_s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,6 +14,7 @@ from bloomq.pack import Pack
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
+STEP_TOKENS = 512  # of a prompt in one step: bounds the activations' memory
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,26 +43,31 @@ class CausalLM:
         x = self.model(ids, cache, span)
         return self._head(self.backend.take(x, wanted))
 
-    def __call__(self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None) -> Any:
+    def __call__(
+        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None
+    ) -> CausalLMOutput:
         """Logits of every position. input_ids: [B, T] or [T] whole numbers; attention_mask: the
         same shape, 0 for padding, on either side or in the middle: positions count real tokens
         alone.
 
         Raises: UsageError for wrong shapes, types or ids.
         """
-        ids, mask = _checked_batch(input_ids, attention_mask)
+        ids, mask = _checked_batch(input_ids, attention_mask, self.config.vocab_size)
         batch, length = ids.shape
         cache = self.cache(batch, length)
-        rows = np.flatnonzero(mask.any(axis=1))
-        span = Span.of(rows.tolist(), mask[rows].sum(axis=1).tolist())
-        real = ids[mask]  # [M], row by row
         logits = np.zeros((batch, length, self.config.vocab_size), np.float32)
-        logits[mask] = self.backend.numpy(self.step(real, cache, span, np.arange(len(real))))
+        for row in range(batch):
+            real = np.flatnonzero(mask[row])
+            for start in range(0, len(real), STEP_TOKENS):
+                at = real[start : start + STEP_TOKENS]
+                span = Span.of([row], [len(at)])
+                step = self.step(ids[row, at], cache, span, np.arange(len(at)))
+                logits[row, at] = self.backend.numpy(step)
         return CausalLMOutput(logits)
 
 
 def _checked_batch(
-    input_ids: ArrayLike, attention_mask: ArrayLike | None
+    input_ids: ArrayLike, attention_mask: ArrayLike | None, vocab_size: int
 ) -> tuple[I64, NDArray[np.bool_]]:
     """ids [B, T] and mask [B, T], at least one token unmasked."""
     try:
@@ -75,14 +80,23 @@ def _checked_batch(
         raise UsageError(
             f"input_ids is {ids.dtype} {list(ids.shape)}, expected whole numbers of shape [B, T]"
         )
-    mask = np.ones(ids.shape, bool)
-    if attention_mask is not None:
-        given = np.atleast_2d(np.asarray(attention_mask))
-        if given.shape != ids.shape:
-            raise UsageError(
-                f"attention_mask is {list(given.shape)}, expected {list(ids.shape)} as input_ids"
-            )
-        mask = given != 0
+    mask = np.ones(ids.shape, bool) if attention_mask is None else _mask(attention_mask, ids.shape)
     if not mask.any():
         raise UsageError("attention_mask hides every token: nothing to compute")
+    for token in (int(ids[mask].min()), int(ids[mask].max())):  # unsigned ids may exceed int64
+        if not 0 <= token < vocab_size:
+            raise UsageError(f"token id {token}, expected 0 to {vocab_size - 1}")
     return ids.astype(np.int64), mask
+
+
+def _mask(attention_mask: ArrayLike, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """True where the mask is 1."""
+    try:
+        given = np.atleast_2d(np.asarray(attention_mask))
+    except ValueError:
+        raise UsageError("attention_mask has rows of different lengths") from None
+    if given.shape != shape:
+        raise UsageError(f"attention_mask is {list(given.shape)}, expected {list(shape)} as ids")
+    if given.dtype.kind not in "biuf" or not np.isin(given, (0, 1)).all():
+        raise UsageError("attention_mask holds other values than 0 and 1")
+    return np.asarray(given != 0, bool)

@@ -16,6 +16,7 @@ The contract, which one test suite checks on every backend:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig
+from bloomq.errors import CapacityError
 from bloomq.weights import Matrix, Norm
 
 X = Any
@@ -148,6 +150,20 @@ class Backend(Protocol):
 
     def top(self, logits: X, k: int, temperature: float = 1.0) -> Top: ...
     def numpy(self, x: X) -> F32: ...
+
+
+def zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
+    """A cache's memory, which the system hands out as it is first touched.
+
+    Raises: CapacityError where there is no such memory.
+    """
+    try:
+        return np.zeros(shape, dtype)
+    except (MemoryError, ValueError):  # ValueError: more than an address can say
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        raise CapacityError(
+            f"no memory for a cache of {size / 1e9:.1f} GB: ask for fewer tokens or rows"
+        ) from None
 
 
 def slopes(n_head: int) -> F32:

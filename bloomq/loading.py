@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from bloomq import backends
@@ -24,15 +25,16 @@ from bloomq.generation import (
     FinishReason,
     Generation,
     PrefillProgress,
-    TextAssembler,
 )
 from bloomq.heads import CausalLM, CausalLMOutput
 from bloomq.layers import Backend
 from bloomq.pack import Pack
-from bloomq.sampling import Sampling
+from bloomq.sampling import Sampling, is_whole
+from bloomq.text import TextAssembler
 from bloomq.tokenizer import BloomTokenizer
 
 Prompt = str | Sequence[int]
+_MOST_CONTEXT = 1 << 24
 
 
 def demo_pack() -> Path:
@@ -46,6 +48,7 @@ def load(
     backend: str = "auto",
     threads: int | None = None,
     context: int | None = None,
+    cache_dtype: str = "auto",
 ) -> LanguageModel:
     """Map a pack (None: the embedded demo) and build its layers on a backend.
 
@@ -59,9 +62,9 @@ def load(
     pack = Pack.open(demo_pack() if path is None else Path(path))
     if context is None:
         context = pack.config.seq_length
-    if isinstance(context, bool) or not isinstance(context, int) or context < 2:
-        raise UsageError(f"context is {context!r}, expected at least 2 tokens")
-    choice = backends.choose(backend, pack, threads)
+    if not is_whole(context) or not 2 <= context <= _MOST_CONTEXT:
+        raise UsageError(f"context is {context!r}, expected 2 to {_MOST_CONTEXT} tokens")
+    choice = backends.choose(backend, pack, threads, cache_dtype)
     data = pack.tokenizer_bytes()
     source = str(pack.path / "tokenizer.json")
     tokenizer = None if data is None else BloomTokenizer.from_bytes(data, source)
@@ -118,7 +121,7 @@ class _Run:
 
     def __init__(self, model: LanguageModel, prompts: Sequence[Prompt], options: _Options) -> None:
         self._model, self._options = model, options
-        self._clock = Clock()
+        self._clock = Clock(len(prompts))
         self._prompts = [model.prompt_ids(prompt) for prompt in prompts]
         self._batch = Batch(
             model.causal_lm, self._prompts, options.sampling,
@@ -138,7 +141,7 @@ class _Run:
         """(index of the sequence, piece) as they come."""
         eos = self._model.config.eos_token_id
         for token in self._batch.run(self._options.progress):
-            self._clock.tick()
+            self._clock.tick(token.index)
             index, assembler = token.index, self._assemblers[token.index]
             text = "" if assembler is None else assembler.push(token.id)
             if assembler is not None and assembler.stopped:
@@ -157,11 +160,14 @@ class _Run:
         """What sequence `index` has produced; "interrupted" where it has not ended."""
         sequence, assembler = self._batch.sequences[index], self._assemblers[index]
         reason = self._reasons[index]
+        text = self._texts[index]
         if reason is None and assembler is not None:
-            self._texts[index] += assembler.finish()
-        stats = self._clock.stats(len(self._prompts[index]), len(sequence.ids), self._model.load_s)
+            text += assembler.held
+        stats = self._clock.stats(
+            index, len(self._prompts[index]), len(sequence.ids), self._model.load_s
+        )  # fmt: skip
         return Generation(
-            self._texts[index], tuple(sequence.ids), tuple(sequence.logprobs),
+            text, tuple(sequence.ids), tuple(sequence.logprobs),
             reason or "interrupted", stats,
         )  # fmt: skip
 
@@ -223,7 +229,7 @@ class LanguageModel:
         )  # fmt: skip
         options = _Options(sampling, max_new_tokens, _stop_strings(stop), progress)
         single = isinstance(prompt, str) or _is_ids(prompt)
-        prompts: Any = [prompt] if single else list(prompt)
+        prompts: Any = [prompt] if single else _several(prompt)
         run = _Run(self, prompts, options)
         try:
             for _ in run.pieces():
@@ -258,7 +264,14 @@ class LanguageModel:
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """A prompt as token ids. Raises: UsageError, PackError for text without a tokenizer."""
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            if not _is_ids(prompt):
+                raise UsageError(f"prompt is {prompt!r:.80}, expected text or a list of token ids")
+            ids = [int(token) for token in prompt]
+            for token in ids:
+                if not 0 <= token < self.config.vocab_size:
+                    most = self.config.vocab_size - 1
+                    raise UsageError(f"token id {token}, expected 0 to {most}")
+            return ids
         if self.tokenizer is None:
             raise PackError(f"{self.pack.path}: has no tokenizer.json: pass token ids, not text")
         return self.tokenizer.encode(prompt)
@@ -271,12 +284,25 @@ class LanguageModel:
         return room
 
 
-def _is_ids(prompt: Sequence[Prompt] | Sequence[int]) -> bool:
-    """Is this one prompt of token ids, not several prompts?"""
-    return len(prompt) > 0 and not isinstance(prompt[0], str | list | tuple)
+def _is_ids(prompt: object) -> bool:
+    """Is this one prompt of token ids: whole numbers in a list, tuple or one-dimensional array?"""
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim == 1 and prompt.dtype.kind in "iu"
+    if not isinstance(prompt, list | tuple):
+        return False
+    return all(isinstance(t, int | np.integer) and not isinstance(t, bool) for t in prompt)
+
+
+def _several(prompts: object) -> list[Any]:
+    """Several prompts, as a list. Raises: UsageError for what is neither one nor several."""
+    if isinstance(prompts, list | tuple | np.ndarray):
+        return list(prompts)
+    raise UsageError(f"prompt is {prompts!r:.80}, expected text, token ids, or a list of either")
 
 
 def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(stop, str | list | tuple):
+        raise UsageError(f"stop is {stop!r}, expected a string or a list of them")
     strings = (stop,) if isinstance(stop, str) else tuple(stop)
     if not all(isinstance(s, str) and s for s in strings):
         raise UsageError(f"stop is {stop!r}, expected strings of at least one character")

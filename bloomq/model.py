@@ -1,6 +1,6 @@
 """BLOOM, once: embedding, blocks, and the last norm left to whichever head reads the result.
 
-Source: transformers' modeling_bloom.py, which docs/architecture.md compares line by line.
+Source: transformers' modeling_bloom.py; docs/architecture.md lists the differences.
 """
 
 from __future__ import annotations
@@ -98,6 +98,6 @@ class BloomModel:
         if np.isfinite(self.backend.numpy(x)).all():
             name = "ln_f or the head"
         return NumericError(
-            f"NaN or infinity after {name}: the checkpoint is damaged or overflows: run "
-            "'bloomq verify', or convert with another scheme"
+            f"NaN or infinity after {name}: the checkpoint is damaged or overflows: run 'bloomq "
+            'verify\', load with cache_dtype="f32", or convert with another scheme'
         )

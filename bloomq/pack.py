@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig, WeightSpec, read_json, weight_specs
 from bloomq.errors import BloomqError, ConfigError, InputNotFound, PackError, UsageError
+from bloomq.files import exists, read_bounded, shown
 from bloomq.schemes import Array, Part, Scheme, get_scheme, round_up
-from bloomq.tensorfile import TensorFile, exists, shown
+from bloomq.tensorfile import TensorFile
 from bloomq.weights import Matrix, Norm
 
 FORMAT, VERSION = "bloomq-pack", 1
@@ -71,6 +72,7 @@ class Pack:
     config: BloomConfig
     schemes: Mapping[str, Scheme]
     manifest: Mapping[str, Any]
+    _specs: Mapping[str, WeightSpec]
     _files: Mapping[str, TensorFile]
     _where: Mapping[str, str]
 
@@ -98,7 +100,9 @@ class Pack:
         for spec in specs:
             expected |= stored_arrays(spec, schemes.get(spec.name))
         _check_arrays(path, expected, files, array_file)
-        return cls(path, config, schemes, manifest, files, array_file)
+        return cls(
+            path, config, schemes, manifest, {s.name: s for s in specs}, files, array_file
+        )  # fmt: skip
 
     def array(self, key: str) -> Array:
         """A stored array, mapped; bf16 comes as uint16."""
@@ -108,8 +112,7 @@ class Pack:
         """The matrix of a weight: `lm_head` is `wte` where they are tied."""
         if name == "lm_head" and self.config.tie_word_embeddings:
             name = "wte"
-        spec = next(spec for spec in weight_specs(self.config) if spec.name == name)
-        n, k = spec.shape
+        n, k = self._specs[name].shape
         scheme = self.schemes[name]
         parts = {part: self.array(f"{name}.{part}") for part in scheme.parts((n, k))}
         return Matrix(name, scheme, (n, k), parts)
@@ -131,8 +134,12 @@ class Pack:
         entry = self.manifest["files"].get(TOKENIZER)
         if entry is None:
             return None
-        data = _read_file(self.path / TOKENIZER)
-        _check_size(self.path / TOKENIZER, len(data), entry["bytes"])
+        path, size = self.path / TOKENIZER, entry["bytes"]
+        try:
+            data = read_bounded(path, max(size, 0), PackError)
+        except InputNotFound:
+            raise PackError(f"{path}: missing: copy it again, or convert again") from None
+        _check_size(path, len(data), size)
         return data
 
     @property
@@ -152,7 +159,7 @@ class Pack:
     @property
     def parameters(self) -> int:
         """Weights of the model, as published (padding not counted)."""
-        specs = weight_specs(self.config)
+        specs = self._specs.values()
         matrices = sum(s.shape[0] * s.shape[1] for s in specs if s.quantized)
         vectors = sum(2 * s.shape[0] for s in specs if s.kind == "norm")
         return matrices + vectors + sum(s.shape[0] for s in specs if s.kind == "linear")
@@ -235,10 +242,17 @@ def _read_schemes(
     manifest: Mapping[str, Any], specs: list[WeightSpec], where: Path
 ) -> dict[str, Scheme]:
     schemes = {}
-    for spec in (s for s in specs if s.quantized):
+    for spec in specs:
         entry = manifest["weights"].get(spec.name)
         if not isinstance(entry, dict):
             raise PackError(f"{where}: weights has no {spec.name}: convert again")
+        if entry.get("shape") != list(spec.shape):
+            raise PackError(
+                f"{where}: {spec.name} has shape {entry.get('shape')!r}, expected "
+                f"{list(spec.shape)} by the config: convert again"
+            )
+        if not spec.quantized:
+            continue
         try:
             schemes[spec.name] = get_scheme(str(entry.get("scheme")), entry.get("group_size"))
         except (UsageError, TypeError) as error:
@@ -288,15 +302,6 @@ def _check_size(path: Path, found: int, expected: int) -> None:
         raise PackError(
             f"{path}: {found} bytes, expected {expected}: copy it again, or convert again"
         )
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise PackError(f"{path}: missing: copy it again, or convert again") from None
-    except OSError as error:
-        raise PackError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _check_digest(

@@ -146,11 +146,10 @@ def writing_pack(
         _check_target(target, force)
     folder = target.with_name(f".{target.name}.partial")
     made = [parent for parent in folder.parents if not parent.exists()]
-    lock = None
+    lock: int | None = None
     try:
         with _os_errors(target):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder, target)
+            lock = _take_folder(folder, target)
             _check_target(target, force)  # another run may have ended since
             _empty(folder)  # left by a run that was killed
             writer = PackWriter(folder, config, schemes)
@@ -165,6 +164,8 @@ def writing_pack(
                 _replace(folder, target)
             finally:
                 writer.abandon()
+    except _BusyError:
+        raise  # the folder is another run's
     except BaseException:
         with suppress(OSError):  # what is not ours or not empty stays
             folder.rmdir() if lock is None else shutil.rmtree(folder)
@@ -174,6 +175,10 @@ def writing_pack(
     finally:
         if lock is not None:
             os.close(lock)
+
+
+class _BusyError(OutputError):
+    """Another run holds the folder's lock."""
 
 
 def _size(nbytes: int) -> str:
@@ -235,18 +240,45 @@ def _check_target(target: Path, force: bool) -> None:
 def _replace(folder: Path, target: Path) -> None:
     """Make the finished folder visible as `target`; what was there goes last."""
     old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
+    _remove_pack(old, target)
+    replaced = target.exists()
+    if replaced:
         target.rename(old)
-    folder.rename(target)
+    try:
+        folder.rename(target)
+    except OSError:
+        if replaced:
+            old.rename(target)
+        raise
     _flush_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove_pack(old, target)
+
+
+def _remove_pack(folder: Path, target: Path) -> None:
+    """Delete a pack that an earlier run put aside; anything else of that name is not ours."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_symlink() or not (folder / MANIFEST).is_file():
+        raise OutputError(f"{target}: {folder} is in the way: move it elsewhere")
+    shutil.rmtree(folder)
+
+
+def _take_folder(folder: Path, target: Path) -> int:
+    """Make the folder and lock it: an open handle that holds the lock until it is closed (or the
+    process dies)."""
+    while True:
+        if folder.is_symlink():
+            raise OutputError(f"{target}: {folder} is a link: remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        if sys.platform == "win32":  # no flock there: two runs at once are the user's to avoid
+            return os.open(os.devnull, os.O_RDONLY)
+        handle = _lock(folder, target)
+        if _same_file(handle, folder):
+            return handle
+        os.close(handle)  # its owner renamed or removed the folder before we had the lock
 
 
 def _lock(folder: Path, target: Path) -> int:
-    """An open file that holds the folder's lock until it is closed (or the process dies)."""
-    if sys.platform == "win32":  # no flock there: two runs at once are the user's to avoid
-        return os.open(os.devnull, os.O_RDONLY)
     import fcntl
 
     handle = os.open(folder, os.O_RDONLY)
@@ -254,8 +286,15 @@ def _lock(folder: Path, target: Path) -> int:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(handle)
-        raise OutputError(f"{target}: another conversion is writing it: wait for it") from None
+        raise _BusyError(f"{target}: another conversion is writing it: wait for it") from None
     return handle
+
+
+def _same_file(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _empty(folder: Path) -> None:

@@ -26,7 +26,7 @@ class Sampling:
     softmax(logits / temperature), cut to the top_k likeliest (0: all), then to the fewest whose
     probabilities reach top_p (1: all). repetition_penalty p: the logit of a token that occurred, in
     prompt or output, is divided by p where positive and multiplied where negative (1: off), before
-    all else. seed None: a new one each time.
+    all else. seed None: a new one each time; sequence i of a call draws from a stream of (seed, i).
 
     Raises: UsageError for a value that cannot be.
     """
@@ -39,11 +39,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _check_number("temperature", self.temperature, 0.0, 100.0, "0 (greedy) to 100")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
+        if not is_whole(self.top_k) or self.top_k < 0:
             raise UsageError(f"top_k is {self.top_k!r}, expected a whole number, 0 for all")
         _check_number("top_p", self.top_p, 1e-9, 1.0, "above 0, at most 1")
         _check_number("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, "0.001 to 1000")
-        if self.seed is not None and (not isinstance(self.seed, int) or self.seed < 0):
+        if self.seed is not None and (not is_whole(self.seed) or self.seed < 0):
             raise UsageError(f"seed is {self.seed!r}, expected a whole number from 0")
         if 0.0 < self.temperature < 1e-3:
             raise UsageError(
@@ -57,6 +57,11 @@ class Sampling:
     @property
     def penalised(self) -> bool:
         return self.repetition_penalty != 1.0
+
+
+def is_whole(value: object) -> bool:
+    """Is this a whole number, of Python or NumPy, and not a truth value?"""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _check_number(name: str, value: object, low: float, high: float, expected: str) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.errors import CheckpointError, InputNotFound
+from bloomq.files import exists, shown
 from bloomq.schemes import Array
 
 # bfloat16, which NumPy lacks, comes as its bits.
@@ -60,6 +61,8 @@ class TensorFile:
 
         if not exists(path):
             raise InputNotFound(f"{path}: no such file")
+        if not path.is_file():
+            raise CheckpointError(f"{path}: is not a regular file")
         entries: dict[str, Entry] = {}
         try:
             with path.open("rb") as file:
@@ -97,19 +100,6 @@ class TensorFile:
         entry = self.entries[name]
         array: Array = self.raw(name).view(DTYPES[entry.dtype]).reshape(entry.shape)
         return array
-
-
-def shown(name: str) -> str:
-    """A tensor's name as an error may show it: a file could put line breaks there."""
-    return name if name.isprintable() else repr(name)
-
-
-def exists(path: Path) -> bool:
-    """`path.exists()`, also for names that no file can have (too long, with a NUL)."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
 
 
 def _looks_pickled(path: Path) -> bool:

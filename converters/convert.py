@@ -23,7 +23,7 @@ from bloomq.pack import Pack
 from bloomq.pack_writer import writing_pack
 from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, bf16_to_f32, get_scheme, round_up
 
-_BLOCK_BYTES = 8 << 20  # of source; with float32 copies about five times that in memory, per worker
+_BLOCK_BYTES = 4 << 20  # of source; with float32 copies about five times that in memory, a worker
 # A worker needs some 100 MB, and a few of them are faster than any disk.
 _DEFAULT_WORKERS, _MOST_WORKERS = 8, 64
 Progress = Callable[[int, int], None]  # (source bytes done, source bytes in all)
@@ -117,7 +117,8 @@ def _body_and_head(
 
 def _workers(threads: int | None) -> int:
     if threads is None:
-        return min(os.cpu_count() or 1, _DEFAULT_WORKERS)
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        return min(allowed or os.cpu_count() or 1, _DEFAULT_WORKERS)
     if (
         isinstance(threads, bool)
         or not isinstance(threads, int)

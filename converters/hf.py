@@ -20,9 +20,10 @@ from bloomq.converters.source import Checkpoint, SourceTensor
 
 from bloomq.config import BloomConfig, read_json
 from bloomq.errors import CheckpointError, ConfigError, InputNotFound
+from bloomq.files import exists, read_bounded, shown
 from bloomq.pack import MANIFEST, TOKENIZER
 from bloomq.schemes import Array
-from bloomq.tensorfile import DTYPES, Entry, TensorFile, exists, shown
+from bloomq.tensorfile import DTYPES, Entry, TensorFile
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _ARCHITECTURES = ("BloomForCausalLM", "BloomModel")
@@ -73,7 +74,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputNotFound(f"{path}: no such folder")
     if not path.is_dir():
         raise CheckpointError(f"{path}: is a file, expected the folder of a checkpoint")
-    if (path / MANIFEST).exists():
+    if exists(path / MANIFEST):
         raise CheckpointError(f"{path}: is a bloomq pack already, expected a checkpoint")
     try:
         raw = read_json(path / "config.json")
@@ -96,9 +97,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _find_tensors(path: Path) -> dict[str, SourceTensor]:
     """Every tensor of the checkpoint's files, by its name without the `transformer.` prefix."""
-    if (path / _SINGLE).exists():
+    if exists(path / _SINGLE):
         names = [_SINGLE]
-    elif (path / _INDEX).exists():
+    elif exists(path / _INDEX):
         names = _shard_names(path / _INDEX)
     elif pickles := sorted(p.name for p in path.glob("pytorch_model*.bin")):
         raise CheckpointError(
@@ -205,13 +206,9 @@ def _equal(a: SourceTensor, b: SourceTensor) -> bool:
 
 def _read_tokenizer(path: Path) -> bytes | None:
     try:
-        if path.stat().st_size > _TOKENIZER_LIMIT_BYTES:
-            raise CheckpointError(f"{path}: larger than {_TOKENIZER_LIMIT_BYTES >> 20} MB")
-        return path.read_bytes()
-    except FileNotFoundError:
+        return read_bounded(path, _TOKENIZER_LIMIT_BYTES, CheckpointError)
+    except InputNotFound:
         return None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ fast-math, LLVM contracts nothing. Callers run blocks on several threads: these 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
@@ -22,6 +25,16 @@ from bloomq.schemes import (
 )
 
 F32 = NDArray[np.float32]
+
+
+def _cached(function: Callable[..., Any]) -> Any:
+    """Compile at the first call; keep the result where Numba finds a place to write."""
+    try:
+        return njit(nogil=True, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return njit(nogil=True, error_model="numpy")(function)
+
+
 _LEVELS = np.array(INT4_LEVELS, np.float32)
 _ROUND = np.float32(12582912)  # 1.5 x 2^23: adding and subtracting it rounds, half to even
 
@@ -75,14 +88,14 @@ def _widen(raw: Array, dtype: str, shape: tuple[int, int]) -> F32:
     return out
 
 
-@njit(nogil=True, cache=True)
+@_cached
 def _widen_bf16(bits, out):  # type: ignore[no-untyped-def]
     for i in range(bits.shape[0]):
         for j in range(bits.shape[1]):
             out[i, j] = np.uint32(bits[i, j]) << np.uint32(16)
 
 
-@njit(nogil=True, cache=True)
+@_cached
 def _peak_bits(bits, mask):  # type: ignore[no-untyped-def]
     """The largest magnitude as an integer: floats order like their bits."""
     peak = np.int32(0)
@@ -91,7 +104,7 @@ def _peak_bits(bits, mask):  # type: ignore[no-untyped-def]
     return peak
 
 
-@njit(nogil=True, cache=True)
+@_cached
 def _row_peaks(w):  # type: ignore[no-untyped-def]
     peaks = np.empty(w.shape[0], np.float32)
     for i in range(w.shape[0]):
@@ -103,7 +116,7 @@ def _row_peaks(w):  # type: ignore[no-untyped-def]
     return peaks
 
 
-@njit(nogil=True, cache=True)
+@_cached
 def _int8_codes(w, inverse, codes):  # type: ignore[no-untyped-def]
     for tile in range(codes.shape[0]):
         for lane in range(16):
@@ -114,7 +127,7 @@ def _int8_codes(w, inverse, codes):  # type: ignore[no-untyped-def]
                     codes[tile, k4, lane, j] = np.int8(whole - _ROUND)
 
 
-@njit(nogil=True, cache=True)
+@_cached
 def _load_group(w, tile, first, block):  # type: ignore[no-untyped-def]
     """16 rows x one group of columns, transposed into block [group, 16]."""
     for lane in range(16):
@@ -122,7 +135,7 @@ def _load_group(w, tile, first, block):  # type: ignore[no-untyped-def]
             block[k, lane] = w[tile * 16 + lane, first + k]
 
 
-@njit(nogil=True, cache=True)
+@_cached
 def _peak_of_group(block, peak, magnitude):  # type: ignore[no-untyped-def]
     """The value of largest magnitude in each lane, signed; the first of equals."""
     for lane in range(16):
@@ -136,7 +149,7 @@ def _peak_of_group(block, peak, magnitude):  # type: ignore[no-untyped-def]
             magnitude[lane] = abs(value) if larger else magnitude[lane]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_cached
 def _int4_scales(w, group, levels, scales):  # type: ignore[no-untyped-def]
     block = np.empty((group, 16), np.float32)
     peak, magnitude = np.empty(16, np.float32), np.empty(16, np.float32)
@@ -173,7 +186,7 @@ def _int4_scales(w, group, levels, scales):  # type: ignore[no-untyped-def]
                     gain[lane] = this if better else gain[lane]
 
 
-@njit(nogil=True, cache=True)
+@_cached
 def _group_peaks(w, group, peaks):  # type: ignore[no-untyped-def]
     block = np.empty((group, 16), np.float32)
     peak = np.empty(16, np.float32)
@@ -183,7 +196,7 @@ def _group_peaks(w, group, peaks):  # type: ignore[no-untyped-def]
             _peak_of_group(block, peak, peaks[tile, g])
 
 
-@njit(nogil=True, cache=True)
+@_cached
 def _int4_codes(w, group, inverse, codes):  # type: ignore[no-untyped-def]
     for tile in range(codes.shape[0]):
         for lane in range(16):
@@ -198,7 +211,7 @@ def _int4_codes(w, group, inverse, codes):  # type: ignore[no-untyped-def]
                     codes[tile, k8, lane, j] = np.uint8(np.int32(low) | (np.int32(high) << 4))
 
 
-@njit(nogil=True, cache=True)
+@_cached
 def _nf4_index(x, midpoints):  # type: ignore[no-untyped-def]
     index = np.int32(0)
     for midpoint in midpoints:
@@ -206,7 +219,7 @@ def _nf4_index(x, midpoints):  # type: ignore[no-untyped-def]
     return index
 
 
-@njit(nogil=True, cache=True)
+@_cached
 def _nf4_codes(w, group, inverse, midpoints, codes):  # type: ignore[no-untyped-def]
     for tile in range(codes.shape[0]):
         for lane in range(16):

@@ -217,32 +217,27 @@ def test_a_mask_that_hides_everything_is_refused(tiny: LanguageModel):
 # -- found wanting ---------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="NumPy's own ValueError: only ragged input_ids are caught")
 def test_a_ragged_mask_is_refused_in_our_words(tiny: LanguageModel):
     with pytest.raises(UsageError):
         tiny([[1, 2], [3, 4]], [[1], [1, 1]])
 
 
-@pytest.mark.xfail(strict=True, reason="given != 0 is true for text and NaN")
 @pytest.mark.parametrize("mask", [["a", "b"], [np.nan, 1.0]], ids=str)
 def test_a_mask_that_is_no_number_is_refused(tiny: LanguageModel, mask):
     with pytest.raises(UsageError):
         tiny([1, 2], mask)
 
 
-@pytest.mark.xfail(strict=True, reason="wraps to a negative int64 before it is checked")
 def test_an_id_beyond_int64_is_named_as_given(tiny: LanguageModel):
     with pytest.raises(UsageError, match=f"^token id {2**63 + 5}, "):
         tiny(np.array([2**63 + 5], np.uint64))
 
 
-@pytest.mark.xfail(strict=True, reason="True passes isinstance(int) and is taken as one thread")
 def test_a_truth_value_is_not_a_number_of_threads(base: Path):
     with pytest.raises(UsageError):
         bloomq.load(pack(base, TINY, "int4"), backend="numba", threads=True)
 
 
-@pytest.mark.xfail(strict=True, reason="NumPy's own errors: a size that overflows, no memory")
 @pytest.mark.parametrize(("backend", "tokens"), [("numba", 2**60), ("reference", 10**13)])
 def test_a_cache_beyond_memory_is_a_capacity_error(base: Path, backend: str, tokens: int):
     model = bloomq.load(pack(base, TINY, "int4"), backend=backend, context=2**62)

@@ -5,11 +5,12 @@ Nothing heavy is imported before a backend is asked for by name.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bloomq.errors import BackendError
+from bloomq.errors import BackendError, UsageError
 from bloomq.layers import Backend
 from bloomq.pack import Pack
 
@@ -27,7 +28,11 @@ class Choice:
 def why_not(name: str) -> str | None:
     """Why a backend cannot run here; None where it can."""
     if name == "numba":
-        return None if importlib.util.find_spec("numba") else "numba is not installed"
+        try:
+            importlib.import_module("numba")
+        except ImportError as error:  # not installed, or not for this NumPy
+            return str(error).splitlines()[0]
+        return None
     if name == "cuda":
         if importlib.util.find_spec("torch") is None:
             return "torch is not installed, and this version of bloomq has no CUDA layers yet"
@@ -40,14 +45,16 @@ def available() -> list[str]:
     return [name for name in NAMES if why_not(name) is None]
 
 
-def choose(name: str, pack: Pack, threads: int | None) -> Choice:
+def choose(name: str, pack: Pack, threads: int | None, cache_dtype: str = "auto") -> Choice:
     """Build the backend `name` for a pack; "auto" takes the first that can run here.
 
     Raises: BackendError for one that is unknown or not available, UsageError for impossible
     threads.
     """
     if name == "auto":
-        name, reason = available()[0], "auto: the fastest available here"
+        name = available()[0]
+        passed = [f"not {n}: {why_not(n)}" for n in NAMES[: NAMES.index(name)]]
+        reason = "; ".join(["auto: the fastest available here", *passed])
     else:
         reason = "asked for"
     if name not in NAMES:
@@ -55,25 +62,30 @@ def choose(name: str, pack: Pack, threads: int | None) -> Choice:
     problem = why_not(name)
     if problem is not None:
         raise BackendError(f"backend {name} is not available: {problem}: use one of {available()}")
-    backend = _BUILD[name](pack, threads)
+    if cache_dtype not in ("auto", "f16", "f32"):
+        raise UsageError(f"cache_dtype is {cache_dtype!r}, expected auto, f16 or f32")
+    if cache_dtype == "auto":
+        # Unquantized packs are the yardstick, so nothing of theirs is rounded to float16.
+        exact = all(scheme.is_float for scheme in pack.schemes.values())
+        cache_dtype = "f32" if exact else "f16"
+    backend = _BUILD[name](threads, cache_dtype)
     return Choice(backend, f"{reason}; {backend.description}")
 
 
-def _numba(pack: Pack, threads: int | None) -> Backend:
+def _numba(threads: int | None, cache_dtype: str) -> Backend:
     from bloomq.backends.numba_cpu.layers import NumbaBackend
 
-    # Unquantized packs are the yardstick, so nothing of theirs is rounded to float16.
-    exact = all(scheme.is_float for scheme in pack.schemes.values())
-    return NumbaBackend(threads, "f32" if exact else "f16")
+    return NumbaBackend(threads, "f32" if cache_dtype == "f32" else "f16")
 
 
-def _reference(pack: Pack, threads: int | None) -> Backend:
+def _reference(threads: int | None, cache_dtype: str) -> Backend:
+    """NumPy has its own threads, and the reference its float32 cache."""
     from bloomq.backends.reference import ReferenceBackend
 
     return ReferenceBackend()
 
 
-_BUILD: dict[str, Callable[[Pack, int | None], Backend]] = {
+_BUILD: dict[str, Callable[[int | None, str], Backend]] = {
     "numba": _numba,
     "reference": _reference,
 }

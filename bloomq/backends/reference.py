@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig
-from bloomq.layers import Activation, Span, Step, Top, slopes
+from bloomq.layers import Activation, Span, Step, Top, slopes, zeros
 from bloomq.schemes import F32, NF4_CODEBOOK, NF4_INT8_CODEBOOK, Scheme, round_up, untile_rows
 from bloomq.weights import Matrix, Norm
 
@@ -181,8 +181,8 @@ class ReferenceCache:
         shape = (config.n_layer, batch, capacity, config.n_head, config.head_dim)
         self.batch, self.capacity = batch, capacity
         self.lengths: I64 = np.zeros(batch, np.int64)
-        self.keys: F32 = np.zeros(shape, np.float32)
-        self.values: F32 = np.zeros(shape, np.float32)
+        self.keys: F32 = zeros(shape, np.float32)
+        self.values: F32 = zeros(shape, np.float32)
 
     @property
     def nbytes(self) -> int:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +26,7 @@ from llvmlite import binding as llvm
 from bloomq.backends.numba_cpu.simd import TIERS
 
 _log = logging.getLogger("bloomq.compile")
+_CACHE_SETTING = threading.Lock()
 # Only explicit prange loops become parallel: array expressions are left as they are written.
 _PARALLEL = {
     "comprehension": False, "reduction": False, "inplace_binop": False, "setitem": False,
@@ -46,9 +49,7 @@ def best_tier(features: frozenset[str]) -> str:
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept: BLOOMQ_CACHE_DIR, or bloomq in the user's cache
-    directory.
-    """
+    """Where compiled kernels are kept: BLOOMQ_CACHE_DIR, or bloomq in the user's cache folder."""
     base = os.environ.get("BLOOMQ_CACHE_DIR") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bloomq"
     )
@@ -64,50 +65,76 @@ def _source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-@contextmanager
-def _cache_here() -> Iterator[bool]:
-    """Numba's cache directory set to ours while a function is declared, then put back.
-
-    Yields False where the directory cannot be written: kernels are then compiled in every process.
-    The files hold pickles, so the directory is the owner's alone.
-    """
-    directory = cache_dir()
+def _is_private(directory: Path) -> bool:
+    """Can we write there, and nobody else? Cached kernels are pickles, which run code when read."""
+    if not directory.is_absolute():  # no home folder: "~" was not expanded
+        return False
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        writable = os.access(directory, os.W_OK)
+        status = directory.stat()
     except OSError:
-        writable = False
-    before = numba.config.CACHE_DIR
-    if writable:
+        return False
+    if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+        return False
+    return os.access(directory, os.W_OK)
+
+
+@contextmanager
+def _cache_at(directory: Path) -> Iterator[None]:
+    """Numba's cache directory set while a function is declared, then put back: the setting is
+    Numba's own, for all functions of the process."""
+    with _CACHE_SETTING:
+        before = numba.config.CACHE_DIR
         numba.config.CACHE_DIR = str(directory)
-    try:
-        yield writable
-    finally:
-        numba.config.CACHE_DIR = before
+        try:
+            yield
+        finally:
+            numba.config.CACHE_DIR = before
 
 
-def compiled(
-    signature: Any, *, parallel: bool = False, fastmath: frozenset[str] = frozenset()
-) -> Callable[[Callable[..., Any]], Any]:
+def compiled(signature: Any, *, parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
     """Decorator: compile now, for one signature, without the GIL, through the cache.
 
-    A compilation (not a cache hit) is logged on `bloomq.compile`: it takes seconds.
+    A compilation (not a cache hit) is logged on `bloomq.compile`: it takes seconds. A cache that
+    cannot be used costs time, never an error.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
         started = perf_counter()
-        with _cache_here() as cached:
-            kernel = numba.njit(
-                signature,
-                parallel=_PARALLEL if parallel else False,
-                fastmath=set(fastmath),
-                cache=cached,
-                nogil=True,
-                error_model="numpy",
-            )(function)
+        kernel = _from_cache(function, signature, parallel)
+        if kernel is None:
+            kernel = _declare(function, signature, parallel, cache=False)
         if not kernel.stats.cache_hits:
             spent = perf_counter() - started
-            _log.info("compiled %s for this machine, once (%.1f s)", function.__name__, spent)
+            _log.info("compiled %s (%.1f s)", function.__name__, spent)
         return kernel
 
     return decorate
+
+
+def _declare(function: Callable[..., Any], signature: Any, parallel: bool, cache: bool) -> Any:
+    return numba.njit(
+        signature,
+        parallel=_PARALLEL if parallel else False,
+        cache=cache,
+        nogil=True,
+        error_model="numpy",
+    )(function)
+
+
+def _from_cache(function: Callable[..., Any], signature: Any, parallel: bool) -> Any:
+    """The kernel through the cache; None, with a line in the log, where the cache is of no use."""
+    directory = cache_dir()
+    if not _is_private(directory):
+        _log.warning(
+            "%s is not a folder that only you can write: kernels are compiled in every process; "
+            "set BLOOMQ_CACHE_DIR to one that is",
+            directory,
+        )
+        return None
+    try:
+        with _cache_at(directory):
+            return _declare(function, signature, parallel, cache=True)
+    except (OSError, EOFError, ValueError, UnpicklingError) as error:
+        _log.warning("%s is damaged or full (%s): delete it", directory, error)
+        return None

@@ -6,12 +6,6 @@ passed to them as addresses; each layer holds its arrays so that the addresses s
 
 from __future__ import annotations
 
-import os
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -22,10 +16,11 @@ from bloomq.backends.numba_cpu.attention import attend
 from bloomq.backends.numba_cpu.jit import best_tier, cpu_features
 from bloomq.backends.numba_cpu.linear import float_linear, int_linear
 from bloomq.backends.numba_cpu.norm import norm_rows
+from bloomq.backends.numba_cpu.threads import entry, physical_cores, start_threads
 from bloomq.backends.numba_cpu.top import top_rows
 from bloomq.config import BloomConfig
-from bloomq.errors import BackendError, CapacityError, UsageError
-from bloomq.layers import Activation, CacheDtype, Span, Step, Top, slopes
+from bloomq.errors import UsageError
+from bloomq.layers import Activation, CacheDtype, Span, Step, Top, slopes, zeros
 from bloomq.schemes import round_up
 from bloomq.weights import Matrix, Norm
 
@@ -46,13 +41,13 @@ class NumbaBackend:
     def __init__(self, threads: int | None = None, cache_dtype: CacheDtype = "f16") -> None:
         most = int(numba.config.NUMBA_NUM_THREADS)
         self.threads = min(physical_cores(), most) if threads is None else threads
-        if not isinstance(self.threads, int) or not 1 <= self.threads <= most:
+        whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
+        if not whole or not 1 <= self.threads <= most:
             raise UsageError(f"threads is {threads!r}, expected 1 to {most} (this machine's cores)")
         self.tier = best_tier(cpu_features())
-        self.threading_layer = _start_threads(self.threads)
-        # Two calls at once abort the process under the workqueue layer; omp takes them.
-        self._lock = threading.Lock() if self.threading_layer == "workqueue" else None
+        self.threading_layer = start_threads(self.threads)
         self.cache_dtype: CacheDtype = cache_dtype
+        self._top_rows = entry(top_rows(self.tier))
 
     @property
     def description(self) -> str:
@@ -81,10 +76,7 @@ class NumbaBackend:
     def compile(self, step: Step) -> Step:
         def run(ids: I64, cache: Any, span: Span) -> Any:
             numba.set_num_threads(self.threads)  # Numba's setting is the calling thread's own
-            if self._lock is None:
-                return step(ids, cache, span)
-            with self._lock:
-                return step(ids, cache, span)
+            return step(ids, cache, span)
 
         return run
 
@@ -95,7 +87,7 @@ class NumbaBackend:
         batch = logits.shape[0]
         values, ids = np.empty((batch, k), np.float32), np.empty((batch, k), np.int64)
         logsumexp = np.empty(batch, np.float64)
-        top_rows(self.tier)(logits, np.float32(1 / temperature), values, ids, logsumexp)
+        self._top_rows(logits, float(temperature), values, ids, logsumexp)
         return Top(ids, values, logsumexp)
 
     def numpy(self, x: F32) -> F32:
@@ -115,7 +107,7 @@ class NumbaLinear:
     ) -> None:
         scheme = weight.scheme
         build = float_linear if scheme.is_float else int_linear
-        self._kernel = build(scheme.name, scheme.group_size, backend.tier)
+        self._kernel = entry(build(scheme.name, scheme.group_size, backend.tier))
         self._n = weight.shape[0]
         stored_n, self._k = scheme.padded(weight.shape)
         parts = list(weight.parts.values())  # codes and scales, or values alone
@@ -132,6 +124,8 @@ class NumbaLinear:
 
     def __call__(self, x: F32, add: F32 | None = None) -> F32:
         y = np.empty((x.shape[0], self._n), np.float32)
+        if not len(x):  # the kernels read at least one row
+            return y
         self._kernel(
             x, self._gain, self._shift, self._epsilon, self._n, self._k, self._codes, self._scales,
             self._bias, self._gelu, _NO_MATRIX if add is None else add, y, self._threads,
@@ -149,7 +143,7 @@ class NumbaEmbedding:
             _padded(norm.bias, len(norm.bias)),
         )
         self._epsilon = np.float32(norm.epsilon)
-        self._norm_rows = norm_rows()
+        self._norm_rows = entry(norm_rows())
 
     def __call__(self, ids: I64) -> F32:
         rows = np.ascontiguousarray(self._table.rows(ids))
@@ -164,7 +158,7 @@ class NumbaAttention:
     def __init__(self, backend: NumbaBackend, layer: int, n_head: int, head_dim: int) -> None:
         self._layer, self._head_dim = layer, head_dim
         self._slopes = slopes(n_head)
-        self._kernel = attend(backend.cache_dtype, _width(head_dim), backend.tier)
+        self._kernel = entry(attend(backend.cache_dtype, _width(head_dim), backend.tier))
         self._threads = backend.threads
 
     def __call__(self, qkv: F32, cache: NumbaCache, span: Span) -> F32:
@@ -189,14 +183,7 @@ class NumbaCache:
         self.lengths: I64 = np.zeros(batch, np.int64)
         self.row_stride = config.n_head * self.capacity * _width(config.head_dim)
         shape = (2, config.n_layer, batch, self.row_stride)
-        try:
-            self._data = np.zeros(shape, np.float32 if dtype == "f32" else np.uint16)
-        except MemoryError:
-            size = 2 * config.n_layer * batch * self.row_stride * (4 if dtype == "f32" else 2)
-            raise CapacityError(
-                f"no memory for a cache of {batch} x {self.capacity} tokens ({size / 1e9:.1f} GB): "
-                "ask for fewer tokens or rows"
-            ) from None
+        self._data = zeros(shape, np.float32 if dtype == "f32" else np.uint16)
 
     @property
     def nbytes(self) -> int:
@@ -229,72 +216,3 @@ def _padded(vector: F32, length: int) -> F32:
     out = np.zeros(length, np.float32)
     out[: len(vector)] = vector
     return out
-
-
-# How long idle OpenMP threads spin before they sleep, in GNU's unit of a few nanoseconds to a few
-# tens. Measured with bloom-560m on 2 cores: 1,000 decodes as fast as GNU's default of 300,000,
-# sleeping at once (OMP_WAIT_POLICY=passive) three times slower; but beside one other busy process
-# the default is 70 times slower than 1,000, for each waits by spinning while the other needs the
-# core.
-_SPIN_COUNT = "1000"
-
-
-def _start_threads(threads: int) -> str:
-    """Start Numba's threads and return the name of its threading layer: omp wherever it loads.
-
-    A parallel region costs 1-2 us under omp, 60-100 us under workqueue, and a token has about a
-    hundred.
-    """
-    try:
-        layer: str = numba.threading_layer()  # another user of Numba has already started it
-    except ValueError:
-        with _spinning_briefly():
-            layer = _first_layer_that_loads(threads)
-    if layer == "workqueue":
-        warnings.warn(
-            "numba's omp threading layer does not load here; workqueue is used instead: small "
-            "models decode several times slower, and calls from several threads wait in turn",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return layer
-
-
-def _first_layer_that_loads(threads: int) -> str:
-    for wanted in ("omp", "default"):
-        numba.config.THREADING_LAYER = wanted
-        try:
-            numba.set_num_threads(threads)
-            return str(numba.threading_layer())
-        except ValueError as error:
-            problem = error
-    raise BackendError(f"numba starts no threads here ({problem}): reinstall numba")
-
-
-@contextmanager
-def _spinning_briefly() -> Iterator[None]:
-    """OpenMP reads its environment once, when it is loaded: set there unless the user has."""
-    if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-        yield
-        return
-    os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
-    try:
-        yield
-    finally:
-        del os.environ["GOMP_SPINCOUNT"]
-
-
-def physical_cores() -> int:
-    """Physical cores among the processors that this process may use (two hyperthreads share the
-    units that these kernels fill)."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    if allowed is None:
-        return os.cpu_count() or 1
-    cores = set()
-    for cpu in allowed:
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text().strip())
-        except OSError:
-            cores.add(str(cpu))
-    return len(cores)

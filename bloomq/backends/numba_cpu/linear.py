@@ -57,6 +57,16 @@ def _prepare(  # type: ignore[no-untyped-def]
 
 
 @njit
+def _interleave(acts):  # type: ignore[no-untyped-def]
+    """Rearrange a block of 8 tokens in place, [8, K] -> [K/4, 8, 4], as `gemm_panel` reads it."""
+    rows = acts.copy().view(np.int32)  # [8, K/4]
+    target = acts.reshape(-1).view(np.int32)
+    for k4 in range(rows.shape[1]):
+        for t in range(PANEL_TOKENS):
+            target[PANEL_TOKENS * k4 + t] = rows[t, k4]
+
+
+@njit
 def _emit_rows(buffer, valid, first, token, count, add, y):  # type: ignore[no-untyped-def]
     """Copy rows of finished values to y[token:, first:], adding the residual where there is one."""
     for t in range(count):
@@ -133,10 +143,12 @@ def _build_many_tokens(  # type: ignore[no-untyped-def]
         tile_codes = k // 4 * k4_bytes
         tile_scales = 64 if row_scales else groups * 32
         pairs = (n + _PANEL - 1) // _PANEL
-        panel = np.empty(k * _PANEL, np.uint8)
-        panel_scales = np.empty(groups * _PANEL, np.float32)
+        panel = np.empty(k * _PANEL + 64, np.uint8)
+        panel_scales = np.empty(groups * _PANEL + 16, np.float32)
         buffer = np.empty((PANEL_TOKENS, _PANEL), np.float32)
-        out, p, ps = address(buffer), address(panel), address(panel_scales)
+        # A 64-byte load that straddles two cache lines costs twice.
+        p, ps = (address(panel) + 63) // 64 * 64, (address(panel_scales) + 63) // 64 * 64
+        out = address(buffer)
         a, a_scales, a_sums = address(acts), address(act_scales), address(act_sums)
         for pair in range(pairs * share // shares, pairs * (share + 1) // shares):
             for half in range(2):
@@ -146,7 +158,7 @@ def _build_many_tokens(  # type: ignore[no-untyped-def]
             first = pair * _PANEL
             for token in range(0, m, PANEL_TOKENS):
                 at = token * groups * 4
-                gemm_panel(eight, p, ps, a + token * k, k, a_scales + at, a_sums + at, groups, out)
+                gemm_panel(eight, p, ps, a + token * k, a_scales + at, a_sums + at, groups, out)
                 count = min(PANEL_TOKENS, m - token)
                 for t in range(2 * count):
                     b = bias + 4 * (first + TILE * (t % 2)) if bias else 0
@@ -228,6 +240,13 @@ def int_linear(scheme: str, group: int, tier: str) -> Any:
                     x[i], gain, norm_bias, epsilon, group, offset,
                     acts[i], act_scales[i], act_sums[i],
                 )  # fmt: skip
+        if m > PANEL_TOKENS:
+            if shares == 1:
+                for block in range(rows // PANEL_TOKENS):
+                    _interleave(acts[PANEL_TOKENS * block : PANEL_TOKENS * (block + 1)])
+            else:
+                for block in prange(rows // PANEL_TOKENS):
+                    _interleave(acts[PANEL_TOKENS * block : PANEL_TOKENS * (block + 1)])
         if m <= PANEL_TOKENS:
             if shares == 1:
                 _few_tokens(

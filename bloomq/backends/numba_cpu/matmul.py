@@ -28,6 +28,7 @@ from numba.extending import intrinsic
 from bloomq.backends.numba_cpu.simd import F32, I32, I64, LANES, V16F, V16H, V64B, Vectors
 
 _PANEL_K4_BYTES = 128  # a panel's bytes for 4 columns: 2 tiles x 16 rows x 4
+_PANEL_K4 = 2  # columns / 4 of a loop step: more, and LLVM spills what it loads early
 PANEL_TOKENS = 8  # tokens of a gemm_panel call: 8 x 2 int32 accumulators of 32 registers
 
 
@@ -258,23 +259,25 @@ def _emit_unpack(
 
 @intrinsic(prefer_literal=True)
 def gemm_panel(
-    typingctx: Any, spec: Any, panel: Any, panel_scales: Any, acts: Any, act_stride: Any,
-    act_scales: Any, act_sums: Any, groups: Any, out: Any,
+    typingctx: Any, spec: Any, panel: Any, panel_scales: Any, acts: Any, act_scales: Any,
+    act_sums: Any, groups: Any, out: Any,
 ) -> Any:  # fmt: skip
-    """out [8, 32] float32 = the products of a panel's 32 rows with 8 rows of activations."""
-    rest = (panel, panel_scales, acts, act_stride, act_scales, act_sums, groups, out)
+    """out [8, 32] float32 = the products of a panel's 32 rows with a block of 8 tokens.
+
+    acts: int8 [K/4, 8, 4]: as rows they would lie a multiple of 4 KB apart, in one set of the
+    cache; act_scales float32 and act_sums int32 [8, groups].
+    """
+    rest = (panel, panel_scales, acts, act_scales, act_sums, groups, out)
     return _emitter(_emit_gemm, spec, rest)
 
 
 def _emit_gemm(
     v: Vectors, spec: Spec, panel: ir.Value, panel_scales: ir.Value, acts: ir.Value,
-    act_stride: ir.Value, act_scales: ir.Value, act_sums: ir.Value, groups: ir.Value,
-    out: ir.Value,
+    act_scales: ir.Value, act_sums: ir.Value, groups: ir.Value, out: ir.Value,
 ) -> None:  # fmt: skip
     """16 int32 accumulators live in registers through a group; the float32 totals, [8, 32] in
     `out`, are touched once a group."""
     b = v.b
-    rows = [v.at(acts, b.mul(I64(t), act_stride)) for t in range(PANEL_TOKENS)]
     meta = [b.mul(b.mul(I64(t), groups), I64(4)) for t in range(PANEL_TOKENS)]
     slots = [
         (t, half, v.at(out, 4 * LANES * (2 * t + half)))
@@ -287,7 +290,7 @@ def _emit_gemm(
         g = loop.index
         at = [v.at(offset, b.mul(g, I64(4))) for offset in meta]
         start = [v.broadcast(v.at(act_sums, o), I32) for o in at]
-        sums = _group_panel(v, spec, panel, rows, g, start)
+        sums = _group_panel(v, spec, panel, acts, g, start)
         scales_at = v.at(panel_scales, b.mul(g, I64(2 * 4 * LANES)))
         weight_scales = [v.load(v.at(scales_at, 4 * LANES * half), V16F) for half in range(2)]
         act_scale = [v.broadcast(v.at(act_scales, o), F32) for o in at]
@@ -298,26 +301,28 @@ def _emit_gemm(
 
 
 def _group_panel(
-    v: Vectors, spec: Spec, panel: ir.Value, rows: list[ir.Value], g: ir.Value,
-    start: list[ir.Value],
-) -> list[ir.Value]:  # fmt: skip
-    """int32 sums [8 tokens x 2 halves][16 rows] over one group, 32 columns to an iteration."""
+    v: Vectors, spec: Spec, panel: ir.Value, acts: ir.Value, g: ir.Value, start: list[ir.Value]
+) -> list[ir.Value]:
+    """int32 sums [8 tokens x 2 halves][16 rows] over one group, in steps of _PANEL_K4 x 4
+    columns.
+    """
     k_base = v.b.mul(g, I64(spec.group))
 
     def body(step: ir.Value, sums: list[ir.Value]) -> None:
-        k32 = v.at(k_base, v.b.mul(step, I64(32)))
-        source = v.at(panel, v.b.mul(k32, I64(_PANEL_K4_BYTES // 4)))
-        at = [v.at(row, k32) for row in rows]
-        for k4 in range(8):
+        k = v.at(k_base, v.b.mul(step, I64(4 * _PANEL_K4)))
+        source = v.at(panel, v.b.mul(k, I64(_PANEL_K4_BYTES // 4)))
+        block = v.at(acts, v.b.mul(k, I64(PANEL_TOKENS)))
+        for k4 in range(_PANEL_K4):
             here = v.at(source, _PANEL_K4_BYTES * k4)
             weights = [v.load(v.at(here, 64 * half), V64B) for half in range(2)]
-            for t, row in enumerate(at):
-                acts = v.broadcast4(v.at(row, 4 * k4))
+            for t in range(PANEL_TOKENS):
+                four = v.broadcast4(v.at(block, 4 * (PANEL_TOKENS * k4 + t)))
                 for half in range(2):
                     i = 2 * t + half
-                    sums[i] = v.dot4(sums[i], weights[half], acts, spec.signed)
+                    sums[i] = v.dot4(sums[i], weights[half], four, spec.signed)
 
-    return _accumulate(v, [s for s in start for _ in range(2)], spec.group // 32, body)
+    steps = spec.group // (4 * _PANEL_K4)
+    return _accumulate(v, [s for s in start for _ in range(2)], steps, body)
 
 
 @intrinsic(prefer_literal=True)

@@ -89,18 +89,18 @@ def _best(row, values, ids):  # type: ignore[no-untyped-def]
         _sift_down(values, ids, 0, end)
 
 
-def _top_row(tier, row, factor, values, ids):  # type: ignore[no-untyped-def]
+def _top_row(tier, row, temperature, values, ids):  # type: ignore[no-untyped-def]
     """One row: fills values and ids, returns the logsumexp."""
 
 
 @overload(_top_row, prefer_literal=True)
-def _build_top_row(tier, row, factor, values, ids):  # type: ignore[no-untyped-def]
+def _build_top_row(tier, row, temperature, values, ids):  # type: ignore[no-untyped-def]
     name = tier.literal_value
 
-    def top_row(tier, row, factor, values, ids):  # type: ignore[no-untyped-def]
+    def top_row(tier, row, temperature, values, ids):  # type: ignore[no-untyped-def]
         _best(row, values, ids)
         blocks = row.shape[0] // 16
-        shift = np.array([values[0], factor], np.float32)
+        shift = np.array([values[0], 1 / temperature], np.float32)
         sums, rest = np.zeros(16, np.float32), np.zeros(16, np.float32)
         last = np.full(16, -np.inf, np.float32)
         last[: row.shape[0] - 16 * blocks] = row[16 * blocks :]
@@ -111,26 +111,26 @@ def _build_top_row(tier, row, factor, values, ids):  # type: ignore[no-untyped-d
             total += np.float64(sums[lane]) + np.float64(rest[lane])
         keep(shift)
         keep(last)
-        return np.float64(values[0]) * np.float64(factor) + np.log(total)
+        return np.float64(values[0]) / temperature + np.log(total)
 
     return top_row
 
 
 @lru_cache(maxsize=4)
 def top_rows(tier: str) -> Any:
-    """top_rows(logits [B, V], factor, values [B, k], ids [B, k], logsumexp [B]): per row the k
-    largest logits, best first, and log(sum(exp(logits * factor))). A row with NaN has logsumexp
-    NaN.
+    """top_rows(logits [B, V], temperature, values [B, k], ids [B, k], logsumexp [B]): per row the k
+    largest logits, best first, and log(sum(exp(logits / temperature))). A row with NaN has
+    logsumexp NaN.
     """
 
     @compiled(
-        void(float32[:, ::1], float32, float32[:, ::1], int64[:, ::1], float64[::1]), parallel=True
+        void(float32[:, ::1], float64, float32[:, ::1], int64[:, ::1], float64[::1]), parallel=True
     )
-    def top_rows(logits, factor, values, ids, logsumexp):  # type: ignore[no-untyped-def]
+    def top_rows(logits, temperature, values, ids, logsumexp):  # type: ignore[no-untyped-def]
         if logits.shape[0] == 1:
-            logsumexp[0] = _top_row(tier, logits[0], factor, values[0], ids[0])
+            logsumexp[0] = _top_row(tier, logits[0], temperature, values[0], ids[0])
         else:
             for r in prange(logits.shape[0]):
-                logsumexp[r] = _top_row(tier, logits[r], factor, values[r], ids[r])
+                logsumexp[r] = _top_row(tier, logits[r], temperature, values[r], ids[r])
 
     return top_rows
