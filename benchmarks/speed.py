@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numba
 import numpy as np
@@ -34,14 +35,28 @@ PROMPT, OUTPUT = 512, 64
 
 @numba.njit(parallel=True, nogil=True)
 def read_all(data, threads):  # type: ignore[no-untyped-def]
+    """Four streams a thread, which keeps more reads in flight than one does."""
     sums = np.zeros(threads * 8, np.int64)  # a cache line each
     for share in numba.prange(threads):
-        part = data[len(data) * share // threads : len(data) * (share + 1) // threads]
+        quarter = len(data) // (4 * threads)
+        first = share * 4 * quarter
+        a, b = data[first : first + quarter], data[first + quarter : first + 2 * quarter]
+        c = data[first + 2 * quarter : first + 3 * quarter]
+        d = data[first + 3 * quarter : first + 4 * quarter]
         total = np.int64(0)
-        for i in range(len(part)):
-            total += part[i]
+        for i in range(quarter):
+            total += a[i] + b[i] + c[i] + d[i]
         sums[8 * share] = total
     return sums
+
+
+def cpu_name() -> str:
+    """The processor as the system names it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        return text.split("model name")[1].split(":")[1].splitlines()[0].strip()
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
 
 
 class Bandwidth:
@@ -73,8 +88,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append every row here, as JSON lines")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    rows = []
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+    rows: list[dict[str, Any]] = []
+    environment = {"cpu": cpu_name(), "load": os.getloadavg()[0], "bloomq": bloomq.__version__}
+    print(f"{cpu_name()}, {os.cpu_count()} cores, "
           f"load {os.getloadavg()[0]:.1f}, bloomq {bloomq.__version__}")  # fmt: skip
     for model in args.models:
         checkpoint = args.work / model
@@ -83,7 +99,8 @@ def main() -> None:
             subprocess.run([sys.executable, script, model, checkpoint], check=True)
         for scheme in args.schemes:
             pack = args.work / f"{model}-{scheme}"
-            row = {"model": model, "scheme": scheme, **convert(checkpoint, pack, scheme)}
+            row = {**environment, "model": model, "scheme": scheme}
+            row |= convert(checkpoint, pack, scheme)
             row |= measure(pack, args.threads, args.repeat)
             rows.append(row)
             report(row)
@@ -92,25 +109,32 @@ def main() -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+CONVERT = """
+import json, resource, sys, bloomq
+source, target, scheme = sys.argv[1:]
+result = bloomq.convert(source, target, scheme=scheme, force=True)
+usage = resource.getrusage(resource.RUSAGE_SELF)
+peak_kb = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+print(json.dumps({
+    "convert_mb_s": result.source_bytes / 1e6 / result.seconds,
+    "convert_s": result.seconds,
+    "convert_cpu_s": usage.ru_utime + usage.ru_stime,
+    "convert_rss_mb": peak_kb * 1024 / 1e6,
+    "bits_per_weight": result.bits_per_weight,
+}))
+"""
+
+
 def convert(checkpoint: Path, pack: Path, scheme: str) -> dict[str, float]:
-    """Convert in a child process: MB/s of source, and its peak resident memory."""
-    command = [sys.executable, "-m", "bloomq", "convert", checkpoint, pack, "--scheme", scheme]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
-        [*command, "--force", "--json"], check=True, capture_output=True, text=True
-    )
-    result = json.loads(done.stdout)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return {
-        "convert_mb_s": result["source_bytes"] / 1e6 / result["seconds"],
-        "convert_cpu_s": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "convert_s": result["seconds"],
-        "convert_rss_mb": after.ru_maxrss * 1024 / 1e6,  # the largest child so far
-        "bits_per_weight": result["bits_per_weight"],
-    }
+    """Convert in a process of its own, which reports its own peak memory: what a parent sees of its
+    children is the largest of them all."""
+    command = [sys.executable, "-c", CONVERT, checkpoint, pack, scheme]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
 
 
-def measure(pack: Path, threads: int | None, repeat: int) -> dict[str, float]:
+def measure(pack: Path, threads: int | None, repeat: int) -> dict[str, Any]:
     model = bloomq.load(pack, threads=threads)
     rng = np.random.default_rng(0)
     prompt = rng.integers(10, 200_000, PROMPT).tolist()
@@ -125,13 +149,15 @@ def measure(pack: Path, threads: int | None, repeat: int) -> dict[str, float]:
     reloaded = bloomq.load(pack, threads=threads).load_s
     per_s = median(s.generated_tokens_per_s for s in decode)
     gb_s = bandwidth.take_gb_s()
-    weights = sum(m for name in model.pack.schemes for m in [matrix_size(model, name)])
+    weights = sum(matrix_size(model, name) for name in model.pack.schemes)
     return {
         "threads": model.backend.threads,
         "bandwidth_gb_s": gb_s,
         "decode_tok_s": per_s,
+        "decode_samples": [round(s.generated_tokens_per_s, 2) for s in decode],
         "decode_gb_s": per_s * model.pack.bytes_per_token / 1e9,
         "decode_percent": 100 * per_s * model.pack.bytes_per_token / 1e9 / gb_s,
+        "prefill_samples": [round(s.prompt_tokens_per_s, 1) for s in prefill],
         "prefill_tok_s": median(s.prompt_tokens_per_s for s in prefill),
         "prefill_gmac_s": median(s.prompt_tokens_per_s for s in prefill) * weights / 1e9,
         "load_s": reloaded,
@@ -148,7 +174,7 @@ def matrix_size(model: bloomq.LanguageModel, name: str) -> int:
     return n * k
 
 
-def report(row: dict[str, float]) -> None:
+def report(row: dict[str, Any]) -> None:
     print(
         f"\n{row['model']} {row['scheme']}: {row['pack_mb']:.0f} MB, "
         f"{row['bits_per_weight']:.2f} bits per weight, {row['threads']} threads\n"

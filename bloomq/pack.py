@@ -246,17 +246,16 @@ def _read_schemes(
         entry = manifest["weights"].get(spec.name)
         if not isinstance(entry, dict):
             raise PackError(f"{where}: weights has no {spec.name}: convert again")
+        try:
+            if spec.quantized:
+                schemes[spec.name] = get_scheme(str(entry.get("scheme")), entry.get("group_size"))
+        except (UsageError, TypeError) as error:
+            raise PackError(f"{where}: {spec.name}: {error}") from None
         if entry.get("shape") != list(spec.shape):
             raise PackError(
                 f"{where}: {spec.name} has shape {entry.get('shape')!r}, expected "
                 f"{list(spec.shape)} by the config: convert again"
             )
-        if not spec.quantized:
-            continue
-        try:
-            schemes[spec.name] = get_scheme(str(entry.get("scheme")), entry.get("group_size"))
-        except (UsageError, TypeError) as error:
-            raise PackError(f"{where}: {spec.name}: {error}") from None
     return schemes
 
 

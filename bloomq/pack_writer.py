@@ -258,7 +258,8 @@ def _remove_pack(folder: Path, target: Path) -> None:
     """Delete a pack that an earlier run put aside; anything else of that name is not ours."""
     if not folder.exists() and not folder.is_symlink():
         return
-    if folder.is_symlink() or not (folder / MANIFEST).is_file():
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.is_symlink() or not (is_empty or (folder / MANIFEST).is_file()):
         raise OutputError(f"{target}: {folder} is in the way: move it elsewhere")
     shutil.rmtree(folder)
 

@@ -118,7 +118,8 @@ def _body_and_head(
 def _workers(threads: int | None) -> int:
     if threads is None:
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        return min(allowed or os.cpu_count() or 1, _DEFAULT_WORKERS)
+        cores = allowed or os.cpu_count() or 1
+        return min(cores + 1, _DEFAULT_WORKERS)  # one more: some wait for the disk
     if (
         isinstance(threads, bool)
         or not isinstance(threads, int)

@@ -106,7 +106,8 @@ def test_demo_config_is_read_from_its_file(demo_checkpoint):
         ({"pad_token_id": -1}, "pad_token_id is -1, expected a whole number from 0 to 95"),
         (
             {"apply_residual_connection_post_layernorm": True},
-            "apply_residual_connection_post_layernorm is true, which this version does not compute",
+            "apply_residual_connection_post_layernorm is true, which this version does not compute: no "
+            "published BLOOM uses it",
         ),
         ({"n_inner": 128}, "n_inner is 128, expected null or 4 x hidden_size = 256"),
         ({"n_inner": "256"}, "n_inner is '256', expected null or 4 x hidden_size = 256"),
@@ -176,7 +177,7 @@ def test_json_larger_than_the_limit_is_not_read(tmp_path):
     path.write_bytes(b"[1, 2, 3]")
     with pytest.raises(ConfigError) as caught:
         read_json(path, limit_bytes=8)
-    assert str(caught.value) == f"{path}: 9 bytes, expected at most 8 of JSON"
+    assert str(caught.value) == f"{path}: over 8 bytes: too large for what it should be"
 
 
 def test_json_of_just_the_limit_is_read(tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -342,11 +345,57 @@ def test_an_absent_backend_is_refused_with_the_reason_and_the_present_ones(
         backends.choose("cuda", opened, None)
 
 
-def test_without_numba_the_reference_is_what_there_is(monkeypatch: pytest.MonkeyPatch):
+def test_without_numba_the_reference_is_what_there_is(
+    opened: Pack, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "numba", None)  # as Python marks what is not there
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
-    assert backends.why_not("numba") == "numba is not installed"
+    reason = "import of numba halted; None in sys.modules"
+    assert backends.why_not("numba") == reason
     assert str(backends.why_not("cuda")).startswith("torch is not installed")
     assert backends.available() == ["reference"]
+    assert backends.choose("auto", opened, None).reason == (
+        f"auto: the fastest available here; not numba: {reason}; not cuda: torch is not installed, "
+        "and this version of bloomq has no CUDA layers yet; NumPy float32, f32 activations"
+    )
+    expected = rf"^backend numba is not available: {reason}: use one of \['reference'\]$"
+    with pytest.raises(BackendError, match=expected):
+        backends.choose("numba", opened, None)
+
+
+BROKEN_NUMBA = """
+raise ImportError("Numba needs NumPy 2.2 or less. Got NumPy 2.9.\\nSee the manual.")
+"""
+
+
+def test_a_numba_that_does_not_import_is_passed_over_with_its_reason(tmp_path: Path):
+    """As Numba does where it meets a NumPy that is too new for it."""
+    (tmp_path / "numba.py").write_text(BROKEN_NUMBA)
+    code = (
+        "import bloomq; model = bloomq.load(); print(model.backend_reason); "
+        "print(model.generate('The', max_new_tokens=2).finish_reason)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    reason, finish = done.stdout.splitlines()
+    assert "; not numba: Numba needs NumPy 2.2 or less. Got NumPy 2.9.; not cuda: " in reason
+    assert finish == "length"
+
+
+@pytest.mark.parametrize("cache_dtype", ["f64", "", None, "F16", 16], ids=str)
+def test_an_impossible_cache_dtype_is_refused(opened: Pack, name: str, cache_dtype):
+    with pytest.raises(UsageError) as caught:
+        backends.choose(name, opened, None, cache_dtype)
+    assert str(caught.value) == f"cache_dtype is {cache_dtype!r}, expected auto, f16 or f32"
+
+
+@pytest.mark.parametrize("cache_dtype", ["f16", "f32"])
+def test_a_cache_dtype_asked_for_is_given(opened: Pack, cache_dtype: str):
+    choice = backends.choose("numba", opened, 1, cache_dtype)
+    assert choice.backend.cache_dtype == cache_dtype
+    assert choice.reason.endswith(f", {cache_dtype} cache")
 
 
 def test_float_packs_get_a_float32_cache_and_quantized_ones_float16(tmp_path_factory):

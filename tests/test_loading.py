@@ -63,10 +63,29 @@ def test_the_context_is_what_the_model_was_trained_on_unless_given(base: Path):
     assert bloomq.load(str(path), backend="reference", threads=1).backend.name == "reference"
 
 
-@pytest.mark.parametrize("context", [0, 1, -5, 1.5, True, "2048"])
+@pytest.mark.parametrize("context", [0, 1, -5, 1.5, True, "2048", 2**24 + 1, 2**62])
 def test_an_impossible_context_is_refused(base: Path, context):
-    with pytest.raises(UsageError, match=f"^context is {context!r}, expected at least 2 tokens$"):
+    expected = f"^context is {context!r}, expected 2 to 16777216 tokens$"
+    with pytest.raises(UsageError, match=expected):
         bloomq.load(pack(base, TINY, "int4"), context=context)
+
+
+@pytest.mark.parametrize("context", [2, 2**24, np.int64(300)], ids=str)
+def test_a_context_may_be_any_possible_whole_number(base: Path, context):
+    model = bloomq.load(pack(base, TINY, "int4"), context=context)
+    assert model.context == context
+    assert model.room([5]) == context - 1
+    assert len(model.generate([5], max_new_tokens=1).ids) == 1
+
+
+def test_an_impossible_cache_dtype_is_refused(base: Path):
+    with pytest.raises(UsageError, match=r"^cache_dtype is 'int8', expected auto, f16 or f32$"):
+        bloomq.load(pack(base, TINY, "int4"), cache_dtype="int8")
+
+
+def test_a_cache_dtype_may_be_asked_for(base: Path):
+    model = bloomq.load(pack(base, TINY, "int4"), backend="numba", cache_dtype="f32")
+    assert model.backend.description.endswith("f32 cache")
 
 
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path):
@@ -99,7 +118,7 @@ def test_a_tokenizer_of_a_larger_vocabulary_belongs_to_another_model(base: Path)
 
 
 def test_room_is_what_the_prompt_leaves_of_the_context(tiny: LanguageModel):
-    assert tiny.room(range(5, 45)) == 56
+    assert tiny.room(list(range(5, 45))) == 56
     with pytest.raises(CapacityError, match=r"^the prompt fills the context of 96 tokens$"):
         tiny.room([1] * 96)
 
@@ -114,7 +133,7 @@ def test_text_needs_a_tokenizer(tiny: LanguageModel):
 def test_stop_strings_need_a_tokenizer(tiny: LanguageModel):
     for call in (tiny.generate, tiny.stream):
         with pytest.raises(
-            UsageError, match=r"^stop strings need a tokenizer, which this pack has"
+            UsageError, match=r"^stop strings need a tokenizer, which this pack has not$"
         ):
             call([1, 2], stop="x")
 
@@ -122,8 +141,17 @@ def test_stop_strings_need_a_tokenizer(tiny: LanguageModel):
 @pytest.mark.parametrize("stop", ["", ["a", ""], [1], [None], ("x", b"y")], ids=str)
 def test_stop_strings_are_not_empty_and_are_strings(demo: LanguageModel, stop):
     for call in (demo.generate, demo.stream):
-        with pytest.raises(UsageError, match=r"^stop is .*, expected strings of at least one char"):
+        with pytest.raises(UsageError, match=r"^stop is .*, expected strings of at least one character$"):
             call("a", stop=stop)
+
+
+@pytest.mark.parametrize("prompt", [5, None, range(3), [1.5], [True], np.ones((1, 2), int)], ids=str)
+def test_one_prompt_is_text_or_whole_numbers(tiny: LanguageModel, prompt):
+    for call in (tiny.stream, tiny.prompt_ids, tiny.room):
+        with pytest.raises(UsageError) as caught:
+            call(prompt)
+        expected = f"prompt is {prompt!r:.80}, expected text or a list of token ids"
+        assert str(caught.value) == expected
 
 
 # -- logits ----------------------------------------------------------------------------------------
@@ -191,7 +219,7 @@ def test_ids_of_a_wrong_shape_or_type_are_refused(tiny: LanguageModel, ids, foun
 
 
 def test_ragged_ids_are_refused_with_the_remedy(tiny: LanguageModel):
-    with pytest.raises(UsageError, match=r"^input_ids has rows of different lengths: pad them and"):
+    with pytest.raises(UsageError, match=r"^input_ids has rows of different lengths: pad them and pass"):
         tiny([[1, 2], [3]])
 
 
@@ -204,7 +232,7 @@ def test_an_id_outside_the_vocabulary_is_named(tiny: LanguageModel, wrong):
 @pytest.mark.parametrize("mask", [[1], [[1, 1, 1]], [[1], [1]], 1, [[[1, 1]]]], ids=str)
 def test_a_mask_of_another_shape_is_refused(tiny: LanguageModel, mask):
     shape = list(np.atleast_2d(np.asarray(mask)).shape)
-    expected = re.escape(f"attention_mask is {shape}, expected [1, 2] as input_ids")
+    expected = re.escape(f"attention_mask is {shape}, expected [1, 2] as ids")
     with pytest.raises(UsageError, match=f"^{expected}$"):
         tiny([1, 2], mask)
 
@@ -218,14 +246,23 @@ def test_a_mask_that_hides_everything_is_refused(tiny: LanguageModel):
 
 
 def test_a_ragged_mask_is_refused_in_our_words(tiny: LanguageModel):
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=r"^attention_mask has rows of different lengths$"):
         tiny([[1, 2], [3, 4]], [[1], [1, 1]])
 
 
-@pytest.mark.parametrize("mask", [["a", "b"], [np.nan, 1.0]], ids=str)
-def test_a_mask_that_is_no_number_is_refused(tiny: LanguageModel, mask):
-    with pytest.raises(UsageError):
+@pytest.mark.parametrize(
+    "mask", [["a", "b"], [np.nan, 1.0], [1, 2], [0, -1], [0.5, 1], [None, 1], [1j, 1]], ids=str
+)
+def test_a_mask_that_holds_more_than_0_and_1_is_refused(tiny: LanguageModel, mask):
+    expected = r"^attention_mask holds other values than 0 and 1$"
+    with pytest.raises(UsageError, match=expected):
         tiny([1, 2], mask)
+
+
+def test_a_mask_may_be_of_truth_values_or_of_floats(tiny: LanguageModel):
+    expected = tiny([[7, 3, 1]], [[0, 1, 1]]).logits.tobytes()
+    for dtype in (bool, np.uint8, np.float32, np.float64):
+        assert tiny([[7, 3, 1]], np.array([[0, 1, 1]], dtype)).logits.tobytes() == expected
 
 
 def test_an_id_beyond_int64_is_named_as_given(tiny: LanguageModel):
@@ -234,15 +271,16 @@ def test_an_id_beyond_int64_is_named_as_given(tiny: LanguageModel):
 
 
 def test_a_truth_value_is_not_a_number_of_threads(base: Path):
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=r"^threads is True, expected 1 to "):
         bloomq.load(pack(base, TINY, "int4"), backend="numba", threads=True)
 
 
 @pytest.mark.parametrize(("backend", "tokens"), [("numba", 2**60), ("reference", 10**13)])
 def test_a_cache_beyond_memory_is_a_capacity_error(base: Path, backend: str, tokens: int):
-    model = bloomq.load(pack(base, TINY, "int4"), backend=backend, context=2**62)
-    with pytest.raises(CapacityError, match=r"^no memory for a cache"):
-        model.generate([1, 2], max_new_tokens=tokens)
+    model = bloomq.load(pack(base, TINY, "int4"), backend=backend)
+    expected = r"^no memory for a cache of \d+\.\d GB: ask for fewer tokens or rows$"
+    with pytest.raises(CapacityError, match=expected):
+        model.causal_lm.cache(1, tokens)
 
 
 def test_a_pack_is_not_changed_by_being_loaded_and_used(base: Path, tmp_path: Path):

@@ -533,7 +533,7 @@ def test_other_content_in_place_of_a_shard_is_named(pack, content, message):
 def test_folder_in_place_of_a_shard_is_named(pack):
     (pack / SHARD).unlink()
     (pack / SHARD).mkdir()
-    assert refusal(pack) == f"{SHARD}: cannot be read: Is a directory{AGAIN}"
+    assert refusal(pack) == f"{SHARD}: is not a regular file{AGAIN}"
 
 
 def test_longer_header_of_the_same_arrays_is_a_wrong_size(pack):
