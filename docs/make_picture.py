@@ -6,6 +6,7 @@ python docs/make_picture.py
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +32,12 @@ def main() -> None:
         )
         notes = done.stderr.strip().splitlines()
         console.print(Text(notes[0], "dim"))
-        console.print(Text(arguments[1], "cyan") + Text(done.stdout.rstrip("\n")))
+        console.print(Text.assemble((arguments[1], "bold"), done.stdout.rstrip("\n")))
         console.print(Text(notes[-1], "dim"))
         console.print()
     target = Path(__file__).parent / "demo.svg"
-    target.write_text(console.export_svg(title="bloomq"))
+    picture = console.export_svg(title="bloomq")
+    target.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL))  # no fetching
 
 
 if __name__ == "__main__":

@@ -484,7 +484,9 @@ def test_an_impossible_number_of_new_tokens_is_refused(demo: LanguageModel, coun
 
 @pytest.mark.parametrize("prompt", ["", [], [[]], ["The", ""], ["", "The"]], ids=str)
 def test_an_empty_prompt_is_refused(demo: LanguageModel, prompt):
-    with pytest.raises(UsageError, match=r"^the prompt is empty: BLOOM needs at least one token to"):
+    with pytest.raises(
+        UsageError, match=r"^the prompt is empty: BLOOM needs at least one token to"
+    ):
         demo.generate(prompt)
 
 

@@ -141,11 +141,15 @@ def test_stop_strings_need_a_tokenizer(tiny: LanguageModel):
 @pytest.mark.parametrize("stop", ["", ["a", ""], [1], [None], ("x", b"y")], ids=str)
 def test_stop_strings_are_not_empty_and_are_strings(demo: LanguageModel, stop):
     for call in (demo.generate, demo.stream):
-        with pytest.raises(UsageError, match=r"^stop is .*, expected strings of at least one character$"):
+        with pytest.raises(
+            UsageError, match=r"^stop is .*, expected strings of at least one character$"
+        ):
             call("a", stop=stop)
 
 
-@pytest.mark.parametrize("prompt", [5, None, range(3), [1.5], [True], np.ones((1, 2), int)], ids=str)
+@pytest.mark.parametrize(
+    "prompt", [5, None, range(3), [1.5], [True], np.ones((1, 2), int)], ids=str
+)
 def test_one_prompt_is_text_or_whole_numbers(tiny: LanguageModel, prompt):
     for call in (tiny.stream, tiny.prompt_ids, tiny.room):
         with pytest.raises(UsageError) as caught:
@@ -219,7 +223,9 @@ def test_ids_of_a_wrong_shape_or_type_are_refused(tiny: LanguageModel, ids, foun
 
 
 def test_ragged_ids_are_refused_with_the_remedy(tiny: LanguageModel):
-    with pytest.raises(UsageError, match=r"^input_ids has rows of different lengths: pad them and pass"):
+    with pytest.raises(
+        UsageError, match=r"^input_ids has rows of different lengths: pad them and pass"
+    ):
         tiny([[1, 2], [3]])
 
 
