@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from bloomq import backends
 from bloomq.config import BloomConfig
-from bloomq.errors import CapacityError, PackError, TokenizerError, UsageError
+from bloomq.errors import PackError, TokenizerError, UsageError
 from bloomq.generation import (
     Batch,
     Clock,
@@ -85,8 +85,8 @@ class Piece:
     character or a possible stop string is incomplete)."""
 
     text: str
-    id: int | None
-    logprob: float | None
+    id: int
+    logprob: float
 
 
 class Stream:
@@ -275,13 +275,6 @@ class LanguageModel:
         if self.tokenizer is None:
             raise PackError(f"{self.pack.path}: has no tokenizer.json: pass token ids, not text")
         return self.tokenizer.encode(prompt)
-
-    def room(self, prompt: Prompt) -> int:
-        """How many new tokens fit after a prompt. Raises: CapacityError where none does."""
-        room = self.context - len(self.prompt_ids(prompt))
-        if room < 1:
-            raise CapacityError(f"the prompt fills the context of {self.context} tokens")
-        return room
 
 
 def _is_ids(prompt: object) -> bool:

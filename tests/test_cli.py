@@ -9,9 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import edit_manifest
 
 COMMANDS = ("generate", "chat", "convert", "info", "verify", "warmup")
 LONG_S = 120
@@ -236,3 +239,190 @@ def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
     assert len(done.stdout) == 5
     assert b"Traceback" not in done.stderr
     assert b"Exception ignored" not in done.stderr
+
+
+# -- streams that are closed or full ---------------------------------------------------------------
+
+
+def shell(command: str, stdin: bytes = b"") -> subprocess.CompletedProcess:
+    """Run a shell command in which BLOOMQ is the command."""
+    done = subprocess.run(
+        ["sh", "-c", command.replace("BLOOMQ", f"{sys.executable} -m bloomq")],
+        input=stdin, capture_output=True, timeout=LONG_S,
+    )  # fmt: skip
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert "lost sys.std" not in done.stderr
+    return done
+
+
+def test_a_closed_stdin_is_no_prompt_and_no_conversation() -> None:
+    done = shell("BLOOMQ generate <&-")
+    assert done.returncode == 2
+    assert error_line(done) == "error: no prompt: give one as argument or on standard input"
+    assert shell("BLOOMQ generate - -n 2 <&-").returncode == 2  # an empty prompt
+    assert shell("BLOOMQ chat -n 2 <&-").returncode == 0
+
+
+@pytest.mark.parametrize("closed", ["<&-", "2>&-", "<&- 2>&-"])
+def test_text_comes_out_with_other_streams_closed(closed: str) -> None:
+    expected = run("generate", "The sea", "-n", "4").stdout
+    done = shell(f"BLOOMQ generate 'The sea' -n 4 {closed}")
+    assert (done.returncode, done.stdout) == (0, expected)
+
+
+@pytest.mark.parametrize(
+    "command", ["generate a -n 2", "generate a -n 2 --json", "info", "info --json", "--help"]
+)
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_a_closed_stdout_is_no_traceback(command: str, closed: str) -> None:
+    assert shell(f"BLOOMQ {command} {closed}").returncode in (0, 1)
+
+
+def test_an_error_with_stderr_closed_still_has_its_exit_code() -> None:
+    assert shell("BLOOMQ generate a -m /no/such 2>&-").returncode == 1
+    assert shell("BLOOMQ generate '' 2>&-").returncode == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+@pytest.mark.parametrize("command", ["generate a -n 2 -q", "generate a -n 2 -q --json", "info"])
+def test_a_full_disk_behind_stdout_is_one_line_and_exit_1(command: str) -> None:
+    done = shell(f"BLOOMQ {command} > /dev/full")
+    assert done.returncode == 1
+    expected = "error: standard output cannot be written: No space left on device\n"
+    assert done.stderr == expected
+
+
+# -- chat ------------------------------------------------------------------------------------------
+
+
+def test_chat_goes_on_after_a_line_that_is_too_long() -> None:
+    done = run("chat", "-n", "4", "-c", "40", stdin="Hello\n" + "too long " * 100 + "\nAgain\n")
+    assert done.stdout.count("\n") == 2
+    assert "new ones exceed the context of 40: shorten it" in done.stderr
+
+
+def test_chat_that_is_no_text_is_an_error_of_ours() -> None:
+    done = run("chat", "-n", "3", stdin=b"Hello\nab\xff\n", check=2)
+    assert "standard input is not UTF-8 (byte 2): convert it" in error_line(done)
+    assert done.stdout.count("\n") == 1  # the first line was answered
+
+
+def test_a_last_line_without_its_end_is_answered_too() -> None:
+    assert run("chat", "-n", "3", stdin="Hello").stdout.count("\n") == 1
+
+
+class Terminal:
+    """A terminal on which a command runs."""
+
+    def __init__(self, *args: str, streams: str = "012") -> None:
+        self._parent, child = pty.openpty()
+        given = {name: child for at, name in zip("012", STREAMS, strict=True) if at in streams}
+        pipes = {name: subprocess.PIPE for name in STREAMS if name not in given}
+        self.process = subprocess.Popen([sys.executable, "-m", "bloomq", *args], **given, **pipes)
+        os.close(child)
+        self.shown = b""
+
+    def wait_for(self, text: bytes) -> None:
+        deadline = time.monotonic() + LONG_S
+        while text not in self.shown:
+            assert time.monotonic() < deadline, self.shown
+            self.read()
+
+    def read(self) -> bool:
+        try:
+            data = os.read(self._parent, 4096)
+        except OSError:  # as Linux says that nobody has the terminal open any more
+            data = b""
+        self.shown += data
+        return bool(data)
+
+    def type(self, data: bytes) -> None:
+        os.write(self._parent, data)
+
+    def close(self) -> int:
+        """Everything that comes until the command ends; its exit code."""
+        while self.read():
+            pass
+        code = self.process.wait(timeout=LONG_S)
+        os.close(self._parent)
+        assert b"Traceback" not in self.shown
+        return code
+
+
+STREAMS = ("stdin", "stdout", "stderr")
+
+
+def test_a_conversation_on_a_terminal_ends_with_ctrl_d() -> None:
+    terminal = Terminal("chat", "-n", "5")
+    terminal.wait_for(b"> ")
+    terminal.type(b"Hello\n")
+    while terminal.shown.count(b"> ") < 2:
+        terminal.read()
+    terminal.type(b"\x04")
+    assert terminal.close() == 0
+
+
+def test_ctrl_c_where_a_line_is_awaited_ends_the_conversation() -> None:
+    terminal = Terminal("chat", "-n", "5")
+    terminal.wait_for(b"> ")
+    terminal.process.send_signal(signal.SIGINT)
+    assert terminal.close() == 130
+
+
+# -- names that draw -------------------------------------------------------------------------------
+
+
+def test_a_path_that_looks_like_markup_is_a_path() -> None:
+    done = run("info", "/tmp/a[/b]", check=1)
+    assert error_line(done) == "error: /tmp/a[/b]: no such pack: make one with 'bloomq convert'"
+
+
+@pytest.mark.parametrize("field", ["name", "format", "dtype"])
+def test_control_codes_in_a_packs_provenance_are_shown_escaped(
+    tmp_path: Path, field: str, pack_of: Callable[..., Path]
+) -> None:
+    pack = shutil.copytree(pack_of("int4"), tmp_path / "pack")
+    evil = "a\x1b[2J\x9b31m\n[bold]b"
+    edit_manifest(pack, lambda manifest: manifest["provenance"].update({field: evil}))
+    done = run("info", str(pack))
+    assert not {"\x1b", "\x9b"} & set(done.stdout)
+    assert r"a\x1b[2J\x9b31m\n[bold]b" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert evil in json.loads(run("info", str(pack), "--json").stdout)["pack"]["made from"]
+
+
+@pytest.mark.parametrize("provenance", [None, [], "x", {}])
+def test_a_provenance_of_another_kind_is_no_obstacle(
+    tmp_path: Path, provenance: object, pack_of: Callable[..., Path]
+) -> None:
+    pack = shutil.copytree(pack_of("int4"), tmp_path / "pack")
+    edit_manifest(pack, lambda manifest: manifest.update(provenance=provenance))
+    expected = "None (None, None)" if provenance == {} else "not stated"
+    assert json.loads(run("info", str(pack), "--json").stdout)["pack"]["made from"] == expected
+
+
+# -- long prompts ----------------------------------------------------------------------------------
+
+LONG_PROMPT = "The old man sat by the window. " * 200  # 8 tokens each
+
+
+def test_a_prompt_of_1500_tokens_works_as_argument_and_on_stdin() -> None:
+    by_argument = run("generate", LONG_PROMPT, "-n", "4", "--json")
+    result = json.loads(by_argument.stdout)
+    assert 1500 < result["stats"]["prompt_tokens"] < 2000
+    assert len(result["ids"]) == 4
+    assert f"prompt {result['stats']['prompt_tokens']} tokens" in by_argument.stderr
+    piped = run("generate", "-n", "4", "--json", stdin=LONG_PROMPT)
+    assert json.loads(piped.stdout)["ids"] == result["ids"]
+
+
+def test_a_long_prompt_shows_a_bar_to_a_person() -> None:
+    terminal = Terminal("generate", LONG_PROMPT, "-n", "2", streams="2")
+    assert terminal.close() == 0
+    assert b"reading the prompt" in terminal.shown
+    assert b"output 2" in terminal.shown
+    terminal = Terminal("generate", "short", "-n", "2", streams="2")
+    assert terminal.close() == 0
+    assert b"reading the prompt" not in terminal.shown

@@ -81,10 +81,10 @@ def test_the_cache_is_found_by_the_users_settings(monkeypatch: pytest.MonkeyPatc
 
 
 def test_numbas_own_cache_setting_is_left_as_it_was(tmp_path: Path):
-    with pytest.raises(ZeroDivisionError), jit._cache_at(tmp_path):
-        assert numba.config.CACHE_DIR == str(tmp_path)
-        raise ZeroDivisionError
-    assert numba.config.CACHE_DIR != str(tmp_path)
+    before = numba.config.CACHE_DIR
+    with jit._cache_at(tmp_path):
+        inside = numba.config.CACHE_DIR
+    assert (inside, numba.config.CACHE_DIR) == (str(tmp_path), before)
 
 
 # -- a folder that others may write ----------------------------------------------------------------

@@ -106,8 +106,8 @@ def test_demo_config_is_read_from_its_file(demo_checkpoint):
         ({"pad_token_id": -1}, "pad_token_id is -1, expected a whole number from 0 to 95"),
         (
             {"apply_residual_connection_post_layernorm": True},
-            "apply_residual_connection_post_layernorm is true, which this version does not compute: no "
-            "published BLOOM uses it",
+            "apply_residual_connection_post_layernorm is true, which this version does not "
+            "compute: no published BLOOM uses it",
         ),
         ({"n_inner": 128}, "n_inner is 128, expected null or 4 x hidden_size = 256"),
         ({"n_inner": "256"}, "n_inner is '256', expected null or 4 x hidden_size = 256"),

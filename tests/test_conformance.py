@@ -384,6 +384,16 @@ def test_a_numba_that_does_not_import_is_passed_over_with_its_reason(tmp_path: P
     assert finish == "length"
 
 
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="the first line of no text")
+def test_a_numba_that_does_not_say_why_is_passed_over_too(monkeypatch: pytest.MonkeyPatch):
+    def refuse(name: str) -> None:
+        raise ImportError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backends.importlib, "import_module", refuse)
+        assert isinstance(backends.why_not("numba"), str)
+
+
 @pytest.mark.parametrize("cache_dtype", ["f64", "", None, "F16", 16], ids=str)
 def test_an_impossible_cache_dtype_is_refused(opened: Pack, name: str, cache_dtype):
     with pytest.raises(UsageError) as caught:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 from numba import float32, int64, void
 
 from bloomq.backends import reference
-from bloomq.backends.numba_cpu.attention import AttentionSpec, exp_less
+from bloomq.backends.numba_cpu.attention import AttentionSpec, attend, exp_less
 from bloomq.backends.numba_cpu.jit import best_tier, compiled, cpu_features
 from bloomq.backends.numba_cpu.layers import (
     NumbaAttention,
@@ -28,6 +29,7 @@ from bloomq.backends.numba_cpu.layers import (
     NumbaCache,
     NumbaLinear,
 )
+from bloomq.backends.numba_cpu.linear import float_linear, int_linear
 from bloomq.backends.numba_cpu.matmul import Spec, address, finish_tile
 from bloomq.backends.numba_cpu.norm import norm_rows
 from bloomq.backends.numba_cpu.simd import TIERS
@@ -54,10 +56,68 @@ CASES = [
     for tier in TIERS_HERE
     if tier == BEST or scheme.label in ON_OTHER_TIERS.get(tier, ("int4-g64",))
 ]
+HEAD_DIMS = (8, 16, 64, 128)  # 8 is padded to 16, and shares its kernel
+ATTENTION_CASES = [(dim, "f16", BEST) for dim in HEAD_DIMS]
+ATTENTION_CASES += [(dim, "f32", BEST) for dim in HEAD_DIMS[:3]]
+ATTENTION_CASES += [(16, "f16", tier) for tier in TIERS_HERE if tier != BEST]
 ON_BEST = [pytest.param(scheme, id=scheme.label) for scheme in SCHEMES]
 # One weight; less than a tile and a group; over a pair of tiles and a group by one; whole pairs.
 SIZES = [(1, 1), (15, 31), (33, 65), (47, 129), (16, 32), (100, 200), (96, 256)]
 BATCHES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17]  # one, four and eight tokens' kernels, and the panel's
+
+
+AVX2_SCRIPT = """
+import sys
+import numpy as np
+import bloomq
+model = bloomq.load()
+print(model.backend.tier)
+generation = model.generate("Once upon a time", max_new_tokens=24)
+print(*generation.ids)
+ids = np.arange(100, 140)
+with open(sys.argv[1], "wb") as file:
+    np.save(file, model(ids).logits)
+"""
+AVX2_FEATURES = "+64bit,+avx,+avx2,+bmi,+bmi2,+cx16,+cx8,+f16c,+fma,+fxsr,+lzcnt,+mmx,+movbe," \
+    "+popcnt,+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3"  # fmt: skip
+
+
+# -- compiling -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_ahead() -> Iterator[None]:
+    """A second process compiles, from the other end, what these tests will ask for: with an empty
+    cache compiling takes nearly all of their time, and a process compiles on one core."""
+    code = "import test_kernels; test_kernels.compile_from_the_end()"
+    helper = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
+    yield
+    helper.terminate()
+    helper.wait()
+
+
+def compile_from_the_end() -> None:
+    """Attention first, since the tests of linears, which come in the order of CASES, take long."""
+    for head_dim, dtype, tier in ATTENTION_CASES:
+        attend(dtype, round_up(head_dim, 16), tier)
+    if "avx2" in TIERS_HERE:
+        run_lowered_to_avx2(os.devnull)
+    for case in reversed(CASES):
+        scheme, tier = case.values
+        build = float_linear if scheme.is_float else int_linear
+        build(scheme.name, scheme.group_size, tier)
+
+
+def run_lowered_to_avx2(target: str | os.PathLike[str]) -> str:
+    """What AVX2_SCRIPT prints in a process whose processor has AVX2 at most."""
+    return run_script(target, NUMBA_CPU_NAME="haswell", NUMBA_CPU_FEATURES=AVX2_FEATURES)
+
+
+def run_script(target: str | os.PathLike[str], **environment: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", AVX2_SCRIPT, str(target)],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -393,8 +453,7 @@ def test_norm_equals_its_twin(width, rows):
 # -- attention -------------------------------------------------------------------------------------
 
 CONFIG_OF = {
-    dim: BloomConfig(hidden_size=3 * dim, n_layer=2, n_head=3, vocab_size=16)
-    for dim in (8, 16, 64, 128)  # 8 is padded to 16, and shares its kernel
+    dim: BloomConfig(hidden_size=3 * dim, n_layer=2, n_head=3, vocab_size=16) for dim in HEAD_DIMS
 }
 CHUNKY = [(250, 15, 1), (6, 1, 15), (1, 1, 240), (9, 17, 1), (300, 2, 16), (1, 1, 1)]
 
@@ -428,10 +487,6 @@ def token_stream(config: BloomConfig) -> np.ndarray:
     """qkv of 700 tokens for each of 3 rows, [3, 700, H * 3 * D]."""
     rng = np.random.default_rng(5)
     return rng.standard_normal((3, 700, 3 * config.hidden_size)).astype(np.float32)
-
-
-ATTENTION_CASES = [(dim, dtype, BEST) for dim in CONFIG_OF for dtype in ("f32", "f16")]
-ATTENTION_CASES += [(16, "f16", tier) for tier in TIERS_HERE if tier != BEST]
 
 
 @pytest.mark.parametrize(("head_dim", "dtype", "tier"), ATTENTION_CASES)
@@ -565,7 +620,8 @@ def test_a_tier_is_chosen_only_where_all_its_features_are():
 @pytest.mark.parametrize("threads", [0, -1, 100_000, 1.5, "2", True])
 def test_an_impossible_number_of_threads_is_refused(threads):
     most = numba.config.NUMBA_NUM_THREADS
-    with pytest.raises(UsageError, match=f"^threads is {threads!r}, expected 1 to {most} "):
+    expected = rf"^threads is {threads!r}, expected 1 to {most} \(this machine's cores\)$"
+    with pytest.raises(UsageError, match=expected):
         NumbaBackend(threads)
 
 
@@ -587,31 +643,11 @@ def test_a_cache_that_memory_cannot_hold_says_its_size():
         NumbaBackend().cache(CONFIG_OF[128], 1, 10**13)
 
 
-AVX2_SCRIPT = """
-import sys
-import numpy as np
-import bloomq
-model = bloomq.load()
-print(model.backend.tier)
-generation = model.generate("Once upon a time", max_new_tokens=24)
-print(*generation.ids)
-ids = np.arange(100, 140)
-np.save(sys.argv[1], model(ids).logits)
-"""
-AVX2_FEATURES = "+64bit,+avx,+avx2,+bmi,+bmi2,+cx16,+cx8,+f16c,+fma,+fxsr,+lzcnt,+mmx,+movbe," \
-    "+popcnt,+sse,+sse2,+sse3,+sse4.1,+sse4.2,+ssse3"  # fmt: skip
-
-
 @pytest.mark.skipif("avx2" not in TIERS_HERE, reason="this processor has no AVX2")
 def test_a_process_lowered_to_avx2_takes_that_tier_and_writes_the_same_text(tmp_path: Path):
-    lowered = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": AVX2_FEATURES}
     found = []
-    for name, extra in (("avx2", lowered), (BEST, {})):
-        done = subprocess.run(
-            [sys.executable, "-c", AVX2_SCRIPT, str(tmp_path / f"{name}.npy")],
-            env={**os.environ, **extra}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        tier, ids = done.stdout.splitlines()
+    for name, run in (("avx2", run_lowered_to_avx2), (BEST, run_script)):
+        tier, ids = run(tmp_path / f"{name}.npy").splitlines()
         assert tier == name
         found.append((ids, np.load(tmp_path / f"{name}.npy")))
     (ids, logits), (same_ids, same_logits) = found

@@ -74,7 +74,6 @@ def test_an_impossible_context_is_refused(base: Path, context):
 def test_a_context_may_be_any_possible_whole_number(base: Path, context):
     model = bloomq.load(pack(base, TINY, "int4"), context=context)
     assert model.context == context
-    assert model.room([5]) == context - 1
     assert len(model.generate([5], max_new_tokens=1).ids) == 1
 
 
@@ -117,15 +116,9 @@ def test_a_tokenizer_of_a_larger_vocabulary_belongs_to_another_model(base: Path)
     assert str(caught.value).startswith(str(path / "tokenizer.json"))
 
 
-def test_room_is_what_the_prompt_leaves_of_the_context(tiny: LanguageModel):
-    assert tiny.room(list(range(5, 45))) == 56
-    with pytest.raises(CapacityError, match=r"^the prompt fills the context of 96 tokens$"):
-        tiny.room([1] * 96)
-
-
 def test_text_needs_a_tokenizer(tiny: LanguageModel):
     expected = re.escape(f"{tiny.pack.path}: has no tokenizer.json: pass token ids, not text")
-    for call in (tiny.generate, tiny.stream, tiny.prompt_ids, tiny.room):
+    for call in (tiny.generate, tiny.stream, tiny.prompt_ids):
         with pytest.raises(PackError, match=f"^{expected}$"):
             call("text")
 
@@ -151,7 +144,7 @@ def test_stop_strings_are_not_empty_and_are_strings(demo: LanguageModel, stop):
     "prompt", [5, None, range(3), [1.5], [True], np.ones((1, 2), int)], ids=str
 )
 def test_one_prompt_is_text_or_whole_numbers(tiny: LanguageModel, prompt):
-    for call in (tiny.stream, tiny.prompt_ids, tiny.room):
+    for call in (tiny.stream, tiny.prompt_ids):
         with pytest.raises(UsageError) as caught:
             call(prompt)
         expected = f"prompt is {prompt!r:.80}, expected text or a list of token ids"

@@ -1,10 +1,12 @@
 """Packs: the bytes on disk, and every way in which a pack can be damaged, forged or newer."""
 
+import errno
 import hashlib
 import json
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -385,11 +387,23 @@ def renamed(name: str) -> Edit:
         ),
         (
             lambda m: m["config"].update(n_layer=2),
-            "manifest.json: weights has no h.1.attn.qkv: convert again",
+            "manifest.json: weights has no h.1.ln_1: convert again",
         ),
         (weight("wte", None), "manifest.json: weights has no wte: convert again"),
         (weight("wte", [1]), "manifest.json: weights has no wte: convert again"),
         (weight("wte", {}), "manifest.json: wte: unknown scheme 'None', expected one of"),
+        (
+            weight("wte", {"scheme": "int4", "group_size": 64, "shape": [70, 63]}),
+            "manifest.json: wte has shape [70, 63], expected [70, 64] by the config: convert again",
+        ),
+        (
+            weight("wte", {"scheme": "int4", "group_size": 64}),
+            "manifest.json: wte has shape None, expected [70, 64] by the config: convert again",
+        ),
+        (
+            weight("ln_f", {"shape": "64"}),
+            "manifest.json: ln_f has shape '64', expected [64] by the config: convert again",
+        ),
         (weight("wte", {"scheme": "q5"}), "manifest.json: wte: unknown scheme 'q5', expected one"),
         (weight("wte", {"scheme": ["f32"]}), "manifest.json: wte: unknown scheme \"['f32']\""),
         (
@@ -409,20 +423,20 @@ def renamed(name: str) -> Edit:
             "manifest.json: wte: scheme int8 has no group size to choose: drop it, or use int4",
         ),
         (
-            weight("wte", {"scheme": "int4", "group_size": 32}),
+            weight("wte", {"shape": [70, 64], "scheme": "int4", "group_size": 32}),
             f"{SHARD}: wte.scales is F16 [6, 1, 16], expected F16 [6, 2, 16]: convert again",
         ),
         (
-            weight("wte", {"scheme": "int8"}),
+            weight("wte", {"shape": [70, 64], "scheme": "int8"}),
             f"{SHARD}: wte.codes is U8 [6, 8, 16, 4], expected I8 [6, 32, 16, 4]: convert again",
         ),
         (
-            weight("wte", {"scheme": "f32"}),
+            weight("wte", {"shape": [70, 64], "scheme": "f32"}),
             ": no array wte.values: the pack is incomplete, convert again",
         ),
         (
             lambda m: m["config"].update(vocab_size=150),
-            f"{SHARD}: wte.codes is U8 [6, 8, 16, 4], expected U8 [10, 8, 16, 4]: convert again",
+            "manifest.json: wte has shape [70, 64], expected [150, 64] by the config: convert",
         ),
         (renamed("../weights.safetensors"), "manifest.json: '../weights.safetensors' is not the"),
         (renamed(f"../pack/{SHARD}"), f"manifest.json: '../pack/{SHARD}' is not the name of"),
@@ -502,7 +516,7 @@ def rewritten(
 
 def test_missing_shard_is_named(pack):
     (pack / SHARD).unlink()
-    assert refusal(pack) == f"{SHARD}: missing{AGAIN}"
+    assert refusal(pack) == f"{SHARD}: missing: copy it again, or convert again"
 
 
 @pytest.mark.parametrize("keep", [0, 7, 8, 100, -64, -1])
@@ -541,7 +555,8 @@ def test_longer_header_of_the_same_arrays_is_a_wrong_size(pack):
     length = int.from_bytes(data[:8], "little")
     longer = (length + 64).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 64
     (pack / SHARD).write_bytes(longer + data[8 + length :])
-    assert refusal(pack) == f"{SHARD}: {len(data) + 64} bytes, expected {len(data)}{AGAIN}"
+    expected = f"{len(data) + 64} bytes, expected {len(data)}: copy it again, or convert again"
+    assert refusal(pack) == f"{SHARD}: {expected}"
 
 
 def test_missing_array_is_named(pack):
@@ -701,6 +716,169 @@ def test_leftovers_of_a_killed_run_are_taken_over(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["manifest.json", "pack", SHARD]
 
 
+# -- what is in the way ----------------------------------------------------------------------------
+
+
+def output_error(target: Path, **options: Any) -> str:
+    """The message with which writing to `target` is refused, without the target's path."""
+    with pytest.raises(OutputError) as caught:
+        write_zeros(target, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.removeprefix(f"{target}: ")
+
+
+def test_link_in_place_of_the_hidden_folder_is_refused_and_not_followed(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("meow")
+    partial = tmp_path / ".pack.partial"
+    for points_to in ("photos", "nowhere"):
+        partial.symlink_to(points_to)
+        assert output_error(tmp_path / "pack") == f"{partial} is a link: remove it"
+        assert partial.is_symlink()
+        partial.unlink()
+    assert (tmp_path / "photos" / "cat.jpg").read_text() == "meow"
+    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+
+
+def test_file_in_place_of_the_hidden_folder_is_refused_and_kept(tmp_path):
+    (tmp_path / ".pack.partial").write_text("mine")
+    assert output_error(tmp_path / "pack") == "cannot be written: File exists"
+    assert (tmp_path / ".pack.partial").read_text() == "mine"
+
+
+def in_the_way(old: Path, kind: str) -> None:
+    if kind == "folder":
+        old.mkdir()
+        (old / "cat.jpg").write_text("meow")
+    elif kind == "file":
+        old.write_text("meow")
+    else:
+        old.symlink_to("pack" if kind == "link" else "nowhere")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "dangling link"])
+@pytest.mark.parametrize("replaces", [True, False], ids=["replacing", "new"])
+def test_what_is_no_pack_is_not_deleted_where_the_old_one_would_go(tmp_path, kind, replaces):
+    if replaces:
+        write_zeros(tmp_path / "pack")
+        (tmp_path / "pack" / "old").write_text("")
+    old = tmp_path / ".pack.old"
+    in_the_way(old, kind)
+    expected = f"{old} is in the way: move it elsewhere"
+    assert output_error(tmp_path / "pack", force=True) == expected
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".pack.old"] + ["pack"] * replaces
+    assert not replaces or (tmp_path / "pack" / "old").exists()
+    if kind == "folder":
+        assert (old / "cat.jpg").read_text() == "meow"
+    elif kind == "file":
+        assert old.read_text() == "meow"
+    else:
+        assert old.is_symlink()
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_old_pack_of_a_killed_run_is_deleted(tmp_path, empty):
+    if empty:
+        (tmp_path / ".pack.old").mkdir()
+    else:
+        write_zeros(tmp_path / ".pack.old")
+    write_zeros(tmp_path / "pack")
+    assert [p.name for p in tmp_path.iterdir()] == ["pack"]
+
+
+@pytest.mark.parametrize("replaces", [True, False], ids=["replacing", "new"])
+def test_pack_that_cannot_become_visible_leaves_the_old_one(tmp_path, monkeypatch, replaces):
+    if replaces:
+        write_zeros(tmp_path / "pack")
+        (tmp_path / "pack" / "old").write_text("")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == ".pack.partial":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    found = output_error(tmp_path / "pack", force=True)
+    assert found == "cannot be written: Input/output error"
+    assert [p.name for p in tmp_path.iterdir()] == ["pack"] * replaces
+    assert not replaces or (tmp_path / "pack" / "old").exists()
+
+
+# -- two at once -----------------------------------------------------------------------------------
+
+NEEDS_LOCKS = pytest.mark.skipif(sys.platform == "win32", reason="locks are POSIX's")
+
+
+@NEEDS_LOCKS
+def test_second_run_leaves_the_first_ones_folder_alone(tmp_path):
+    with writing_pack(tmp_path / "pack", CONFIG, F32_SCHEMES) as writer:
+        for spec in weight_specs(CONFIG):
+            for key, part in stored_arrays(spec, F32_SCHEMES.get(spec.name)).items():
+                writer.write(key, np.zeros(part.shape, np.float32))
+        for force in (False, True):
+            found = output_error(tmp_path / "pack", force=force)
+            assert found == "another conversion is writing it: wait for it"
+        writer.finish(None, {})
+    Pack.open(tmp_path / "pack").verify()
+    assert [p.name for p in tmp_path.iterdir()] == ["pack"]
+
+
+@NEEDS_LOCKS
+@pytest.mark.parametrize("again", [True, False], ids=["replaced", "gone"])
+def test_lock_on_a_folder_that_its_owner_took_away_is_taken_anew(tmp_path, monkeypatch, again):
+    """Between our opening the folder and our locking it, another run ended: the lock is on what is
+    now its pack."""
+    lock, handles = pack_writer._lock, []
+
+    def late(folder: Path, target: Path) -> int:
+        handles.append(lock(folder, target))
+        if len(handles) == 1:
+            folder.rename(tmp_path / "elsewhere")
+            if again:
+                folder.mkdir()
+        return handles[-1]
+
+    monkeypatch.setattr(pack_writer, "_lock", late)
+    write_zeros(tmp_path / "pack")
+    assert len(handles) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "pack"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    Pack.open(tmp_path / "pack").verify()
+
+
+@NEEDS_LOCKS
+def test_pack_that_another_run_wrote_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    """It ended between our look at the target and our lock."""
+    take, meanwhile = pack_writer._take_folder, []
+
+    def late(folder: Path, target: Path) -> int:
+        if not meanwhile:
+            meanwhile.append(True)
+            write_zeros(target)
+            (target / "theirs").write_text("")
+        return take(folder, target)
+
+    monkeypatch.setattr(pack_writer, "_take_folder", late)
+    found = output_error(tmp_path / "pack")
+    assert found == "already exists: --force replaces a pack"
+    assert (tmp_path / "pack" / "theirs").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["pack"]
+
+
+@NEEDS_LOCKS
+def test_failure_leaves_no_lock_and_nothing_open(tmp_path, monkeypatch):
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    (tmp_path / ".pack.old").write_text("in the way")
+    for _ in range(3):
+        assert "is in the way" in output_error(tmp_path / "pack")
+    (tmp_path / ".pack.old").unlink()
+    write_zeros(tmp_path / "pack")
+    if before is not None:
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
 # -- known gaps ------------------------------------------------------------------------------------
 
 
@@ -722,7 +900,13 @@ def test_misaligned_arrays_are_refused(pack):
 
 def test_extra_array_is_named(pack):
     rewritten(pack, lambda arrays: arrays.update(more=("F32", np.zeros(16, np.float32))))
-    assert "more" in refusal(pack)
+    assert refusal(pack) == ": unexpected array more: convert again"
+
+
+def test_extra_array_with_a_line_break_stays_on_one_line(pack):
+    extra = {"zz\nall is lost": ("F32", np.zeros(16, np.float32))}
+    rewritten(pack, lambda arrays: arrays.update(extra))
+    assert refusal(pack) == r": unexpected array 'zz\nall is lost': convert again"
 
 
 def test_name_too_long_for_the_system_is_an_error_of_ours(tmp_path):

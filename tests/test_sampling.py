@@ -11,7 +11,7 @@ import pytest
 
 from bloomq.errors import UsageError
 from bloomq.layers import Top
-from bloomq.sampling import Sampling, draw, generator, penalise, top_of
+from bloomq.sampling import Sampling, draw, generator, is_whole, penalise, top_of
 
 LN = math.log
 STEPS = 4000  # of the sweep below
@@ -326,10 +326,31 @@ def test_an_impossible_value_is_refused_by_name(name, value, expected):
     assert str(caught.value) == f"{name} is {value!r}, expected {expected}"
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.int64, np.uint64])
+def test_numpys_whole_numbers_are_taken_as_pythons(kind: type):
+    ours, theirs = Sampling(top_k=3, seed=9), Sampling(top_k=kind(3), seed=kind(9))
+    draws = [generator(sampling, 2).random(4).tolist() for sampling in (ours, theirs)]
+    assert draws[0] == draws[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "whole"),
+    [
+        (0, True), (-3, True), (2**80, True), (np.int8(3), True), (np.uint64(2**63), True),
+        (True, False), (np.bool_(True), False), (1.0, False), (np.float32(1), False),
+        ("1", False), (None, False), (np.array([1]), False),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_whole_numbers_are_integers_and_no_truth_values(value, whole):
+    assert is_whole(value) is whole
+
+
+@pytest.mark.parametrize("value", [True, False, np.True_], ids=repr)
 @pytest.mark.parametrize("name", ["top_k", "seed"])
-def test_a_truth_value_is_not_a_whole_number(name):
-    with pytest.raises(UsageError):
-        Sampling(**{name: True})
+def test_a_truth_value_is_not_a_whole_number(name, value):
+    with pytest.raises(UsageError, match=rf"^{name} is .*, expected a whole number"):
+        Sampling(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_file_too_short_for_a_header_length_names_the_file(tmp_path, size):
 
 
 def test_folder_in_place_of_a_file_is_named(tmp_path):
-    assert refusal(tmp_path) == "cannot be read: Is a directory"
+    assert refusal(tmp_path) == "is not a regular file"
 
 
 def test_truncated_header_names_the_file(tmp_path):
