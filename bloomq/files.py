@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -31,15 +32,25 @@ def read_bounded(path: Path, limit_bytes: int, error: type[BloomqError]) -> byte
     Raises: InputNotFound; `error` for anything else that is no such file.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a FIFO would block
-        with os.fdopen(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise error(f"{path}: is not a regular file: replace it")
-            data = file.read(limit_bytes + 1)
+        # Not to wait for a FIFO's other end; and not `open`, which would not close what it refuses.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except (FileNotFoundError, ValueError):  # ValueError: a NUL in the name
         raise InputNotFound(f"{path}: no such file") from None
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror}") from None
+    try:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise error(f"{path}: cannot be read: {os.strerror(errno.EISDIR)}")
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise error(f"{path}: is not a regular file: replace it")
+        with open(handle, "rb", closefd=False) as file:
+            data = file.read(limit_bytes + 1)
+    except BloomqError:
+        raise
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror}") from None
+    finally:
+        os.close(handle)
     if len(data) > limit_bytes:
         raise error(f"{path}: over {limit_bytes} bytes: too large for what it should be")
     return data

@@ -97,6 +97,7 @@ class Batch:
     ) -> None:
         if not is_whole(max_new_tokens) or max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens!r}, expected at least 1")
+        max_new_tokens, context = int(max_new_tokens), int(context)  # NumPy's kinds wrap around
         if not prompts:
             raise UsageError("no prompts: give at least one")
         for prompt in prompts:
@@ -124,7 +125,7 @@ class Batch:
             rows = list(self._active)
             ids = np.array([self.sequences[row].ids[-1] for row in rows], np.int64)
             span = Span.of(rows, [1] * len(rows))
-            yield from self._step(ids, span, rows)
+            yield from self._hand_out(self._step(ids, span, rows))
 
     def _prefill(self, progress: PrefillProgress) -> Iterator[Token]:
         """The prompts in steps of at most STEP_TOKENS; a row's first token as soon as its prompt
@@ -138,7 +139,7 @@ class Batch:
             tokens = self._step(ids, span, ended)
             done += len(ids)
             progress(done, total)
-            yield from tokens
+            yield from self._hand_out(tokens)
 
     def _step(self, ids: I64, span: Span, rows: list[int]) -> list[Token]:
         """Run the tokens of `span`, and draw the next one of each of `rows`."""
@@ -163,13 +164,19 @@ class Batch:
         for i, row in enumerate(rows):
             sequence = self.sequences[row]
             token, logit = self._draw(sequence, logits, best, i)
-            logprob = float(np.float64(logit) - best.logsumexp[i])
-            sequence.ids.append(token)
-            sequence.logprobs.append(logprob)
-            tokens.append(Token(row, token, logprob))
-            if len(sequence.ids) == self._most:
-                self.stop(row)
+            tokens.append(Token(row, token, float(np.float64(logit) - best.logsumexp[i])))
         return tokens
+
+    def _hand_out(self, tokens: list[Token]) -> Iterator[Token]:
+        """Count each token as it is handed out, so that an interruption leaves none that was drawn
+        and never seen."""
+        for token in tokens:
+            sequence = self.sequences[token.index]
+            sequence.ids.append(token.id)
+            sequence.logprobs.append(token.logprob)
+            if len(sequence.ids) == self._most:
+                self.stop(token.index)
+            yield token
 
     def _draw(self, sequence: Row, logits: X, best: Top, i: int) -> tuple[int, float]:
         """A token and its logit."""

@@ -185,7 +185,7 @@ class LanguageModel:
         load_s: float,
     ) -> None:
         self.causal_lm, self.tokenizer, self.pack = causal_lm, tokenizer, pack
-        self.context, self.load_s = context, load_s
+        self.context, self.load_s = int(context), load_s
         self.backend_reason = reason
 
     @property

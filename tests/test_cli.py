@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import subprocess
@@ -233,7 +234,7 @@ def test_ctrl_c_keeps_the_text_and_exits_with_130() -> None:
 
 def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
     done = subprocess.run(
-        f"{sys.executable} -m bloomq generate 'Once upon a time' -n 500 | head -c 5",
+        f"{shlex.quote(sys.executable)} -m bloomq generate 'Once upon a time' -n 500 | head -c 5",
         shell=True, capture_output=True, timeout=LONG_S,
     )  # fmt: skip
     assert len(done.stdout) == 5
@@ -247,7 +248,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
 def shell(command: str, stdin: bytes = b"") -> subprocess.CompletedProcess:
     """Run a shell command in which BLOOMQ is the command."""
     done = subprocess.run(
-        ["sh", "-c", command.replace("BLOOMQ", f"{sys.executable} -m bloomq")],
+        ["sh", "-c", command.replace("BLOOMQ", f"{shlex.quote(sys.executable)} -m bloomq")],
         input=stdin, capture_output=True, timeout=LONG_S,
     )  # fmt: skip
     done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()

@@ -384,7 +384,6 @@ def test_a_numba_that_does_not_import_is_passed_over_with_its_reason(tmp_path: P
     assert finish == "length"
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="the first line of no text")
 def test_a_numba_that_does_not_say_why_is_passed_over_too(monkeypatch: pytest.MonkeyPatch):
     def refuse(name: str) -> None:
         raise ImportError

@@ -75,7 +75,6 @@ def test_no_threading_layer_is_a_backend_error(monkeypatch: pytest.MonkeyPatch):
         assert tried[1:] == then  # the first asks whether threads run already
 
 
-@pytest.mark.xfail(strict=True, reason="Numba's HINT of several lines is taken over as it is")
 def test_a_reason_of_several_lines_becomes_one(monkeypatch: pytest.MonkeyPatch):
     def refuse(*args: object) -> None:
         raise ValueError("No threading layer could be loaded.\nHINT:\nIntel TBB is required")

@@ -25,13 +25,18 @@ class Choice:
     reason: str
 
 
+def one_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def why_not(name: str) -> str | None:
     """Why a backend cannot run here; None where it can."""
     if name == "numba":
         try:
             importlib.import_module("numba")
         except ImportError as error:  # not installed, or not for this NumPy
-            return str(error).splitlines()[0]
+            return one_line(error)
         return None
     if name == "cuda":
         if importlib.util.find_spec("torch") is None:

@@ -69,7 +69,8 @@ def _first_layer_that_loads(threads: int) -> str:
             return str(numba.threading_layer())
         except ValueError as error:
             problem = error
-    raise BackendError(f"numba starts no threads here ({problem}): reinstall numba")
+    reason = " ".join(str(problem).split())
+    raise BackendError(f"numba starts no threads here ({reason}): reinstall numba")
 
 
 @contextmanager
