@@ -261,6 +261,9 @@ def _remove_pack(folder: Path, target: Path) -> None:
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if folder.is_symlink() or not (is_empty or (folder / MANIFEST).is_file()):
         raise OutputError(f"{target}: {folder} is in the way: move it elsewhere")
+    for path in folder.iterdir():  # the manifest last: a run killed here is known as ours by it
+        if path.name != MANIFEST:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     shutil.rmtree(folder)
 
 

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -785,6 +786,25 @@ def test_old_pack_of_a_killed_run_is_deleted(tmp_path, empty):
         write_zeros(tmp_path / ".pack.old")
     write_zeros(tmp_path / "pack")
     assert [p.name for p in tmp_path.iterdir()] == ["pack"]
+
+
+def test_old_pack_loses_its_manifest_last(tmp_path, monkeypatch):
+    """Without it, what a kill leaves is no pack, and in every later run's way."""
+    write_zeros(tmp_path / "pack")
+    scandir, unlink, gone = os.scandir, os.unlink, []
+
+    def manifest_first(path: Any) -> Any:
+        with scandir(path) as entries:
+            return nullcontext(sorted(entries, key=lambda entry: entry.name != "manifest.json"))
+
+    def recorded(path: Any, **options: Any) -> None:
+        gone.append(Path(path).name)
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "scandir", manifest_first)
+    monkeypatch.setattr(os, "unlink", recorded)
+    write_zeros(tmp_path / "pack", force=True)
+    assert gone == [SHARD, "manifest.json"]
 
 
 @pytest.mark.parametrize("replaces", [True, False], ids=["replacing", "new"])
