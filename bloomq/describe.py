@@ -66,7 +66,6 @@ def _machine_facts() -> dict[str, str]:
         facts |= {
             "instruction tier": backend.tier,
             "threads": str(backend.threads),
-            "threading layer": backend.threading_layer,
             "compiled kernels": str(cache_dir()),
         }
     return facts

@@ -144,10 +144,9 @@ class Batch:
     def _step(self, ids: I64, span: Span, rows: list[int]) -> list[Token]:
         """Run the tokens of `span`, and draw the next one of each of `rows`."""
         wanted = span.last[np.isin(span.rows, rows)]
-        if not len(wanted):  # a prompt's first part: nobody reads its logits
-            self._lm.model(ids, self._cache, span)
-            return []
         logits = self._lm.step(ids, self._cache, span, wanted)
+        if not len(wanted):  # a prompt's first part: nobody reads its logits
+            return []
         best = self._lm.backend.top(logits, 1)
         if not np.isfinite(best.logsumexp).all():
             self._report_not_finite(ids, self._cache, span)

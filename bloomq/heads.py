@@ -31,7 +31,8 @@ class CausalLM:
         self.config = weights.config
         self.backend = backend
         self.model = BloomModel(weights, backend)
-        self._head = backend.linear(weights.matrix("lm_head"), norm=weights.norm("ln_f"))
+        head = backend.linear(weights.matrix("lm_head"), norm=weights.norm("ln_f"))
+        self._step = self.model.compile(lambda x, wanted: head(backend.take(x, wanted)))
 
     def cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` rows of up to `capacity` tokens."""
@@ -39,9 +40,8 @@ class CausalLM:
 
     def step(self, ids: I64, cache: Cache, span: Span, wanted: I64) -> X:
         """Run the tokens of a step; logits [W, V] of those at the indices `wanted` [W] alone (512
-        positions of 250,880 logits would be 514 MB)."""
-        x = self.model(ids, cache, span)
-        return self._head(self.backend.take(x, wanted))
+        positions of 250,880 logits would be 514 MB). Raises: see `BloomModel.compile`."""
+        return self._step(ids, cache, span, wanted)
 
     def __call__(
         self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None

@@ -32,7 +32,7 @@ X = Any
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 Activation = Literal["gelu"]
-CacheDtype = Literal["f32", "f16"]
+CacheDtype = Literal["f32", "f16", "int8"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,7 +116,7 @@ class Attention(Protocol):
         ...
 
 
-Step = Callable[[I64, Any, Span], X]
+Step = Callable[[X, Any, Span, X], X]  # (ids [M], cache, span, wanted [W]) -> [W, ...]
 
 
 class Backend(Protocol):
@@ -141,10 +141,11 @@ class Backend(Protocol):
     def attention(self, layer: int, n_head: int, head_dim: int) -> Attention: ...
     def cache(self, config: BloomConfig, batch: int, capacity: int) -> Cache: ...
     def compile(self, step: Step) -> Step:
-        """The same step, as fast as the backend can replay it; the identity is legal."""
+        """The same step, as fast as the backend can replay it; the identity is legal. A step may
+        use its ids and `wanted` through `embedding` and `take` alone."""
         ...
 
-    def take(self, x: X, index: I64) -> X:
+    def take(self, x: X, index: X) -> X:
         """Rows `index` of x [M, C]."""
         ...
 

@@ -5,11 +5,13 @@ Source: transformers' modeling_bloom.py; docs/architecture.md lists the differen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.errors import CapacityError, NumericError, UsageError
-from bloomq.layers import Backend, Cache, Span, X
+from bloomq.layers import Backend, Cache, Span, Step, X
 from bloomq.pack import Pack
 
 I64 = NDArray[np.int64]
@@ -54,20 +56,27 @@ class BloomModel:
         self.backend = backend
         self.embedding = backend.embedding(weights.matrix("wte"), weights.norm("emb_ln"))
         self.blocks = [Block(weights, backend, i) for i in range(self.config.n_layer)]
-        self._step = backend.compile(self._forward)
 
-    def __call__(self, ids: I64, cache: Cache, span: Span) -> X:
-        """ids [M] -> hidden [M, C]; the cache then holds these tokens.
+    def compile(self, read: Callable[[X, X], X]) -> Step:
+        """A step of this model that ends in read(hidden [M, C], wanted [W]).
 
-        Raises: UsageError for an id outside the vocabulary, CapacityError where a row is full. The
-        cache is as before if anything is raised.
+        Called with ids [M], cache, span and wanted; the cache then holds these tokens. Raises:
+        UsageError for an id outside the vocabulary, CapacityError where a row is full. The cache is
+        as before if anything is raised.
         """
-        self._check(ids, cache, span)
-        x = self._step(ids, cache, span)
-        cache.advance(span)
-        return x
+        replay = self.backend.compile(
+            lambda ids, cache, span, wanted: read(self._forward(ids, cache, span), wanted)
+        )
 
-    def _forward(self, ids: I64, cache: Cache, span: Span) -> X:
+        def step(ids: I64, cache: Cache, span: Span, wanted: I64) -> X:
+            self._check(ids, cache, span)
+            result = replay(ids, cache, span, wanted)
+            cache.advance(span)
+            return result
+
+        return step
+
+    def _forward(self, ids: X, cache: Cache, span: Span) -> X:
         x = self.embedding(ids)  # [M, C]
         for block in self.blocks:
             x = block(x, cache, span)

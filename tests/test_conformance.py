@@ -66,12 +66,11 @@ def stored(lm: CausalLM, cache) -> tuple[np.ndarray, np.ndarray]:
         return cache.keys, cache.values
     if lm.backend.name != "numba":
         pytest.skip("how this backend's cache lies is not known here")
-    n_head, config = lm.config.n_head, lm.config
-    size = cache.capacity
-    width = cache.row_stride // n_head // size
-    keys = cache._data[0].reshape(config.n_layer, cache.batch, n_head, size // 16, width, 16)
-    keys = np.moveaxis(keys, 5, 4).reshape(config.n_layer, cache.batch, n_head, size, width)
-    values = cache._data[1].reshape(config.n_layer, cache.batch, n_head, size, width)
+    keys, values = cache.data
+    layers, batch, n_head = keys.shape[:3]
+    keys = keys.reshape(layers, batch, n_head, cache.capacity // 16, -1, 16)
+    keys = np.moveaxis(keys, 5, 4).reshape(layers, batch, n_head, cache.capacity, -1)
+    values = values.reshape(layers, batch, n_head, cache.capacity, -1)
     return np.moveaxis(keys, 2, 3), np.moveaxis(values, 2, 3)
 
 
@@ -193,14 +192,30 @@ def test_compiled_equals_eager(build: Build):
     lm = build()
     spans = [Span.of([0, 1], [9, 4]), Span.of([1], [1]), Span.of([1, 0], [1, 1])]
     hidden = []
-    for step in (lm.model._forward, lm.backend.compile(lm.model._forward)):
-        cache = lm.cache(2, 32)
-        for span in spans:
-            x = step(IDS[: span.starts[-1]], cache, span)
-            cache.advance(span)
-            hidden.append(np.array(lm.backend.numpy(x)))
-    for eager, compiled in zip(hidden[:3], hidden[3:], strict=True):
-        assert eager.tobytes() == compiled.tobytes()
+
+    def forward(ids, cache, span, wanted):
+        return lm.backend.take(lm.model._forward(ids, cache, span), wanted)
+
+    for step in (forward, lm.backend.compile(forward)):
+        for _ in range(2):  # recorded, then replayed
+            cache = lm.cache(2, 32)
+            for span in spans:
+                wanted = np.arange(span.starts[-1])[::-1]
+                x = step(IDS[: span.starts[-1]], cache, span, wanted)
+                cache.advance(span)
+                hidden.append(np.array(lm.backend.numpy(x)))
+    for found in (hidden[3:6], hidden[6:9], hidden[9:]):
+        for eager, compiled in zip(hidden[:3], found, strict=True):
+            assert eager.tobytes() == compiled.tobytes()
+
+
+def test_a_result_is_the_callers_to_keep(build: Build):
+    lm = build()
+    cache = lm.cache(1, 32)
+    first = lm.step(IDS[:1], cache, Span.of([0], [1]), np.array([0]))
+    kept = np.array(lm.backend.numpy(first))
+    lm.step(IDS[1:2], cache, Span.of([0], [1]), np.array([0]))
+    assert np.array(lm.backend.numpy(first)).tobytes() == kept.tobytes()
 
 
 @pytest.mark.parametrize("scheme", ["int4", "nf4", "f32"])
@@ -260,16 +275,19 @@ def test_a_cache_says_its_size(build: Build):
 def test_a_full_cache_is_refused_and_is_as_before(build: Build, name: str):
     lm = build()
     cache = lm.cache(2, 32)
-    run(lm, cache, [0, 1], [IDS[:30], IDS[:3]])
+    many = np.resize(IDS, cache.capacity)
+    run(lm, cache, [0, 1], [many[:-2], IDS[:3]])
     before = [part.copy() for part in stored(lm, cache)]
-    expected = f"^33 tokens in a row, the cache holds {cache.capacity}: use a shorter prompt, fewer"
+    expected = (
+        f"^{cache.capacity + 1} tokens in a row, the cache holds {cache.capacity}: use a shorter"
+    )
     with pytest.raises(CapacityError, match=expected):
         run(lm, cache, [1, 0], [IDS[:1], IDS[:3]])
-    assert cache.lengths.tolist() == [30, 3]
+    assert cache.lengths.tolist() == [cache.capacity - 2, 3]
     for old, new in zip(before, stored(lm, cache), strict=True):
         assert old.tobytes() == new.tobytes()
-    found = run(lm, cache, [0], [IDS[30:32]])[0]
-    assert close(found, run(lm, lm.cache(1, 32), [0], [IDS[:32]])[0][30:], name)
+    found = run(lm, cache, [0], [many[-2:]])[0]
+    assert close(found, run(lm, lm.cache(1, len(many)), [0], [many])[0][-2:], name)
 
 
 @pytest.mark.parametrize("wrong", [-1, TINY.vocab_size, 2**40])
@@ -397,10 +415,10 @@ def test_a_numba_that_does_not_say_why_is_passed_over_too(monkeypatch: pytest.Mo
 def test_an_impossible_cache_dtype_is_refused(opened: Pack, name: str, cache_dtype):
     with pytest.raises(UsageError) as caught:
         backends.choose(name, opened, None, cache_dtype)
-    assert str(caught.value) == f"cache_dtype is {cache_dtype!r}, expected auto, f16 or f32"
+    assert str(caught.value) == f"cache_dtype is {cache_dtype!r}, expected auto, f16, f32 or int8"
 
 
-@pytest.mark.parametrize("cache_dtype", ["f16", "f32"])
+@pytest.mark.parametrize("cache_dtype", ["f16", "f32", "int8"])
 def test_a_cache_dtype_asked_for_is_given(opened: Pack, cache_dtype: str):
     choice = backends.choose("numba", opened, 1, cache_dtype)
     assert choice.backend.cache_dtype == cache_dtype

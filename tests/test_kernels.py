@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
-from numba import float32, int64, void
+from numba import float32, types, void
+from numba.extending import intrinsic
 
 from bloomq.backends import reference
-from bloomq.backends.numba_cpu.attention import AttentionSpec, attend, exp_less
 from bloomq.backends.numba_cpu.jit import best_tier, compiled, cpu_features
 from bloomq.backends.numba_cpu.layers import (
     NumbaAttention,
@@ -29,11 +28,11 @@ from bloomq.backends.numba_cpu.layers import (
     NumbaCache,
     NumbaLinear,
 )
-from bloomq.backends.numba_cpu.linear import float_linear, int_linear
-from bloomq.backends.numba_cpu.matmul import Spec, address, finish_tile
-from bloomq.backends.numba_cpu.norm import norm_rows
-from bloomq.backends.numba_cpu.simd import TIERS
-from bloomq.backends.numba_cpu.threads import physical_cores
+from bloomq.backends.numba_cpu.memory import address
+from bloomq.backends.numba_cpu.program import Program
+from bloomq.backends.numba_cpu.prologue import norm_rows
+from bloomq.backends.numba_cpu.simd import TIERS, V16F, Vectors
+from bloomq.backends.numba_cpu.threads import Pool, physical_cores
 from bloomq.config import BloomConfig
 from bloomq.errors import CapacityError, UsageError
 from bloomq.layers import Span, slopes
@@ -99,13 +98,12 @@ def _compiled_ahead() -> Iterator[None]:
 def compile_from_the_end() -> None:
     """Attention first, since the tests of linears, which come in the order of CASES, take long."""
     for head_dim, dtype, tier in ATTENTION_CASES:
-        attend(dtype, round_up(head_dim, 16), tier)
+        NumbaAttention(POOLS[1], tier, dtype, 0, 1, head_dim)
     if "avx2" in TIERS_HERE:
         run_lowered_to_avx2(os.devnull)
     for case in reversed(CASES):
         scheme, tier = case.values
-        build = float_linear if scheme.is_float else int_linear
-        build(scheme.name, scheme.group_size, tier)
+        linear(tier, random_matrix(scheme, (16, 32)))
 
 
 def run_lowered_to_avx2(target: str | os.PathLike[str]) -> str:
@@ -120,13 +118,15 @@ def run_script(target: str | os.PathLike[str], **environment: str) -> str:
     ).stdout  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a layer asks of its backend, so that a test can choose the tier."""
+POOLS = {threads: Pool(threads) for threads in (1, 2, 7)}
 
-    tier: str
-    threads: int = 2
-    cache_dtype: str = "f16"
+
+def linear(
+    tier: str, weight: Matrix, bias: np.ndarray | None = None, norm: Norm | None = None,
+    act: str | None = None, threads: int = 2,
+) -> NumbaLinear:  # fmt: skip
+    """A layer on a tier of the test's choice."""
+    return NumbaLinear(POOLS[threads], tier, weight, bias, norm, act)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,9 +161,9 @@ def random_case(scheme: Scheme, shape: tuple[int, int], batch: int, seed: int = 
     return Case(random_matrix(scheme, shape), normal(n), norm, normal(batch, k), normal(batch, n))
 
 
-def product(case: Case, machine: Machine, x: np.ndarray | None = None) -> np.ndarray:
+def product(case: Case, tier: str, x: np.ndarray | None = None, threads: int = 2) -> np.ndarray:
     """x @ W.T by the compiled kernel, nothing around it."""
-    return NumbaLinear(machine, case.weight, None, None, None)(case.x if x is None else x)
+    return linear(tier, case.weight, threads=threads)(case.x if x is None else x)
 
 
 def twin(
@@ -242,7 +242,7 @@ def test_linear_equals_its_twin_for_odd_sizes_and_every_batch(scheme, tier, shap
     for batch in BATCHES:
         case = random_case(scheme, shape, batch)
         expected, bound = twin(case)
-        assert (np.abs(product(case, Machine(tier)) - expected) <= bound).all(), batch
+        assert (np.abs(product(case, tier) - expected) <= bound).all(), batch
 
 
 @pytest.mark.parametrize(("scheme", "tier"), CASES)
@@ -251,8 +251,8 @@ def test_linear_adds_norm_bias_gelu_and_residual_in_this_order(scheme, tier):
         norm, bias, gelu, add = (bool(bits >> i & 1) for i in range(4))
         for batch in (1, 3, 9):
             case = random_case(scheme, (47, 129), batch, seed=bits)
-            layer = NumbaLinear(
-                Machine(tier), case.weight, case.bias if bias else None,
+            layer = linear(
+                tier, case.weight, case.bias if bias else None,
                 case.norm if norm else None, "gelu" if gelu else None,
             )  # fmt: skip
             y = layer(case.x, case.add) if add else layer(case.x)
@@ -260,15 +260,15 @@ def test_linear_adds_norm_bias_gelu_and_residual_in_this_order(scheme, tier):
             assert (np.abs(y - expected) <= bound).all(), (norm, bias, gelu, add, batch)
 
 
-@pytest.mark.parametrize("shape", [(100, 200), (1060, 512)], ids=["one-thread", "parallel"])
+@pytest.mark.parametrize("shape", [(100, 200), (4200, 512)], ids=["one-thread", "parallel"])
 @pytest.mark.parametrize(("scheme", "tier"), CASES)
 def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(scheme, tier, shape):
     case = random_case(scheme, shape, 17)
     weight_bytes = sum(part.nbytes for part in case.weight.parts.values())
-    assert (weight_bytes > 1 << 18) == (shape[0] > 1000)  # linear._SERIAL_BYTES
+    assert (weight_bytes >= 1 << 20) == (shape[0] > 1000)  # threads._ALONE_BYTES
 
     def run(x: np.ndarray, threads: int) -> np.ndarray:
-        layer = NumbaLinear(Machine(tier, threads), case.weight, case.bias, case.norm, "gelu")
+        layer = linear(tier, case.weight, case.bias, case.norm, "gelu", threads)
         return layer(x)
 
     singles = np.concatenate([run(case.x[i : i + 1], 1) for i in range(17)])
@@ -279,15 +279,15 @@ def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(sch
 
 @pytest.mark.parametrize("scheme", ON_BEST)
 def test_more_threads_than_tiles_leave_no_output_unwritten(scheme):
-    for shape in ((17, 64), (17, 32768)):  # two tiles; the second is above _SERIAL_BYTES
+    for shape in ((17, 64), (17, 131072)):  # two tiles; the second is above _ALONE_BYTES
         case = random_case(scheme, shape, 9)
-        assert same_bits(product(case, Machine(BEST, 7)), product(case, Machine(BEST, 1)))
+        assert same_bits(product(case, BEST, threads=7), product(case, BEST, threads=1))
 
 
 @pytest.mark.parametrize(("scheme", "tier"), CASES)
 def test_a_row_of_zeros_gives_exactly_the_bias(scheme, tier):
     case = random_case(scheme, (47, 129), 3)
-    layer = NumbaLinear(Machine(tier), case.weight, case.bias, None, None)
+    layer = linear(tier, case.weight, case.bias, None, None)
     y = layer(np.zeros((3, 129), np.float32))
     assert same_bits(y, np.tile(case.bias, (3, 1)))
 
@@ -296,7 +296,7 @@ def test_a_row_of_zeros_gives_exactly_the_bias(scheme, tier):
 def test_weights_of_zeros_give_exactly_zero(scheme):
     weight = Matrix("w", scheme, (33, 65), scheme.quantize(np.zeros((33, 65), np.float32)))
     case = random_case(scheme, (33, 65), 2)
-    layer = NumbaLinear(Machine(BEST), weight, None, None, None)
+    layer = linear(BEST, weight, None, None, None)
     assert not layer(case.x).any()
 
 
@@ -310,7 +310,7 @@ def test_massive_and_tiny_activations_stay_within_the_bound(scheme, tier):
     case.x[4, 1:] = 0
     case.x[5] = 3e35  # sums reach 1e37
     expected, bound = twin(case)
-    y = product(case, Machine(tier))
+    y = product(case, tier)
     assert np.isfinite(y).all()
     assert (np.abs(y - expected) <= bound).all()
 
@@ -320,13 +320,13 @@ def test_massive_and_tiny_activations_stay_within_the_bound(scheme, tier):
 def test_nan_or_infinity_in_never_gives_a_plausible_number(scheme, tier, bad):
     for batch in (1, 4, 9):
         case = random_case(scheme, (47, 129), batch)
-        clean = product(case, Machine(tier))
+        clean = product(case, tier)
         x = case.x.copy()
         x[batch // 2, 128] = bad  # the lone column of the last group
         for norm in (None, case.norm):
-            layer = NumbaLinear(Machine(tier), case.weight, case.bias, norm, "gelu")
+            layer = linear(tier, case.weight, case.bias, norm, "gelu")
             assert not np.isfinite(layer(x)[batch // 2]).any()
-        y = product(case, Machine(tier), x)
+        y = product(case, tier, x)
         others = np.arange(batch) != batch // 2
         assert not np.isfinite(y[batch // 2]).any()
         assert same_bits(y[others], clean[others])
@@ -334,8 +334,8 @@ def test_nan_or_infinity_in_never_gives_a_plausible_number(scheme, tier, bad):
 
 @pytest.mark.parametrize("scheme", ON_BEST)
 def test_two_python_threads_at_once_get_the_right_bits(scheme):
-    cases = [random_case(scheme, (1060, 512), 4, seed) for seed in range(2)]
-    layers = [NumbaLinear(Machine(BEST), c.weight, c.bias, c.norm, "gelu") for c in cases]
+    cases = [random_case(scheme, (4200, 512), 4, seed) for seed in range(2)]
+    layers = [linear(BEST, c.weight, c.bias, c.norm, "gelu") for c in cases]
     expected = [layer(case.x) for layer, case in zip(layers, cases, strict=True)]
     wrong: list[int] = []
 
@@ -354,31 +354,31 @@ def test_two_python_threads_at_once_get_the_right_bits(scheme):
 def test_every_tier_gives_the_same_bits_for_one_integer_group(tier):
     scheme = get_scheme("int4", 64)  # one group: no float sum whose order could differ
     case = random_case(scheme, (33, 64), 9)
-    assert same_bits(product(case, Machine(tier)), product(case, Machine("portable")))
+    assert same_bits(product(case, tier), product(case, "portable"))
 
 
 # -- exp, gelu, norm -------------------------------------------------------------------------------
 
 
+@intrinsic(prefer_literal=True)
+def apply(typingctx, tier, function, x):
+    """16 float32 at an address, in place: `Vectors.exp` or `Vectors.gelu`."""
+    method = function.literal_value
+
+    def codegen(context, builder, signature, args):
+        vectors = Vectors(builder, tier.literal_value)
+        vectors.store(getattr(vectors, method)(vectors.load(args[2], V16F)), args[2])
+        return context.get_dummy_value()
+
+    return types.void(tier, function, types.int64), codegen
+
+
 @lru_cache
-def exp_kernel(tier: str):
-    spec = str(AttentionSpec("f32", 16, tier))
-
-    @compiled(void(float32[::1], float32[::1]))
-    def run(x, peak):
-        exp_less(spec, address(x), x.shape[0] // 16, address(peak))
-
-    return run
-
-
-@lru_cache
-def gelu_kernel(tier: str):
-    spec = str(Spec("f32", 64, tier))
-
-    @compiled(void(float32[::1], int64))
-    def run(x, one):
+def elementwise(tier: str, function: str):
+    @compiled(void(float32[::1]))
+    def run(x):
         for block in range(x.shape[0] // 16):
-            finish_tile(spec, address(x) + 64 * block, 0, one)
+            apply(tier, function, address(x) + 64 * block)
 
     return run
 
@@ -387,7 +387,7 @@ def gelu_kernel(tier: str):
 def test_exp_is_within_2e_7_of_float64(tier):
     x = np.linspace(-87.2, 88, 1 << 16).astype(np.float32)
     y = x.copy()
-    exp_kernel(tier)(y, np.zeros(1, np.float32))
+    elementwise(tier, "exp")(y)
     exact = np.exp(x.astype(np.float64))
     assert (np.abs(y / exact - 1) < 2e-7).all()
 
@@ -396,7 +396,7 @@ def test_exp_is_within_2e_7_of_float64(tier):
 def test_exp_of_special_values(tier):
     x = np.zeros(16, np.float32)
     x[:7] = [0, -np.inf, -88, np.nan, np.inf, 1000, -0.0]
-    exp_kernel(tier)(x, np.zeros(1, np.float32))
+    elementwise(tier, "exp")(x)
     capped = np.exp(np.float64(88))
     assert list(x[:3]) == [1, 0, 0]
     assert np.isnan(x[3])
@@ -408,7 +408,7 @@ def test_exp_of_special_values(tier):
 def test_gelu_is_close_to_float64(tier):
     x = np.linspace(-20, 20, 1 << 16).astype(np.float32)
     y = x.copy()
-    gelu_kernel(tier)(y, 1)
+    elementwise(tier, "gelu")(y)
     exact = exact_gelu(x.astype(np.float64))
     # Relative: gelu goes with e^2u, and u is a few roundings off: 8 |u| EPS, |u| up to 43 where
     # gelu is 1e-37.
@@ -421,22 +421,28 @@ def test_gelu_is_close_to_float64(tier):
 def test_gelu_of_massive_values_is_the_value_or_nothing(tier):
     x = np.zeros(16, np.float32)
     x[:4] = [3500, -3500, 1e30, -1e30]
-    gelu_kernel(tier)(x, 1)
+    elementwise(tier, "gelu")(x)
     assert list(x[[0, 2]]) == [np.float32(3500), np.float32(1e30)]
     assert abs(x[1]) < 1e-30
     assert abs(x[3]) < 1e-7  # 1e30 over the cap of e^88 = 1.7e38
     assert not x[4:].any()
 
 
-@pytest.mark.parametrize("rows", [5, 12], ids=["one-thread", "parallel"])
 @pytest.mark.parametrize("width", [1, 7, 16, 33, 256])
-def test_norm_equals_its_twin(width, rows):
+def test_norm_equals_its_twin(width):
+    rows = 12
     case = random_case(get_scheme("f32"), (1, width), rows)
     case.x[1] *= 3500
     case.x[2] = 1.0  # no variance: epsilon alone
     out = np.empty_like(case.x)
     epsilon = np.float32(case.norm.epsilon)
-    norm_rows()(case.x, case.norm.gain, case.norm.bias, epsilon, out)
+    program = Program()
+    program.add(
+        norm_rows(), rows, 1, case.x.ctypes.data, case.x.strides[0], width,
+        case.norm.gain.ctypes.data, case.norm.bias.ctypes.data, epsilon, width, out.ctypes.data,
+        out.strides[0],
+    )  # fmt: skip
+    POOLS[1].run(program)
     exact = case.x.astype(np.float64)
     exact -= exact.mean(axis=1, keepdims=True)
     exact /= np.sqrt(np.square(exact).mean(axis=1, keepdims=True) + epsilon)
@@ -462,8 +468,7 @@ def attention_steps(
     config: BloomConfig, dtype: str, cuts, threads: int = 2, tier: str = BEST
 ) -> list[np.ndarray]:
     """The outputs of feeding `cuts`, new tokens of each row step by step, to a fresh cache."""
-    machine = Machine(tier, threads, dtype)
-    layer = NumbaAttention(machine, 1, config.n_head, config.head_dim)
+    layer = NumbaAttention(POOLS[threads], tier, dtype, 1, config.n_head, config.head_dim)
     return feed(layer, NumbaCache(config, 3, 700, dtype), config, cuts)
 
 
@@ -505,7 +510,7 @@ def test_attention_equals_the_reference_across_block_and_chunk_edges(head_dim, d
         assert np.abs(y - want).max() <= bound, step
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "int8"])
 def test_attention_has_the_same_bits_however_the_tokens_are_cut(dtype):
     config = CONFIG_OF[8]
     total = np.array(CHUNKY).sum(axis=0)
@@ -521,7 +526,7 @@ def test_attention_has_the_same_bits_however_the_tokens_are_cut(dtype):
             assert same_bits(joined, whole[starts[row] : starts[row + 1]]), (row, threads)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "int8"])
 def test_attention_hides_nan_of_forgotten_tokens_and_shows_nan_of_held_ones(dtype):
     config = CONFIG_OF[16]
     backend = NumbaBackend(2, dtype)
@@ -619,7 +624,7 @@ def test_a_tier_is_chosen_only_where_all_its_features_are():
 
 @pytest.mark.parametrize("threads", [0, -1, 100_000, 1.5, "2", True])
 def test_an_impossible_number_of_threads_is_refused(threads):
-    most = numba.config.NUMBA_NUM_THREADS
+    most = os.cpu_count()
     expected = rf"^threads is {threads!r}, expected 1 to {most} \(this machine's cores\)$"
     with pytest.raises(UsageError, match=expected):
         NumbaBackend(threads)
@@ -628,12 +633,12 @@ def test_an_impossible_number_of_threads_is_refused(threads):
 def test_threads_are_at_most_the_physical_cores_by_default():
     cores = physical_cores()
     assert 1 <= cores <= (os.cpu_count() or 1)
-    assert NumbaBackend().threads == min(cores, numba.config.NUMBA_NUM_THREADS)
+    assert NumbaBackend().threads == cores
 
 
-def test_a_description_says_tier_threads_layer_and_cache():
+def test_a_description_says_tier_threads_and_cache():
     backend = NumbaBackend(1, "f32")
-    assert backend.description == f"{BEST}, 1 thread ({backend.threading_layer}), f32 cache"
+    assert backend.description == f"{BEST}, 1 thread, f32 cache"
 
 
 def test_a_cache_that_memory_cannot_hold_says_its_size():

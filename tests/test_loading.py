@@ -78,8 +78,8 @@ def test_a_context_may_be_any_possible_whole_number(base: Path, context):
 
 
 def test_an_impossible_cache_dtype_is_refused(base: Path):
-    with pytest.raises(UsageError, match=r"^cache_dtype is 'int8', expected auto, f16 or f32$"):
-        bloomq.load(pack(base, TINY, "int4"), cache_dtype="int8")
+    with pytest.raises(UsageError, match=r"^cache_dtype is 'q4', expected auto, f16, f32 or int8$"):
+        bloomq.load(pack(base, TINY, "int4"), cache_dtype="q4")
 
 
 def test_a_cache_dtype_may_be_asked_for(base: Path):

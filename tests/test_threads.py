@@ -1,216 +1,238 @@
-"""The threads of the CPU kernels: which layer starts them, and who waits for whom."""
+"""The threads of the CPU kernels: who works on a program, who is waited for, and when they end."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
 import time
+from functools import lru_cache
 
+import numpy as np
 import pytest
 
 from bloomq.backends.numba_cpu import threads as numba_threads
-from bloomq.backends.numba_cpu.layers import NumbaBackend
-from bloomq.errors import BackendError
+from bloomq.backends.numba_cpu.jit import kernel
+from bloomq.backends.numba_cpu.memory import fields, longs
+from bloomq.backends.numba_cpu.program import Buffer, Program
+from bloomq.backends.numba_cpu.threads import Pool
 
-WARNING = r"^numba's omp threading layer does not load here; workqueue is used instead: "
-
-
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process of its own: Numba starts its threads once in each."""
-    return subprocess.run(
-        [sys.executable, "-W", "ignore::RuntimeWarning", "-c", code],
-        env={**os.environ, **environment}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+BIG = 1 << 30  # bytes touched that wake helpers
 
 
-# -- which layer -----------------------------------------------------------------------------------
+@lru_cache
+def add_one():
+    """numbers[unit] += 1 after some work, and where numbers[0] was then. Arguments: numbers."""
 
-LAYER = "import bloomq; print(bloomq.load().backend.threading_layer)"
+    @kernel
+    def add_one(arguments, first, last):
+        numbers = longs(fields(arguments, 1)[0], last)
+        for unit in range(first, last):
+            noise = 0
+            for i in range(2000):
+                noise ^= i * numbers[0]
+            numbers[unit] += 1 + (noise & 0)
 
-
-def test_omp_is_taken_where_it_loads():
-    assert run(LAYER).stdout == "omp\n"
-
-
-@pytest.mark.parametrize("layer", ["workqueue", "omp"])
-def test_the_layer_that_the_user_chose_is_taken(layer: str):
-    assert run(LAYER, NUMBA_THREADING_LAYER=layer).stdout == f"{layer}\n"
-
-
-def test_a_layer_that_another_user_of_numba_started_is_taken():
-    code = "import numba; numba.config.THREADING_LAYER = 'workqueue'; numba.set_num_threads(1)\n"
-    assert run(code + LAYER).stdout == "workqueue\n"
+    return add_one
 
 
-def test_a_layer_that_does_not_exist_is_refused_in_one_line():
-    code = (
-        "import bloomq\ntry: bloomq.load(backend='numba')\n"
-        "except bloomq.BackendError as error: print(error)"
-    )
-    done = run(code, NUMBA_THREADING_LAYER="nonsense")
-    assert done.stdout.startswith("numba starts no threads here ("), done.stderr
-    assert done.stdout.endswith("): reinstall numba\n")
-    assert done.stdout.count("\n") == 1
+def counting(units: int = 500, operations: int = 20) -> tuple[Program, np.ndarray]:
+    """A program each of whose operations adds one to every number."""
+    program, numbers = Program(), np.zeros(units, np.int64)
+    for _ in range(operations):
+        program.add(add_one(), units, 3, numbers.ctypes.data, touched=BIG)
+    program.keep(numbers)
+    return program, numbers
 
 
-def test_no_threading_layer_is_a_backend_error(monkeypatch: pytest.MonkeyPatch):
-    tried = []
-
-    def refuse(*args: object) -> None:
-        tried.append(numba_threads.numba.config.THREADING_LAYER)
-        raise ValueError("No threading layer could be loaded.")
-
-    monkeypatch.setattr(numba_threads.numba, "threading_layer", refuse)
-    monkeypatch.setattr(numba_threads.numba, "set_num_threads", refuse)
-    expected = (
-        r"^numba starts no threads here \(No threading layer could be loaded\.\): reinstall numba$"
-    )
-    for chosen, then in (("omp", ["omp"]), ("default", ["omp", "default"])):
-        monkeypatch.setattr(numba_threads.numba.config, "THREADING_LAYER", chosen)
-        tried.clear()
-        with pytest.raises(BackendError, match=expected):
-            NumbaBackend(1)
-        assert tried[1:] == then  # the first asks whether threads run already
+def helpers_alive() -> int:
+    return sum(thread.name == "bloomq" for thread in threading.enumerate())
 
 
-def test_a_reason_of_several_lines_becomes_one(monkeypatch: pytest.MonkeyPatch):
-    def refuse(*args: object) -> None:
-        raise ValueError("No threading layer could be loaded.\nHINT:\nIntel TBB is required")
-
-    monkeypatch.setattr(numba_threads.numba, "threading_layer", refuse)
-    monkeypatch.setattr(numba_threads.numba, "set_num_threads", refuse)
-    monkeypatch.setattr(numba_threads.numba.config, "THREADING_LAYER", "tbb")
-    with pytest.raises(BackendError) as caught:
-        NumbaBackend(1)
-    assert "\n" not in str(caught.value)
+def run_script(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
 
 
-def test_the_next_layer_is_tried_where_omp_does_not_load(monkeypatch: pytest.MonkeyPatch):
-    started: list[str] = []
-
-    def start(threads: int) -> None:
-        layer = numba_threads.numba.config.THREADING_LAYER
-        if layer == "omp":
-            raise ValueError("No threading layer could be loaded.")
-        started.append(layer)
-
-    def layer() -> str:
-        if not started:
-            raise ValueError("Threading layer is not initialized.")
-        return "workqueue"
-
-    monkeypatch.setattr(numba_threads.numba.config, "THREADING_LAYER", "default")
-    monkeypatch.setattr(numba_threads.numba, "set_num_threads", start)
-    monkeypatch.setattr(numba_threads.numba, "threading_layer", layer)
-    with pytest.warns(RuntimeWarning, match=WARNING):
-        assert numba_threads.start_threads(1) == "workqueue"
-    assert started == ["default"]
+# -- programs --------------------------------------------------------------------------------------
 
 
-# -- how idle threads wait -------------------------------------------------------------------------
-
-SPIN = """
-import os, numba, bloomq
-seen = []
-start = numba.set_num_threads
-def watched(n):
-    seen.append(os.environ.get("GOMP_SPINCOUNT"))
-    start(n)
-numba.set_num_threads = watched
-bloomq.load()
-print(seen[0], os.environ.get("GOMP_SPINCOUNT"))
-"""
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_every_unit_of_every_operation_is_done_once(threads: int):
+    program, numbers = counting()
+    pool = Pool(threads)
+    for run in range(1, 20):
+        pool.run(program)
+        assert (numbers == 20 * run).all()
 
 
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, "1000 None"),
-        ({"GOMP_SPINCOUNT": "7"}, "7 7"),
-        ({"OMP_WAIT_POLICY": "passive"}, "None None"),
-    ],
-    ids=["ours", "the user's count", "the user's policy"],
-)
-def test_idle_threads_spin_briefly_unless_the_user_says_otherwise(
-    environment, expected, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert run(SPIN, **environment).stdout == f"{expected}\n"
+def test_an_operation_without_units_is_none():
+    program, numbers = counting(operations=1)
+    program.add(add_one(), 0, 1, numbers.ctypes.data)
+    Pool(1).run(program)
+    assert (numbers == 1).all()
 
 
-# -- one at a time ---------------------------------------------------------------------------------
+def test_a_program_of_nothing_ends():
+    Pool(2).run(Program())
 
 
-def at_once(kernel) -> int:
-    """How many of four Python threads were inside the kernel together, at most."""
-    inside, most, lock = 0, 0, threading.Lock()
+def test_helpers_that_never_come_are_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(numba_threads._Helpers, "_help", lambda self, bell: None)
+    program, numbers = counting()
+    Pool(3).run(program)
+    assert (numbers == 20).all()
 
-    def body(*args: object) -> None:
-        nonlocal inside, most
-        with lock:
-            inside += 1
-            most = max(most, inside)
-        time.sleep(0.02)
-        with lock:
-            inside -= 1
 
-    threads = [threading.Thread(target=kernel(body), args=(i,)) for i in range(4)]
+def test_a_helper_that_comes_after_the_end_changes_nothing():
+    program, numbers = counting()
+    job = program.job()
+    job.work()
+    Pool(1).run(program)  # in between, the program has run again
+    job.work()
+    assert (numbers == 40).all()
+
+
+def test_small_programs_are_done_by_the_caller_alone():
+    program, numbers = Program(), np.zeros(4, np.int64)
+    program.add(add_one(), 4, 1, numbers.ctypes.data, touched=1000)
+    pool = Pool(2)
+    before = helpers_alive()
+    pool.run(program)
+    assert helpers_alive() == before
+
+
+def test_many_callers_at_once_each_get_their_own_result():
+    pool, wrong = Pool(2), []
+
+    def work() -> None:
+        program, numbers = counting(200, 10)
+        for run in range(1, 30):
+            pool.run(program)
+            if not (numbers == 10 * run).all():
+                wrong.append(numbers.copy())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return most
+    assert wrong == []
 
 
-def test_workqueue_warns_and_its_kernels_take_one_call_at_a_time(monkeypatch):
-    monkeypatch.setattr(numba_threads.numba, "threading_layer", lambda: "workqueue")
-    with pytest.warns(RuntimeWarning, match=WARNING):
-        NumbaBackend(1)
-    assert at_once(numba_threads.entry) == 1
+def test_ctrl_c_before_the_work_leaves_no_helper_at_it(monkeypatch: pytest.MonkeyPatch):
+    pool = Pool(2)
+    program, numbers = counting()
+    publish = numba_threads._Helpers.publish
+
+    def interrupted(self, job):
+        publish(self, job)
+        if job is not numba_threads._END:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(numba_threads._Helpers, "publish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(program)
+    assert (numbers == 20).all()
+    time.sleep(0.05)
+    assert (numbers == 20).all()
 
 
-def test_a_kernel_that_fails_under_workqueue_lets_the_next_one_in(monkeypatch):
-    monkeypatch.setattr(numba_threads.numba, "threading_layer", lambda: "workqueue")
+def test_memory_that_nothing_refers_to_is_used_again():
+    program = Program()
+    first = program.buffer(4, 100, np.float32, 4)
+    address = first.address
+    second = program.buffer(4, 100, np.float32, 4)
+    assert second.address != address
+    del first
+    assert program.buffer(4, 100, np.float32, 4).address == address
 
-    def fail() -> None:
-        raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        numba_threads.entry(fail)()
-    assert at_once(numba_threads.entry) == 1
+def test_buffers_begin_and_go_on_at_cache_lines():
+    program = Program()
+    for columns in (1, 33, 100):
+        buffer = program.buffer(3, columns, np.float32, 4)
+        assert isinstance(buffer, Buffer)
+        assert buffer.address % 64 == 0
+        assert buffer.stride_bytes % 128 == 0
+        assert buffer.values().shape == (3, columns)
 
 
-def test_kernels_of_other_layers_run_together(monkeypatch):
-    monkeypatch.setattr(numba_threads.numba, "threading_layer", lambda: "omp")
-    assert at_once(numba_threads.entry) > 1
+# -- helpers ---------------------------------------------------------------------------------------
+
+
+def test_helpers_start_at_the_first_need_and_end_with_their_pool():
+    gc.collect()
+    before = helpers_alive()
+    pool = Pool(4)
+    assert helpers_alive() == before
+    program, _ = counting()
+    pool.run(program)
+    assert helpers_alive() == before + 3
+    del pool
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while helpers_alive() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert helpers_alive() == before
+
+
+def test_helpers_sleep_when_there_is_nothing_to_do():
+    pool = Pool(2)
+    program, _ = counting()
+    pool.run(program)
+    time.sleep(0.2)
+    started = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - started < 0.1
+
+
+FORKED = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+import bloomq
+model = bloomq.load(threads=2)
+prompt = "Once upon a time " * 200
+ids = model.generate(prompt, max_new_tokens=4).ids
+sys.stdout.flush()
+child = os.fork()
+if child == 0:
+    print(model.generate(prompt, max_new_tokens=4).ids == ids)
+    sys.stdout.flush()
+    os._exit(0)
+os.waitpid(child, 0)
+print(model.generate(prompt, max_new_tokens=4).ids == ids)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_gets_helpers_of_its_own():
+    done = run_script(FORKED)
+    assert (done.returncode, done.stdout) == (0, "True\nTrue\n"), done.stderr
 
 
 TWO_AT_ONCE = """
 import threading, bloomq
-models = [bloomq.load(threads=2) for _ in range(2)]
-prompts = ["Once upon a time " * 40, "El perro y el gato " * 40]
-expected = [m.generate(p, max_new_tokens=4).ids for m, p in zip(models, prompts)]
+model = bloomq.load(threads=2)
+prompts = ["Once upon a time " * 200, "El perro y el gato " * 200]
+expected = [model.generate(p, max_new_tokens=4).ids for p in prompts]
 wrong = []
 def work(i):
     for _ in range(4):
-        found = models[i].generate(prompts[i], max_new_tokens=4).ids
+        found = model.generate(prompts[i], max_new_tokens=4).ids
         if found != expected[i]:
             wrong.append(found)
 threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
 for t in threads: t.start()
 for t in threads: t.join()
-print(models[0].backend.threading_layer, wrong)
+print(wrong)
 """
 
 
-@pytest.mark.parametrize("layer", ["workqueue", "omp"])
-def test_two_models_may_generate_in_two_python_threads(layer: str):
-    """Numba's workqueue ends the process where two parallel calls meet."""
-    done = run(TWO_AT_ONCE, NUMBA_THREADING_LAYER=layer)
-    assert (done.returncode, done.stdout) == (0, f"{layer} []\n"), done.stderr
+def test_one_model_may_generate_in_two_python_threads():
+    done = run_script(TWO_AT_ONCE)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 # -- how many --------------------------------------------------------------------------------------

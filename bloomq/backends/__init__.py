@@ -67,8 +67,8 @@ def choose(name: str, pack: Pack, threads: int | None, cache_dtype: str = "auto"
     problem = why_not(name)
     if problem is not None:
         raise BackendError(f"backend {name} is not available: {problem}: use one of {available()}")
-    if cache_dtype not in ("auto", "f16", "f32"):
-        raise UsageError(f"cache_dtype is {cache_dtype!r}, expected auto, f16 or f32")
+    if cache_dtype not in ("auto", "f16", "f32", "int8"):
+        raise UsageError(f"cache_dtype is {cache_dtype!r}, expected auto, f16, f32 or int8")
     if cache_dtype == "auto":
         # Unquantized packs are the yardstick, so nothing of theirs is rounded to float16.
         exact = all(scheme.is_float for scheme in pack.schemes.values())
@@ -80,7 +80,7 @@ def choose(name: str, pack: Pack, threads: int | None, cache_dtype: str = "auto"
 def _numba(threads: int | None, cache_dtype: str) -> Backend:
     from bloomq.backends.numba_cpu.layers import NumbaBackend
 
-    return NumbaBackend(threads, "f32" if cache_dtype == "f32" else "f16")
+    return NumbaBackend(threads, cache_dtype)  # type: ignore[arg-type]  # checked by `choose`
 
 
 def _reference(threads: int | None, cache_dtype: str) -> Backend:

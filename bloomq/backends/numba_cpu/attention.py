@@ -6,12 +6,15 @@ The bias is slope * j in the paper; softmax does not see the shift by slope * i,
 it keeps float32's full resolution. Source: ALiBi (arXiv 2108.12409).
 
 Keys lie in blocks of 16, [S/16, D, 16]: a lane is a key, so scores need no horizontal sums. Values
-lie in rows [S, D]: a lane is a component. D is padded to a multiple of 16 with zeros.
+lie in rows [S, D]: a lane is a component. D is padded to a multiple of 16 with zeros. An int8 cache
+has a float32 scale for every key and value of every head.
 
-One thread does one head of one row from end to end: it stores the new keys and values, then walks
-the keys in chunks of 256 at fixed positions with a running maximum (online softmax). So neither the
-number of threads, nor the other rows, nor how a prompt was cut into steps changes a bit.
-Bytes touched per decoded token: 2 x S x D x size of a cache element for each head.
+Keys are walked in chunks of 256 at fixed positions, the newest first, with a running maximum
+(online softmax). A weight below e^-40 of the largest seen so far counts as 0: 10^6 of them together
+are 10^-12 of the result, far below float32's 6 x 10^-8. So a chunk whose keys provably all stay
+below that, by |q||k| and the distance, is not read at all (the ALiBi horizon), and no bit changes.
+
+Bytes touched per decoded token: at most 2 x S x D x size of a cache element for each head.
 """
 
 from __future__ import annotations
@@ -23,26 +26,27 @@ from typing import Any
 
 import llvmlite.ir as ir
 import numpy as np
-from numba import float32, int64, njit, prange, types, void
+from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
-from bloomq.backends.numba_cpu.jit import compiled
-from bloomq.backends.numba_cpu.matmul import address, keep
-from bloomq.backends.numba_cpu.simd import F32, I64, LANES, V16F, V16H, Vectors
+from bloomq.backends.numba_cpu.jit import kernel
+from bloomq.backends.numba_cpu.memory import address, fields, floats, keep, longs
+from bloomq.backends.numba_cpu.simd import F32, I32, I64, LANES, V16B, V16F, V16H, V16I, Vectors
 
 CHUNK = 256  # keys between two rescalings of the running sum
-# Below this many products (about 8 us of one thread, what waking the others costs) one thread
-# works.
-_SERIAL_WORK = 1 << 17
-QUERIES = 4  # queries that share each loaded key and value in prefill
+QUERIES = 8  # queries that share each loaded key and value in prefill
+_FAINT = 40.0  # weights below e^-40 of the largest are 0
+# Of |q||k| as computed from unrounded keys: float16 and int8 move a key's length by at most 5 %
+# (sqrt(128) half steps of 1/127 of its largest component).
+_NORM_SLACK = 1.05
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """What the attention kernels are specialised for, as text for Numba's literals."""
 
-    dtype: str  # of the cache: f32 or f16
+    dtype: str  # of the cache: f32, f16 or int8
     width: int  # head_dim rounded up to a multiple of 16
     tier: str
     queries: int = 1
@@ -58,7 +62,13 @@ class AttentionSpec:
     @property
     def size(self) -> int:
         """Bytes of a cache element."""
-        return 4 if self.dtype == "f32" else 2
+        return {"f32": 4, "f16": 2, "int8": 1}[self.dtype]
+
+    @property
+    def key_blocks(self) -> int:
+        """Blocks of 16 keys scored at once: with `queries`, enough sums to hide the latency of a
+        fused multiply-add, few enough for 32 registers."""
+        return 4 if self.queries == 1 else 2
 
 
 def _emitter(emit: Any, spec: Any, arguments: tuple[Any, ...]) -> Any:
@@ -71,87 +81,195 @@ def _emitter(emit: Any, spec: Any, arguments: tuple[Any, ...]) -> Any:
     return types.void(spec, *(types.int64 for _ in arguments)), codegen
 
 
-@intrinsic(prefer_literal=True)
-def store_key(typingctx: Any, spec: Any, source: Any, lane: Any) -> Any:
-    """One key, float32 [width] at `source`, into a block of 16 keys; `lane` is the address of its
-    first component there."""
-    return _emitter(_emit_store_key, spec, (source, lane))
-
-
-def _emit_store_key(v: Vectors, spec: AttentionSpec, source: ir.Value, lane: ir.Value) -> None:
-    for d in range(0, spec.width, LANES):
-        values = v.load(v.at(source, 4 * d), V16F)
-        if spec.dtype == "f16":
-            values = v.b.fptrunc(values, V16H)
-        for i in range(LANES):
-            element = v.b.extract_element(values, ir.Constant(ir.IntType(32), i))
-            v.store(element, v.at(lane, (d + i) * LANES * spec.size))
+# -- storing ---------------------------------------------------------------------------------------
 
 
 @intrinsic(prefer_literal=True)
-def store_value(typingctx: Any, spec: Any, source: Any, target: Any) -> Any:
-    """One value vector, float32 [width] at `source`, into its row of the cache."""
-    return _emitter(_emit_store_value, spec, (source, target))
+def store_vector(typingctx: Any, spec: Any, source: Any, target: Any, step: Any, scale: Any) -> Any:
+    """One key or value, float32 [width] at `source`, into the cache, rounded half to even.
+
+    target: of its first component, the others `step` bytes apart (a literal); scale: the address
+    of its float32 scale, written for int8 alone.
+    """
+    parsed, apart = AttentionSpec.parse(spec.literal_value), step.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _emit_store(Vectors(builder, parsed.tier), parsed, args[1], args[2], apart, args[4])
+        return context.get_dummy_value()
+
+    return types.void(spec, types.int64, types.int64, step, types.int64), codegen
 
 
-def _emit_store_value(v: Vectors, spec: AttentionSpec, source: ir.Value, target: ir.Value) -> None:
-    for d in range(0, spec.width, LANES):
-        values = v.load(v.at(source, 4 * d), V16F)
-        if spec.dtype == "f16":
-            values = v.b.fptrunc(values, V16H)
-        v.store(values, v.at(target, d * spec.size))
+def _emit_store(
+    v: Vectors, spec: AttentionSpec, source: ir.Value, target: ir.Value, step: int, scale: ir.Value
+) -> None:
+    b = v.b
+    parts = [v.load(v.at(source, 4 * d), V16F) for d in range(0, spec.width, LANES)]
+    if spec.dtype == "f16":
+        parts = [b.fptrunc(part, V16H) for part in parts]
+    elif spec.dtype == "int8":
+        parts = _to_int8(v, parts, scale)
+    for i, part in enumerate(parts):
+        at = v.at(target, i * LANES * step)
+        if step == spec.size:  # components side by side
+            v.store(part, at)
+            continue
+        for lane in range(LANES):
+            v.store(b.extract_element(part, I32(lane)), v.at(at, lane * step))
+
+
+def _to_int8(v: Vectors, parts: list[ir.Value], scale: ir.Value) -> list[ir.Value]:
+    """Codes = round(x * 127 / largest); stores largest / 127. NaN or infinity: scale NaN."""
+    b = v.b
+    peak = v.call("llvm.fabs.v16f32", V16F, [parts[0]])
+    for part in parts[1:]:
+        peak = v.call("llvm.maximum.v16f32", V16F, [peak, v.call("llvm.fabs.v16f32", V16F, [part])])
+    largest = v.call("llvm.vector.reduce.fmaximum.v16f32", F32, [peak])
+    finite = b.fcmp_ordered("<", largest, ir.Constant(F32, float("inf")))
+    tiny = b.fcmp_ordered("<", largest, ir.Constant(F32, 1e-30))
+    step = b.fdiv(largest, ir.Constant(F32, 127.0))
+    step = b.select(finite, step, ir.Constant(F32, float("nan")))
+    v.store(b.select(tiny, ir.Constant(F32, 0.0), step), scale)
+    inverse = b.fdiv(ir.Constant(F32, 127.0), largest)
+    usable = b.and_(finite, b.not_(tiny))
+    inverse = v.splat(b.select(usable, inverse, ir.Constant(F32, 0.0)))
+    codes = []
+    for part in parts:
+        clean = b.select(finite, part, v.constant(V16F, 0.0))
+        whole = v.call("llvm.rint.v16f32", V16F, [b.fmul(clean, inverse)])
+        codes.append(b.trunc(b.fptosi(whole, V16I), V16B))
+    return codes
+
+
+# -- scores, softmax, mixing -----------------------------------------------------------------------
 
 
 @intrinsic(prefer_literal=True)
 def score_keys(typingctx: Any, spec: Any, q: Any, keys: Any, blocks: Any, scores: Any) -> Any:
-    """scores [queries, CHUNK] = q [queries, width] . keys, for `blocks` blocks of 16 keys."""
+    """scores [queries, CHUNK] = q [queries, width] . keys, for `blocks` blocks of 16 keys, rounded
+    up to whole steps of `spec.key_blocks`; int8 keys without their scales."""
     return _emitter(_emit_score_keys, spec, (q, keys, blocks, scores))
 
 
 def _emit_score_keys(
     v: Vectors, spec: AttentionSpec, q: ir.Value, keys: ir.Value, blocks: ir.Value, scores: ir.Value
 ) -> None:
+    b, count = v.b, spec.key_blocks
+    block_bytes = spec.width * LANES * spec.size
+    steps = b.udiv(b.add(blocks, I64(count - 1)), I64(count))
+    cells = [[cgutils.alloca_once(b, V16F) for _ in range(count)] for _ in range(spec.queries)]
+    with cgutils.for_range(b, steps, intp=I64) as loop:
+        block = v.at(keys, b.mul(loop.index, I64(count * block_bytes)))
+        for cell in (cell for row in cells for cell in row):
+            b.store(v.constant(V16F, 0.0), cell)
+        unroll = 4
+        with cgutils.for_range(b, I64(spec.width // unroll), intp=I64) as inner:
+            line = v.at(block, b.mul(inner.index, I64(unroll * LANES * spec.size)))
+            part = v.at(q, b.mul(inner.index, I64(unroll * 4)))
+            for d in range(unroll):
+                loaded = [
+                    v.load_float(v.at(line, n * block_bytes + d * LANES * spec.size), spec.dtype)
+                    for n in range(count)
+                ]
+                for i, row in enumerate(cells):
+                    x = v.broadcast(v.at(part, 4 * (i * spec.width + d)), F32)
+                    for key, cell in zip(loaded, row, strict=True):
+                        b.store(v.fma(key, x, b.load(cell, typ=V16F)), cell)
+        at = v.at(scores, b.mul(loop.index, I64(4 * LANES * count)))
+        for i, row in enumerate(cells):
+            for n, cell in enumerate(row):
+                v.store(b.load(cell, typ=V16F), v.at(at, 4 * (CHUNK * i + LANES * n)))
+
+
+@intrinsic(prefer_literal=True)
+def soften(
+    typingctx: Any, spec: Any, scores: Any, visible: Any, shape: Any, key_scales: Any,
+    value_scales: Any,
+) -> Any:  # fmt: skip
+    """One query's scores of a chunk, in place, to softmax weights relative to the running peak.
+
+    Sees the first `visible` >= 1 keys. shape: address of float32 (slope, position of the chunk's
+    first key less the query's, peak, sum, decay): peak and sum are brought up to date, decay is
+    what earlier sums shrink by. int8 caches: addresses of the chunk's key and value scales, which
+    are multiplied in.
+    """
+    return _emitter(_emit_soften, spec, (scores, visible, shape, key_scales, value_scales))
+
+
+def _emit_soften(
+    v: Vectors, spec: AttentionSpec, scores: ir.Value, visible: ir.Value, shape: ir.Value,
+    key_scales: ir.Value, value_scales: ir.Value,
+) -> None:  # fmt: skip
     b = v.b
+    slope, nearest = v.broadcast(shape, F32), v.load(v.at(shape, 4), F32)
+    lanes = ir.Constant(V16F, [float(lane) for lane in range(LANES)])
+    order = ir.Constant(ir.VectorType(I64, LANES), list(range(LANES)))
+    blocks = b.udiv(b.add(visible, I64(LANES - 1)), I64(LANES))
+    peak_cell = cgutils.alloca_once_value(b, v.broadcast(v.at(shape, 8), F32))
     with cgutils.for_range(b, blocks, intp=I64) as loop:
-        block = v.at(keys, b.mul(loop.index, I64(spec.width * LANES * spec.size)))
-        sums = [v.constant(V16F, 0.0) for _ in range(spec.queries)]
-        for d in range(spec.width):
-            key = v.load_float(v.at(block, d * LANES * spec.size), spec.dtype)
-            for i in range(spec.queries):
-                x = v.broadcast(v.at(q, 4 * (i * spec.width + d)), F32)
-                sums[i] = v.fma(key, x, sums[i])
-        at = v.at(scores, b.mul(loop.index, I64(4 * LANES)))
-        for i, total in enumerate(sums):
-            v.store(total, v.at(at, 4 * CHUNK * i))
+        start = b.mul(loop.index, I64(LANES))
+        at = v.at(scores, b.mul(start, I64(4)))
+        score = v.load(at, V16F)
+        if spec.dtype == "int8":
+            score = b.fmul(score, v.load(v.at(key_scales, b.mul(start, I64(4))), V16F))
+        # Whole numbers below 2^24: the distance is exact.
+        distance = b.fadd(lanes, v.splat(b.fadd(nearest, b.sitofp(start, F32))))
+        score = v.fma(slope, distance, score)
+        seen = b.icmp_signed("<", b.add(order, v.splat(start)), v.splat(visible))
+        score = b.select(seen, score, v.constant(V16F, float("-inf")))
+        v.store(score, at)
+        peak = v.call("llvm.maxnum.v16f32", V16F, [b.load(peak_cell, typ=V16F), score])
+        b.store(peak, peak_cell)
+    peak = v.call("llvm.vector.reduce.fmax.v16f32", F32, [b.load(peak_cell, typ=V16F)])
+    before = v.load(v.at(shape, 8), F32)
+    peak16 = v.splat(peak)
+    decay = b.extract_element(v.exp(b.fsub(v.splat(before), peak16)), I32(0))
+    total_cell = cgutils.alloca_once(b, V16F)
+    b.store(v.constant(V16F, 0.0), total_cell)
+    with cgutils.for_range(b, blocks, intp=I64) as loop:
+        offset = b.mul(loop.index, I64(4 * LANES))
+        at = v.at(scores, offset)
+        gap = b.fsub(v.load(at, V16F), peak16)
+        weight = v.exp(gap)
+        faint = b.fcmp_ordered("<", gap, v.constant(V16F, -_FAINT))
+        weight = b.select(faint, v.constant(V16F, 0.0), weight)
+        b.store(b.fadd(b.load(total_cell, typ=V16F), weight), total_cell)
+        if spec.dtype == "int8":
+            weight = b.fmul(weight, v.load(v.at(value_scales, offset), V16F))
+            # A key that is hidden or too faint mixes nothing, whatever its scale.
+            weight = b.select(
+                b.fcmp_ordered("<", gap, v.constant(V16F, -_FAINT)), v.constant(V16F, 0.0), weight
+            )
+        v.store(weight, at)
+    total = b.load(total_cell, typ=V16F)
+    added = v.call(
+        "llvm.vector.reduce.fadd.v16f32", F32, [ir.Constant(F32, 0.0), total]
+    )  # in order: no "reassoc"
+    total = b.fadd(b.fmul(v.load(v.at(shape, 12), F32), decay), added)
+    v.store(peak, v.at(shape, 8))
+    v.store(total, v.at(shape, 12))
+    v.store(decay, v.at(shape, 16))
 
 
 @intrinsic(prefer_literal=True)
-def exp_less(typingctx: Any, spec: Any, x: Any, blocks: Any, peak: Any) -> Any:
-    """x = exp(x - peak) in place over `blocks` blocks of 16; `peak` is an address."""
-    return _emitter(_emit_exp_less, spec, (x, blocks, peak))
+def mix_values(
+    typingctx: Any, spec: Any, weights: Any, values: Any, count: Any, decays: Any, out: Any
+) -> Any:
+    """out [queries, width] = out * decays + weights [queries, CHUNK] @ values [count, width].
+
+    decays: address of the first query's, the others a `_SHAPE` of `soften` apart."""
+    return _emitter(_emit_mix_values, spec, (weights, values, count, decays, out))
 
 
-def _emit_exp_less(
-    v: Vectors, spec: AttentionSpec, x: ir.Value, blocks: ir.Value, peak: ir.Value
-) -> None:
-    shift = v.broadcast(peak, F32)
-    with cgutils.for_range(v.b, blocks, intp=I64) as loop:
-        at = v.at(x, v.b.mul(loop.index, I64(4 * LANES)))
-        v.store(v.exp(v.b.fsub(v.load(at, V16F), shift)), at)
-
-
-@intrinsic(prefer_literal=True)
-def mix_values(typingctx: Any, spec: Any, weights: Any, values: Any, count: Any, out: Any) -> Any:
-    """out [queries, width] += weights [queries, CHUNK] @ values [count, width]."""
-    return _emitter(_emit_mix_values, spec, (weights, values, count, out))
+_SHAPE = 8  # float32 of a query's `shape` in `soften`, padded
 
 
 def _emit_mix_values(
     v: Vectors, spec: AttentionSpec, weights: ir.Value, values: ir.Value, count: ir.Value,
-    out: ir.Value,
+    decays: ir.Value, out: ir.Value,
 ) -> None:  # fmt: skip
     b = v.b
-    step = 16 // spec.queries // 2 * LANES  # components in registers: at most 16 accumulators
+    step = 16 // spec.queries * LANES  # components in registers: 16 sums
     for first in range(0, spec.width, step):
         columns = range(first, min(first + step, spec.width), LANES)
         slots = [
@@ -159,9 +277,10 @@ def _emit_mix_values(
             for i in range(spec.queries)
             for d in columns
         ]
-        cells = [cgutils.alloca_once_value(b, v.load(at, V16F)) for _, _, at in slots]
-        for cell, (_, _, at) in zip(cells, slots, strict=True):
-            b.store(v.load(at, V16F), cell)
+        cells = [cgutils.alloca_once(b, V16F) for _ in slots]
+        for cell, (i, _, at) in zip(cells, slots, strict=True):
+            decay = v.broadcast(v.at(decays, 4 * _SHAPE * i), F32)
+            b.store(b.fmul(v.load(at, V16F), decay), cell)
         with cgutils.for_range(b, count, intp=I64) as loop:
             row = v.at(values, b.mul(loop.index, I64(spec.width * spec.size)))
             loaded = {d: v.load_float(v.at(row, d * spec.size), spec.dtype) for d in columns}
@@ -173,155 +292,165 @@ def _emit_mix_values(
             v.store(b.load(cell, typ=V16F), at)
 
 
+# -- kernels ---------------------------------------------------------------------------------------
+
+# Both kernels read `inputs`, which `NumbaCache.bind` writes: addresses of the cache's data, int8
+# scales and key lengths; heads of a layer, capacity, heads of all layers; rows of the step, and the
+# addresses of their numbers, starts and past lengths.
+
+
 @njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
-def _sum(x):  # type: ignore[no-untyped-def]
+def _length(x):  # type: ignore[no-untyped-def]
+    """|x|, float32."""
     total = np.float32(0)
     for i in range(x.shape[0]):
-        total += x[i]
-    return total
-
-
-@njit(error_model="numpy")
-def _bias_and_peak(scores, visible, first, position, slope):  # type: ignore[no-untyped-def]
-    """Add the ALiBi bias to the visible scores of one query; hide the rest of its last block of 16.
-    Returns their maximum."""
-    peak = np.float32(-np.inf)
-    for j in range(visible):
-        scores[j] += slope * np.float32(first + j - position)
-        peak = max(peak, scores[j])
-    for j in range(visible, (visible + 15) // 16 * 16):
-        scores[j] = np.float32(-np.inf)
-    return peak
-
-
-def _attend_share(  # type: ignore[no-untyped-def]
-    spec, share, shares, qkv, keys, values, row_stride, rows, starts, past, slopes, head_dim,
-    capacity, out,
-):  # fmt: skip
-    """The heads of one thread, for all rows."""
-
-
-@overload(_attend_share, prefer_literal=True)
-def _build_attend_share(  # type: ignore[no-untyped-def]
-    spec, share, shares, qkv, keys, values, row_stride, rows, starts, past, slopes, head_dim,
-    capacity, out,
-):  # fmt: skip
-    base = AttentionSpec.parse(spec.literal_value)
-    single, several = str(base), str(replace(base, queries=QUERIES))
-    size, width = base.size, base.width
-
-    def attend_share(  # type: ignore[no-untyped-def]
-        spec, share, shares, qkv, keys, values, row_stride, rows, starts, past, slopes, head_dim,
-        capacity, out,
-    ):  # fmt: skip
-        tasks = slopes.shape[0] * rows.shape[0]  # heads outermost: rows of any lengths balance
-        norm = np.float32(1.0 / math.sqrt(head_dim))
-        q = np.zeros((QUERIES, width), np.float32)
-        scores = np.zeros((QUERIES, CHUNK), np.float32)
-        mixed = np.zeros((QUERIES, width), np.float32)
-        peaks = np.zeros(QUERIES, np.float32)
-        sums = np.zeros(QUERIES, np.float32)
-        one = np.zeros(width, np.float32)
-        for task in range(tasks * share // shares, tasks * (share + 1) // shares):
-            head, r = task // rows.shape[0], task % rows.shape[0]
-            base = (rows[r] * row_stride + head * capacity * width) * size
-            k_base, v_base = keys + base, values + base
-            column = head * 3 * head_dim
-            slope = slopes[head]
-            first_token, tokens = starts[r], starts[r + 1] - starts[r]
-
-            for t in range(tokens):
-                source, position = qkv[first_token + t], past[r] + t
-                one[:head_dim] = source[column + head_dim : column + 2 * head_dim]
-                block = position // 16 * (16 * width) + position % 16
-                store_key(single, address(one), k_base + block * size)
-                one[:head_dim] = source[column + 2 * head_dim : column + 3 * head_dim]
-                store_value(single, address(one), v_base + position * width * size)
-
-            for token in range(0, tokens, QUERIES):
-                count = min(QUERIES, tokens - token)
-                for i in range(count):
-                    for d in range(head_dim):
-                        q[i, d] = qkv[first_token + token + i, column + d] * norm
-                mixed[:] = np.float32(0)
-                peaks[:] = np.float32(-np.inf)
-                sums[:] = np.float32(0)
-                end = past[r] + token + count  # keys that the last of these queries sees
-                for first in range(0, end, CHUNK):
-                    length = min(CHUNK, end - first)
-                    blocks = (length + 15) // 16
-                    chunk_keys = k_base + first * width * size
-                    if count == 1:
-                        score_keys(single, address(q), chunk_keys, blocks, address(scores))
-                    else:
-                        score_keys(several, address(q), chunk_keys, blocks, address(scores))
-                    for i in range(count):
-                        position = past[r] + token + i
-                        visible = min(length, position + 1 - first)
-                        if visible <= 0:
-                            scores[i, : 16 * blocks] = np.float32(0)
-                            continue
-                        peak = _bias_and_peak(scores[i], visible, first, position, slope)
-                        peak = max(peak, peaks[i])
-                        decay = np.float32(math.exp(peaks[i] - peak))
-                        peaks[i] = peak
-                        seen = (visible + 15) // 16
-                        exp_less(single, address(scores[i]), seen, address(peaks[i:]))
-                        scores[i, 16 * seen : 16 * blocks] = np.float32(0)
-                        sums[i] = sums[i] * decay + _sum(scores[i, : 16 * seen])
-                        for d in range(width):
-                            mixed[i, d] *= decay
-                    chunk_values = v_base + first * width * size
-                    if count == 1:
-                        mix_values(single, address(scores), chunk_values, length, address(mixed))
-                    else:
-                        mix_values(several, address(scores), chunk_values, length, address(mixed))
-                for i in range(count):
-                    for d in range(head_dim):
-                        out[first_token + token + i, head * head_dim + d] = mixed[i, d] / sums[i]
-        keep(q)
-        keep(scores)
-        keep(mixed)
-        keep(peaks)
-        keep(one)
-
-    return attend_share
+        total += x[i] * x[i]
+    return np.float32(math.sqrt(total))
 
 
 @lru_cache(maxsize=8)
-def attend(dtype: str, width: int, tier: str) -> Any:
-    """The compiled attention of one cache dtype and head width: see the module.
+def store(dtype: str, width: int, tier: str) -> Any:
+    """Keys and values of a step's tokens into the cache. Units: cache rows times heads.
 
-    attend(qkv [M, H * 3 * D], keys, values, row_stride, rows [R], starts [R + 1], past [R],
-    slopes [H], D, capacity, out [M, H * D], threads): `keys` and `values` are addresses of a
-    layer's cache; a cache row takes row_stride elements; capacity is a multiple of 16.
+    Arguments: inputs, layer, qkv, stride of qkv in bytes, H, D.
     """
     spec = str(AttentionSpec(dtype, width, tier))
+    size = AttentionSpec.parse(spec).size
+    key_step = LANES * size
 
-    @compiled(
-        void(
-            float32[:, ::1], int64, int64, int64, int64[::1], int64[::1], int64[::1], float32[::1],
-            int64, int64, float32[:, ::1], int64,
-        ),
-        parallel=True,
-    )  # fmt: skip
-    def attend(  # type: ignore[no-untyped-def]
-        qkv, keys, values, row_stride, rows, starts, past, slopes, head_dim, capacity, out, threads
-    ):
-        work = 0  # keys times queries times components, over all heads
-        for r in range(rows.shape[0]):
-            tokens = starts[r + 1] - starts[r]
-            work += tokens * (past[r] + tokens) * width * slopes.shape[0]
-        if work < _SERIAL_WORK or threads == 1:
-            _attend_share(
-                spec, 0, 1, qkv, keys, values, row_stride, rows, starts, past, slopes, head_dim,
-                capacity, out,
-            )  # fmt: skip
-        else:
-            for share in prange(threads):
-                _attend_share(
-                    spec, share, threads, qkv, keys, values, row_stride, rows, starts, past,
-                    slopes, head_dim, capacity, out,
+    @kernel
+    def store(arguments, first, last):  # type: ignore[no-untyped-def]
+        inputs, layer, qkv, stride, n_head, head_dim = fields(arguments, 6)
+        data, scales, lengths, layer_heads, capacity, total, n_rows, rows, starts, past = fields(
+            inputs, 10
+        )
+        lone = np.zeros(width, np.float32)
+        chunks = (capacity + CHUNK - 1) // CHUNK
+        for unit in range(first, last):
+            r, head = unit // n_head, unit % n_head
+            row = longs(rows, n_rows)[r]
+            begin, end = longs(starts, n_rows + 1)[r], longs(starts, n_rows + 1)[r + 1]
+            place = layer * layer_heads + row * n_head + head  # of this row's head among all
+            keys = data + place * capacity * width * size
+            values = keys + total * capacity * width * size
+            key_scales = scales + 4 * place * capacity
+            value_scales = key_scales + 4 * total * capacity
+            longest = floats(lengths + 4 * place * chunks, chunks)
+            for token in range(begin, end):
+                position = longs(past, n_rows)[r] + token - begin
+                source = qkv + token * stride + 4 * (3 * head + 1) * head_dim
+                lone[:head_dim] = floats(source, head_dim)
+                length = _length(lone)
+                if position % CHUNK == 0 or not longest[position // CHUNK] > length:
+                    longest[position // CHUNK] = length  # NaN too
+                block = keys + (position // 16 * (16 * width) + position % 16) * size
+                store_vector(spec, address(lone), block, key_step, key_scales + 4 * position)
+                lone[:head_dim] = floats(source + 4 * head_dim, head_dim)
+                at = values + position * width * size
+                store_vector(spec, address(lone), at, size, value_scales + 4 * position)
+        keep(lone)
+
+    return store
+
+
+@lru_cache(maxsize=16)
+def attend(dtype: str, width: int, tier: str, queries: int) -> Any:
+    """Attention of a step's queries over the cache, `queries` (1 or QUERIES) at a time. Units:
+    blocks of queries times heads, the heads that see farthest first.
+
+    Arguments: inputs, layer, qkv, stride of qkv in bytes, H, D, slopes, out, stride of out in
+    bytes. A step has at most tokens / queries + rows blocks; the last may not exist.
+    """
+    spec = str(AttentionSpec(dtype, width, tier, queries))
+    single = str(replace(AttentionSpec.parse(spec), queries=1))
+    size = AttentionSpec.parse(spec).size
+    minus_infinity = float("-inf")
+
+    @kernel
+    def attend(arguments, first, last):  # type: ignore[no-untyped-def]
+        inputs, layer, qkv, stride, n_head, head_dim, slopes, out, out_stride = fields(arguments, 9)
+        data, scales, lengths, layer_heads, capacity, total, n_rows, rows, starts, past = fields(
+            inputs, 10
+        )
+        norm = np.float32(1.0 / math.sqrt(head_dim))
+        chunks = (capacity + CHUNK - 1) // CHUNK
+        q = np.zeros((queries, width), np.float32)
+        scores = np.zeros((queries, CHUNK), np.float32)
+        mixed = np.zeros((queries, width), np.float32)
+        shape = np.zeros((queries, _SHAPE), np.float32)
+        far = np.zeros(queries, np.float32)  # the largest |q||k| per unit of |k|
+        for unit in range(first, last):
+            block, head = unit // n_head, n_head - 1 - unit % n_head
+            r = 0
+            begin = longs(starts, n_rows + 1)
+            while r < n_rows:  # which row's block is it?
+                here = (begin[r + 1] - begin[r] + queries - 1) // queries
+                if block < here:
+                    break
+                block -= here
+                r += 1
+            if r == n_rows:
+                continue
+            row, before = longs(rows, n_rows)[r], longs(past, n_rows)[r]
+            place = layer * layer_heads + row * n_head + head
+            keys = data + place * capacity * width * size
+            values = keys + total * capacity * width * size
+            key_scales = scales + 4 * place * capacity
+            value_scales = key_scales + 4 * total * capacity
+            longest = floats(lengths + 4 * place * chunks, chunks)
+            slope = floats(slopes, n_head)[head]
+            token = begin[r] + block * queries
+            count = min(queries, begin[r + 1] - token)
+            position = before + block * queries  # of the first of these queries
+            for i in range(count):
+                source = floats(qkv + (token + i) * stride + 12 * head * head_dim, head_dim)
+                for d in range(head_dim):
+                    q[i, d] = source[d] * norm
+                far[i] = _length(q[i]) * np.float32(_NORM_SLACK)
+            mixed[:] = np.float32(0)
+            shape[:] = np.float32(0)
+            shape[:, 2] = np.float32(minus_infinity)
+            end = position + count  # keys that the last of these queries sees
+            for chunk in range((end - 1) // CHUNK, -1, -1):
+                at = chunk * CHUNK
+                length = min(CHUNK, end - at)
+                if at + CHUNK <= position:  # all of it lies before every query
+                    needed = False
+                    for i in range(count):
+                        gap = np.float32(position + i - at - CHUNK + 1)
+                        reach = far[i] * longest[chunk] - slope * gap
+                        if not reach < shape[i, 2] - np.float32(_FAINT + 1):
+                            needed = True
+                    if not needed:
+                        continue
+                score_keys(
+                    spec, address(q), keys + at * width * size, (length + 15) // 16,
+                    address(scores),
                 )  # fmt: skip
+                for i in range(queries):
+                    visible = min(length, position + i + 1 - at)
+                    shape[i, 0] = slope
+                    shape[i, 1] = np.float32(at - position - i)
+                    if i < count and visible > 0:
+                        soften(
+                            single, address(scores[i]), visible, address(shape[i]),
+                            key_scales + 4 * at, value_scales + 4 * at,
+                        )  # fmt: skip
+                        scores[i, (visible + 15) // 16 * 16 : length] = np.float32(0)
+                    else:
+                        scores[i, :length] = np.float32(0)
+                        shape[i, 4] = np.float32(1)
+                mix_values(
+                    spec, address(scores), values + at * width * size, length,
+                    address(shape[:, 4:]), address(mixed),
+                )  # fmt: skip
+            for i in range(count):
+                target = floats(out + (token + i) * out_stride + 4 * head * head_dim, head_dim)
+                for d in range(head_dim):
+                    target[d] = mixed[i, d] / shape[i, 3]
+        keep(q)
+        keep(scores)
+        keep(mixed)
+        keep(shape)
 
     return attend

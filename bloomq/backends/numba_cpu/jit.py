@@ -27,11 +27,6 @@ from bloomq.backends.numba_cpu.simd import TIERS
 
 _log = logging.getLogger("bloomq.compile")
 _CACHE_SETTING = threading.Lock()
-# Only explicit prange loops become parallel: array expressions are left as they are written.
-_PARALLEL = {
-    "comprehension": False, "reduction": False, "inplace_binop": False, "setitem": False,
-    "numpy": False, "stencil": False, "fusion": False, "prange": True,
-}  # fmt: skip
 
 
 def cpu_features() -> frozenset[str]:
@@ -92,49 +87,67 @@ def _cache_at(directory: Path) -> Iterator[None]:
             numba.config.CACHE_DIR = before
 
 
-def compiled(signature: Any, *, parallel: bool = False) -> Callable[[Callable[..., Any]], Any]:
-    """Decorator: compile now, for one signature, without the GIL, through the cache.
+# A kernel of a program: kernel(address of its arguments, first unit, last unit). See program.py.
+KERNEL = numba.void(numba.int64, numba.int64, numba.int64)
 
-    A compilation (not a cache hit) is logged on `bloomq.compile`: it takes seconds. A cache that
-    cannot be used costs time, never an error.
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Decorator: a kernel of a `Program`, compiled now, with its `address` to be called at.
+
+    Kernels run without the GIL and raise nothing.
     """
+    return _compile(function, lambda cache: _declare_kernel(function, cache))
+
+
+def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: a function called from Python, compiled now for one signature, without the GIL."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        started = perf_counter()
-        kernel = _from_cache(function, signature, parallel)
-        if kernel is None:
-            kernel = _declare(function, signature, parallel, cache=False)
-        if not kernel.stats.cache_hits:
-            spent = perf_counter() - started
-            _log.info("compiled %s (%.1f s)", function.__name__, spent)
-        return kernel
+        return _compile(function, lambda cache: _declare(function, signature, cache))
 
     return decorate
 
 
-def _declare(function: Callable[..., Any], signature: Any, parallel: bool, cache: bool) -> Any:
-    return numba.njit(
-        signature,
-        parallel=_PARALLEL if parallel else False,
-        cache=cache,
-        nogil=True,
-        error_model="numpy",
-    )(function)
+def _compile(function: Callable[..., Any], declare: Callable[[bool], Any]) -> Any:
+    """Declare a function through the cache. A compilation (not a cache hit) is logged on
+    `bloomq.compile`: it takes time. A cache that cannot be used costs time, never an error."""
+    started = perf_counter()
+    made = _through_cache(declare)
+    if made is None:
+        made = declare(False)
+    hits = made.cache_hits if hasattr(made, "cache_hits") else len(made.stats.cache_hits)
+    if not hits:
+        _log.info("compiled %s (%.1f s)", function.__name__, perf_counter() - started)
+    return made
 
 
-def _from_cache(function: Callable[..., Any], signature: Any, parallel: bool) -> Any:
-    """The kernel through the cache; None, with a line in the log, where the cache is of no use."""
+def _declare_kernel(function: Callable[..., Any], cache: bool) -> Any:
+    return numba.cfunc(KERNEL, nopython=True, cache=cache, error_model="numpy")(function)
+
+
+def _declare(function: Callable[..., Any], signature: Any, cache: bool) -> Any:
+    return numba.njit(signature, cache=cache, nogil=True, error_model="numpy")(function)
+
+
+def _through_cache(declare: Callable[[bool], Any]) -> Any:
+    """What `declare` makes through the cache; None, with a line in the log, where the cache is of
+    no use."""
     directory = cache_dir()
     if not _is_private(directory):
-        _log.warning(
-            "%s is not a folder that only you can write: kernels are compiled in every process; "
-            "set BLOOMQ_CACHE_DIR to one that is",
-            directory,
+        _warn_once(
+            f"{directory} is not a folder that only you can write: kernels are compiled in every "
+            "process; set BLOOMQ_CACHE_DIR to one that is"
         )
         return None
     try:
         with _cache_at(directory):
-            return _declare(function, signature, parallel, cache=True)
+            return declare(True)
     except (OSError, EOFError, ValueError, UnpicklingError) as error:
-        _log.warning("%s is damaged or full (%s): delete it", directory, error)
+        _warn_once(f"{directory} is damaged or full ({error}): delete it")
         return None
+
+
+@lru_cache(maxsize=16)
+def _warn_once(message: str) -> None:
+    """Log a warning that would otherwise come with every kernel."""
+    _log.warning(message)

@@ -1,23 +1,28 @@
 """The Numba backend: BLOOM's layers on the CPU, bound to mapped weights.
 
-Kernels are compiled (or taken from the cache) when a layer is built, never on a call. Weights are
-passed to them as addresses; each layer holds its arrays so that the addresses stay good.
+A layer called with the buffers of a program appends itself to it; called with NumPy arrays it runs
+at once, as a program of its own. Kernels are compiled (or taken from the cache) when a layer is
+built, never on a call. Weights are passed to them as addresses; each layer holds its arrays so that
+the addresses stay good.
 """
 
 from __future__ import annotations
 
+import os
+from collections import OrderedDict
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from bloomq.backends.numba_cpu.attention import attend
+from bloomq.backends.numba_cpu.attention import CHUNK, QUERIES, attend, store
+from bloomq.backends.numba_cpu.embedding import look_up, take_rows
 from bloomq.backends.numba_cpu.jit import best_tier, cpu_features
-from bloomq.backends.numba_cpu.linear import float_linear, int_linear
-from bloomq.backends.numba_cpu.norm import norm_rows
-from bloomq.backends.numba_cpu.threads import entry, physical_cores, start_threads
-from bloomq.backends.numba_cpu.top import top_rows
+from bloomq.backends.numba_cpu.linear import Product, padded_rows
+from bloomq.backends.numba_cpu.program import Buffer, Program
+from bloomq.backends.numba_cpu.prologue import norm_rows
+from bloomq.backends.numba_cpu.threads import Pool, physical_cores
+from bloomq.backends.numba_cpu.top import PART, top_merge, top_parts
 from bloomq.config import BloomConfig
 from bloomq.errors import UsageError
 from bloomq.layers import Activation, CacheDtype, Span, Step, Top, slopes, zeros
@@ -26,36 +31,41 @@ from bloomq.weights import Matrix, Norm
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
-_NO_VECTOR = np.zeros(0, np.float32)
-_NO_MATRIX = np.zeros((0, 0), np.float32)
+
+# A program's inputs: what `NumbaCache.bind` writes, then the addresses of ids and of the index of
+# wanted rows.
+_IDS, _WANTED, _INPUTS = 10, 11, 12
+_PROGRAMS = 4  # kept for replay: decode, a prompt's full steps, its last one, and one more
 
 
 class NumbaBackend:
     """`Backend` for CPUs. `threads` None: one for each physical core this process may use.
 
-    Raises: UsageError for an impossible number of threads, BackendError without a threading layer.
+    Raises: UsageError for an impossible number of threads.
     """
 
     name = "numba"
 
     def __init__(self, threads: int | None = None, cache_dtype: CacheDtype = "f16") -> None:
-        most = int(numba.config.NUMBA_NUM_THREADS)
-        self.threads = min(physical_cores(), most) if threads is None else threads
+        most = os.cpu_count() or 1
+        self.threads = physical_cores() if threads is None else threads
         whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
         if not whole or not 1 <= self.threads <= most:
             raise UsageError(f"threads is {threads!r}, expected 1 to {most} (this machine's cores)")
         self.tier = best_tier(cpu_features())
-        self.threading_layer = start_threads(self.threads)
         self.cache_dtype: CacheDtype = cache_dtype
-        self._top_rows = entry(top_rows(self.tier))
+        self.pool = Pool(self.threads)
+        top_parts(self.tier)
+        top_merge()
+        take_rows()
 
     @property
     def description(self) -> str:
         count = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return f"{self.tier}, {count} ({self.threading_layer}), {self.cache_dtype} cache"
+        return f"{self.tier}, {count}, {self.cache_dtype} cache"
 
     def embedding(self, table: Matrix, norm: Norm) -> NumbaEmbedding:
-        return NumbaEmbedding(table, norm)
+        return NumbaEmbedding(self.pool, table, norm)
 
     def linear(
         self,
@@ -65,33 +75,98 @@ class NumbaBackend:
         norm: Norm | None = None,
         act: Activation | None = None,
     ) -> NumbaLinear:
-        return NumbaLinear(self, weight, bias, norm, act)
+        return NumbaLinear(self.pool, self.tier, weight, bias, norm, act)
 
     def attention(self, layer: int, n_head: int, head_dim: int) -> NumbaAttention:
-        return NumbaAttention(self, layer, n_head, head_dim)
+        return NumbaAttention(self.pool, self.tier, self.cache_dtype, layer, n_head, head_dim)
 
     def cache(self, config: BloomConfig, batch: int, capacity: int) -> NumbaCache:
         return NumbaCache(config, batch, capacity, self.cache_dtype)
 
     def compile(self, step: Step) -> Step:
-        def run(ids: I64, cache: Any, span: Span) -> Any:
-            numba.set_num_threads(self.threads)  # Numba's setting is the calling thread's own
-            return step(ids, cache, span)
+        return _Replay(self.pool, step)
 
-        return run
-
-    def take(self, x: F32, index: I64) -> F32:
-        return x[index]
+    def take(self, x: Any, index: Any) -> Any:
+        if not isinstance(x, Buffer):
+            return x[index]
+        out = x.program.buffer(index.rows, x.columns, np.float32, padded_rows(index.rows))
+        x.program.add(
+            take_rows(), index.rows, 8, x.program.inputs.ctypes.data, _WANTED, x.address,
+            x.stride_bytes, x.columns, out.address, out.stride_bytes,
+        )  # fmt: skip
+        return out
 
     def top(self, logits: F32, k: int, temperature: float = 1.0) -> Top:
-        batch = logits.shape[0]
+        batch, vocab = logits.shape
+        parts = -(-vocab // PART)
+        part_k, factor = min(k, PART, vocab), np.float32(1 / temperature)
+        program = Program()
+        part_values = np.empty((batch, parts, part_k), np.float32)
+        part_ids = np.empty((batch, parts, part_k), np.int64)
+        peaks, sums = np.empty((2, batch, parts))
         values, ids = np.empty((batch, k), np.float32), np.empty((batch, k), np.int64)
-        logsumexp = np.empty(batch, np.float64)
-        self._top_rows(logits, float(temperature), values, ids, logsumexp)
+        logsumexp = np.empty(batch)
+        found = [array.ctypes.data for array in (part_values, part_ids, peaks, sums)]
+        best = [array.ctypes.data for array in (values, ids, logsumexp)]
+        program.add(
+            top_parts(self.tier), batch * parts, 4, logits.ctypes.data, logits.strides[0], vocab,
+            parts, factor, part_k, *found, touched=logits.nbytes,
+        )  # fmt: skip
+        program.add(top_merge(), batch, 1, parts, factor, part_k, *found, k, *best)
+        self.pool.run(program)
         return Top(ids, values, logsumexp)
 
     def numpy(self, x: F32) -> F32:
         return x
+
+
+class _Replay:
+    """A step recorded once for every number of tokens, rows and wanted results, then replayed."""
+
+    def __init__(self, pool: Pool, step: Step) -> None:
+        self._pool, self._step = pool, step
+        self._programs: OrderedDict[tuple[int, int, int], Program] = OrderedDict()
+
+    def __call__(self, ids: I64, cache: NumbaCache, span: Span, wanted: I64) -> F32:
+        shape = (len(ids), len(span.rows), len(wanted))
+        # Taken out while it runs: another thread's step of this shape gets a program of its own.
+        program = self._programs.pop(shape, None) or self._record(shape, cache, span)
+        ids, wanted = np.ascontiguousarray(ids), np.ascontiguousarray(wanted)
+        past = cache.bind(program, span)
+        program.inputs[_IDS] = ids.ctypes.data
+        program.inputs[_WANTED] = wanted.ctypes.data
+        self._pool.run(program)
+        del past
+        assert program.result is not None
+        result = program.result.values().copy()
+        self._programs[shape] = program
+        while len(self._programs) > _PROGRAMS:
+            self._programs.popitem(last=False)
+        return result
+
+    def _record(self, shape: tuple[int, int, int], cache: NumbaCache, span: Span) -> Program:
+        program = Program(_INPUTS)
+        tokens, _, results = shape
+        ids = Buffer(program, np.zeros(0, np.int64), tokens, 1)
+        wanted = Buffer(program, np.zeros(0, np.int64), results, 1)
+        program.result = self._step(ids, cache, span, wanted)
+        return program
+
+
+def _at_once(pool: Pool, layer: Any, arrays: list[F32 | None], *state: Any) -> F32:
+    """What a layer makes of NumPy arrays, by a program of its own."""
+    program = Program(_INPUTS)
+    buffers = []
+    for array in arrays:
+        if array is None:
+            buffers.append(None)
+            continue
+        buffer = program.buffer(*array.shape, np.float32, padded_rows(len(array)))
+        buffer.values()[:] = array
+        buffers.append(buffer)
+    out = layer.record(*buffers, *state)
+    pool.run(program)
+    return np.array(out.values())
 
 
 class NumbaLinear:
@@ -99,74 +174,120 @@ class NumbaLinear:
 
     def __init__(
         self,
-        backend: NumbaBackend,
+        pool: Pool,
+        tier: str,
         weight: Matrix,
         bias: F32 | None,
         norm: Norm | None,
         act: Activation | None,
     ) -> None:
         scheme = weight.scheme
-        build = float_linear if scheme.is_float else int_linear
-        self._kernel = entry(build(scheme.name, scheme.group_size, backend.tier))
-        self._n = weight.shape[0]
-        stored_n, self._k = scheme.padded(weight.shape)
+        stored_n, stored_k = scheme.padded(weight.shape)
         parts = list(weight.parts.values())  # codes and scales, or values alone
-        first, last = parts[0], parts[-1]
-        padded_bias = None if bias is None else _padded(bias, stored_n)
-        self._alive = (first, last, padded_bias)  # what the addresses below point into
-        self._codes, self._scales = first.ctypes.data, last.ctypes.data
-        self._bias = 0 if padded_bias is None else padded_bias.ctypes.data
-        self._gain = _NO_VECTOR if norm is None else _padded(norm.gain, len(norm.gain))
-        self._shift = _NO_VECTOR if norm is None else _padded(norm.bias, len(norm.bias))
-        self._epsilon = np.float32(0 if norm is None else norm.epsilon)
-        self._gelu = int(act == "gelu")
-        self._threads = backend.threads
-
-    def __call__(self, x: F32, add: F32 | None = None) -> F32:
-        y = np.empty((x.shape[0], self._n), np.float32)
-        if not len(x):  # the kernels read at least one row
-            return y
-        self._kernel(
-            x, self._gain, self._shift, self._epsilon, self._n, self._k, self._codes, self._scales,
-            self._bias, self._gelu, _NO_MATRIX if add is None else add, y, self._threads,
+        vectors = [None if bias is None else _padded(bias, stored_n)]
+        vectors += [None, None] if norm is None else [_padded(v) for v in (norm.gain, norm.bias)]
+        self._pool, self._alive = pool, (parts, vectors)  # what the addresses below point into
+        bias_at, gain_at, shift_at = (0 if v is None else v.ctypes.data for v in vectors)
+        self._product = Product(
+            scheme=scheme, tier=tier, n=weight.shape[0], k=stored_k,
+            codes=parts[0].ctypes.data, scales=parts[-1].ctypes.data, nbytes=weight.nbytes,
+            bias=bias_at, gelu=int(act == "gelu"), gain=gain_at, shift=shift_at,
+            epsilon=0.0 if norm is None else norm.epsilon,
         )  # fmt: skip
-        return y
+        self._product.compile()
+
+    def __call__(self, x: Any, add: Any = None) -> Any:
+        if isinstance(x, Buffer):
+            return self.record(x, add)
+        return _at_once(self._pool, self, [x, add])
+
+    def record(self, x: Buffer, add: Buffer | None) -> Buffer:
+        x.program.keep(self._alive)
+        return self._product.record(x, add)
 
 
 class NumbaEmbedding:
-    """norm(table[ids]): the rows are restored in NumPy, the norm is compiled."""
+    """norm(table[ids])."""
 
-    def __init__(self, table: Matrix, norm: Norm) -> None:
-        self._table = table
-        self._gain, self._shift = (
-            _padded(norm.gain, len(norm.gain)),
-            _padded(norm.bias, len(norm.bias)),
-        )
-        self._epsilon = np.float32(norm.epsilon)
-        self._norm_rows = entry(norm_rows())
+    def __init__(self, pool: Pool, table: Matrix, norm: Norm) -> None:
+        self._pool, self._columns, self._epsilon = pool, table.shape[1], norm.epsilon
+        self._stored_k = table.scheme.padded(table.shape)[1]
+        self._parts = list(table.parts.values())
+        self._gain, self._shift = _padded(norm.gain), _padded(norm.bias)
+        self._look_up = look_up(table.scheme.name, table.scheme.group_size)
+        norm_rows()
 
-    def __call__(self, ids: I64) -> F32:
-        rows = np.ascontiguousarray(self._table.rows(ids))
-        out = np.empty_like(rows)
-        self._norm_rows(rows, self._gain, self._shift, self._epsilon, out)
-        return out
+    def __call__(self, ids: Any) -> Any:
+        if isinstance(ids, Buffer):
+            return self.record(ids)
+        program = Program(_INPUTS)
+        ids = np.ascontiguousarray(ids)
+        program.inputs[_IDS] = ids.ctypes.data
+        out = self.record(Buffer(program, np.zeros(0, np.int64), len(ids), 1))
+        self._pool.run(program)
+        return np.array(out.values())
+
+    def record(self, ids: Buffer) -> Buffer:
+        program, rows = ids.program, padded_rows(ids.rows)
+        x = program.buffer(ids.rows, self._columns, np.float32, rows)
+        y = program.buffer(ids.rows, self._columns, np.float32, rows)
+        program.keep(self._parts, self._gain, self._shift)
+        program.add(
+            self._look_up, ids.rows, 1, program.inputs.ctypes.data, _IDS,
+            self._parts[0].ctypes.data, self._parts[-1].ctypes.data, self._stored_k, self._columns,
+            x.address, x.stride_bytes,
+        )  # fmt: skip
+        program.add(
+            norm_rows(), ids.rows, 1, x.address, x.stride_bytes, self._columns,
+            self._gain.ctypes.data, self._shift.ctypes.data, self._epsilon, self._columns,
+            y.address, y.stride_bytes,
+        )  # fmt: skip
+        return y
 
 
 class NumbaAttention:
     """ALiBi attention of one layer."""
 
-    def __init__(self, backend: NumbaBackend, layer: int, n_head: int, head_dim: int) -> None:
-        self._layer, self._head_dim = layer, head_dim
+    def __init__(
+        self, pool: Pool, tier: str, dtype: CacheDtype, layer: int, n_head: int, head_dim: int
+    ) -> None:
+        self._pool, self._layer, self._head_dim = pool, layer, head_dim
         self._slopes = slopes(n_head)
-        self._kernel = entry(attend(backend.cache_dtype, _width(head_dim), backend.tier))
-        self._threads = backend.threads
+        width = _width(head_dim)
+        self._store = store(dtype, width, tier)
+        self._one = attend(dtype, width, tier, 1)
+        self._several = attend(dtype, width, tier, QUERIES)
 
-    def __call__(self, qkv: F32, cache: NumbaCache, span: Span) -> F32:
-        out = np.empty((qkv.shape[0], len(self._slopes) * self._head_dim), np.float32)
-        self._kernel(
-            qkv, cache.key_address(self._layer), cache.value_address(self._layer),
-            cache.row_stride, span.rows, span.starts, cache.lengths[span.rows], self._slopes,
-            self._head_dim, cache.capacity, out, self._threads,
+    def __call__(self, qkv: Any, cache: NumbaCache, span: Span) -> Any:
+        if isinstance(qkv, Buffer):
+            return self.record(qkv, cache, span)
+        program = Program(_INPUTS)
+        x = program.buffer(*qkv.shape, np.float32, len(qkv))
+        x.values()[:] = qkv
+        out = self.record(x, cache, span)
+        past = cache.bind(program, span)
+        self._pool.run(program)
+        del past
+        return np.array(out.values())
+
+    def record(self, qkv: Buffer, cache: NumbaCache, span: Span) -> Buffer:
+        """Of the cache and the span, only the number of rows is recorded: programs bind the rest
+        when they run."""
+        program, n_head, tokens = qkv.program, len(self._slopes), qkv.rows
+        c = n_head * self._head_dim
+        out = program.buffer(tokens, c, np.float32, padded_rows(tokens))
+        program.keep(self._slopes)
+        shared = (
+            program.inputs.ctypes.data, self._layer, qkv.address, qkv.stride_bytes, n_head,
+            self._head_dim,
+        )  # fmt: skip
+        rows = len(span.rows)
+        program.add(self._store, rows * n_head, 1, *shared)
+        single = tokens == rows
+        blocks = rows if single else tokens // QUERIES + rows
+        program.add(
+            self._one if single else self._several, blocks * n_head, 1, *shared,
+            self._slopes.ctypes.data, out.address, out.stride_bytes,
         )  # fmt: skip
         return out
 
@@ -174,26 +295,35 @@ class NumbaAttention:
 class NumbaCache:
     """Keys [layer, B, H, S/16, D, 16] and values [layer, B, H, S, D], as `attend` reads them.
 
-    Memory comes from the system as it is first touched.
+    int8: with a float32 scale for each. `key_lengths` [layer, B, H, S/256]: the largest |k| of each
+    chunk. Memory comes from the system as it is first touched.
     """
 
     def __init__(self, config: BloomConfig, batch: int, capacity: int, dtype: CacheDtype) -> None:
-        self.batch = batch
-        self.capacity = round_up(capacity, 16)
+        self.batch, self.dtype = batch, dtype
+        self.capacity = round_up(capacity, 64)  # keys are scored up to 64 at a time
         self.lengths: I64 = np.zeros(batch, np.int64)
-        self.row_stride = config.n_head * self.capacity * _width(config.head_dim)
-        shape = (2, config.n_layer, batch, self.row_stride)
-        self._data = zeros(shape, np.float32 if dtype == "f32" else np.uint16)
+        self._heads = batch * config.n_head  # of a layer
+        places = (config.n_layer, batch, config.n_head)
+        element = {"f32": np.float32, "f16": np.float16, "int8": np.int8}[dtype]
+        self.data = zeros((2, *places, self.capacity * _width(config.head_dim)), element)
+        self.scales = zeros((2, *places, self.capacity if dtype == "int8" else 0), np.float32)
+        self.key_lengths = zeros((*places, -(-self.capacity // CHUNK)), np.float32)
 
     @property
     def nbytes(self) -> int:
-        return int(self._data.nbytes)
+        return int(self.data.nbytes + self.scales.nbytes + self.key_lengths.nbytes)
 
-    def key_address(self, layer: int) -> int:
-        return int(self._data[0, layer].ctypes.data)
-
-    def value_address(self, layer: int) -> int:
-        return int(self._data[1, layer].ctypes.data)
+    def bind(self, program: Program, span: Span) -> object:
+        """Tell a program where this cache lies and what a step does to it. Returns what must live
+        until the program has run."""
+        held = [np.ascontiguousarray(a) for a in (span.rows, span.starts, self.lengths[span.rows])]
+        program.inputs[:_IDS] = (
+            self.data.ctypes.data, self.scales.ctypes.data, self.key_lengths.ctypes.data,
+            self._heads, self.capacity, self._heads * self.data.shape[1], len(span.rows),
+            *(array.ctypes.data for array in held),
+        )  # fmt: skip
+        return held
 
     def advance(self, span: Span) -> None:
         self.lengths[span.rows] += span.counts
@@ -202,7 +332,9 @@ class NumbaCache:
         self.lengths[row] = min(length, int(self.lengths[row]))
 
     def copy(self, source: int, target: int) -> None:
-        self._data[:, :, target] = self._data[:, :, source]
+        self.data[:, :, target] = self.data[:, :, source]
+        self.scales[:, :, target] = self.scales[:, :, source]
+        self.key_lengths[:, target] = self.key_lengths[:, source]
         self.lengths[target] = self.lengths[source]
 
 
@@ -211,8 +343,8 @@ def _width(head_dim: int) -> int:
     return round_up(head_dim, 16)
 
 
-def _padded(vector: F32, length: int) -> F32:
+def _padded(vector: F32, length: int = 0) -> F32:
     """A private float32 copy of a vector, with zeros up to `length`."""
-    out = np.zeros(length, np.float32)
+    out = np.zeros(max(length, len(vector)), np.float32)
     out[: len(vector)] = vector
     return out

@@ -1,300 +1,218 @@
-"""The compiled linear layer: prologue, product and epilogue in one call.
+"""Linear layers as operations of a program: y = act(norm(x) @ W.T + bias) + add.
 
-    y = act(norm(x) @ W.T + bias) + add          x [M, K] -> y [M, N]
-
-Threads share the work by output rows: share t of n takes the tiles [t/n, (t+1)/n) of W, so each
-weight byte is read once by one thread (up to 8 tokens) and each y is reduced by one thread.
+x [M, K] -> y [M, N]: a prologue over rows (see `prologue`), then the product over tiles of W, which
+ends in the epilogue. Each weight byte is read by one thread, up to 8 tokens once, and each y is
+reduced by one thread.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import float32, int64, njit, prange, void
-from numba.extending import overload
 
-from bloomq.backends.numba_cpu.jit import compiled
+from bloomq.backends.numba_cpu.jit import kernel
 from bloomq.backends.numba_cpu.matmul import (
     PANEL_TOKENS,
     Spec,
-    address,
-    finish_tile,
     gemm_panel,
     gemv_tile,
-    keep,
     unpack_tile,
     weight_offset,
 )
-from bloomq.backends.numba_cpu.prologue import norm_row, quantize_row
-from bloomq.schemes import TILE
+from bloomq.backends.numba_cpu.memory import address, fields, keep
+from bloomq.backends.numba_cpu.program import Buffer
+from bloomq.backends.numba_cpu.prologue import norm_rows, prepare
+from bloomq.schemes import TILE, Scheme
 
-# x, gain, norm bias, epsilon, N, stored K, address of codes, of scales, of bias (0: none), gelu (0
-# or 1), add ([0, 0]: none), y, threads. No gain: no norm. `add` may be y itself.
-_SIGNATURE = void(
-    float32[:, ::1], float32[::1], float32[::1], float32, int64, int64, int64, int64, int64, int64,
-    float32[:, ::1], float32[:, ::1], int64,
-)  # fmt: skip
 _PANEL = 2 * TILE
-# Below this many weight bytes times rows one thread is faster: starting a parallel region costs
-# about 8 us when the other threads sleep, in which one thread reads 200 KB.
-_SERIAL_BYTES = 1 << 18
+_FEW = (1, 4, PANEL_TOKENS)  # tokens that `gemv_tile` is made for
+# Weights that one thread takes at a time in decode: long enough for the memory's streams to get
+# going, short enough to share a matrix of 1 MB evenly.
+_CHUNK_BYTES = 64 << 10
 
 
-@njit
-def _prepare(  # type: ignore[no-untyped-def]
-    x, gain, norm_bias, epsilon, group, offset, codes, scales, sums
-):
-    """One row's prologue: norm where there is a gain, then int8."""
-    if gain.shape[0]:
-        normed = np.empty(x.shape[0], np.float32)
-        norm_row(x, gain, norm_bias, epsilon, normed)
-        quantize_row(normed, group, offset, codes, scales, sums)
-    else:
-        quantize_row(x, group, offset, codes, scales, sums)
+@lru_cache(maxsize=64)
+def gemv(spec_text: str) -> Any:
+    """The product of 1, 4 or 8 tokens with tiles straight from their codes. Units: tiles.
 
+    Arguments: codes, scales, K, acts, act scales, act sums, bias (0: none), gelu, add (0: none), y,
+    stride of y and add in bytes.
+    """
+    spec = Spec.parse(spec_text)
+    text, group, k4_bytes, row_scales = (
+        spec_text, spec.group, spec.bytes_per_k4, spec.scheme == "int8",
+    )  # fmt: skip
 
-@njit
-def _interleave(acts):  # type: ignore[no-untyped-def]
-    """Rearrange a block of 8 tokens in place, [8, K] -> [K/4, 8, 4], as `gemm_panel` reads it."""
-    rows = acts.copy().view(np.int32)  # [8, K/4]
-    target = acts.reshape(-1).view(np.int32)
-    for k4 in range(rows.shape[1]):
-        for t in range(PANEL_TOKENS):
-            target[PANEL_TOKENS * k4 + t] = rows[t, k4]
-
-
-@njit
-def _emit_rows(buffer, valid, first, token, count, add, y):  # type: ignore[no-untyped-def]
-    """Copy rows of finished values to y[token:, first:], adding the residual where there is one."""
-    for t in range(count):
-        if add.shape[0]:
-            for lane in range(valid):
-                y[token + t, first + lane] = buffer[t, lane] + add[token + t, first + lane]
-        else:
-            for lane in range(valid):
-                y[token + t, first + lane] = buffer[t, lane]
-
-
-# The shares of a product are functions of their own, specialised through the literal `spec`: as
-# closures of the kernels they would enter the key of Numba's cache, and never be found again.
-
-
-def _few_tokens(  # type: ignore[no-untyped-def]
-    spec, share, shares, m, k, n, codes, scales, acts, act_scales, act_sums, bias, gelu, add, y
-):
-    """Up to 8 tokens: each tile straight from its codes."""
-
-
-@overload(_few_tokens, prefer_literal=True)
-def _build_few_tokens(  # type: ignore[no-untyped-def]
-    spec, share, shares, m, k, n, codes, scales, acts, act_scales, act_sums, bias, gelu, add, y
-):
-    base = Spec.parse(spec.literal_value)
-    one, four, eight = (str(replace(base, tokens=t)) for t in (1, 4, PANEL_TOKENS))
-    group, k4_bytes, row_scales = base.group, base.bytes_per_k4, base.scheme == "int8"
-
-    def few_tokens(  # type: ignore[no-untyped-def]
-        spec, share, shares, m, k, n, codes, scales, acts, act_scales, act_sums, bias, gelu, add, y
-    ):
+    @kernel
+    def gemv(arguments, first, last):  # type: ignore[no-untyped-def]
+        codes, scales, k, acts, act_scales, act_sums, bias, gelu, add, y, stride = fields(
+            arguments, 11
+        )
         groups = k // group
         tile_codes = k // 4 * k4_bytes
         tile_scales = 64 if row_scales else groups * 32
-        tiles = (n + TILE - 1) // TILE
-        buffer = np.empty((PANEL_TOKENS, TILE), np.float32)
-        out = address(buffer)
-        a, a_scales, a_sums = address(acts), address(act_scales), address(act_sums)
-        for tile in range(tiles * share // shares, tiles * (share + 1) // shares):
-            c, s = codes + tile * tile_codes, scales + tile * tile_scales
-            if m == 1:
-                gemv_tile(one, c, s, a, k, a_scales, a_sums, groups, out)
-            elif m <= 4:
-                gemv_tile(four, c, s, a, k, a_scales, a_sums, groups, out)
-            else:
-                gemv_tile(eight, c, s, a, k, a_scales, a_sums, groups, out)
-            first = tile * TILE
-            for t in range(m):
-                finish_tile(one, out + 64 * t, bias + 4 * first if bias else 0, gelu)
-            _emit_rows(buffer, min(TILE, n - first), first, 0, m, add, y)
+        for tile in range(first, last):
+            at = 64 * tile
+            end = (bias + at if bias else 0, gelu, add + at if add else 0, y + at, stride)
+            gemv_tile(
+                text, codes + tile * tile_codes, scales + tile * tile_scales, acts, k, act_scales,
+                act_sums, groups, end,
+            )  # fmt: skip
 
-    return few_tokens
-
-
-def _many_tokens(  # type: ignore[no-untyped-def]
-    spec, share, shares, m, k, n, codes, scales, acts, act_scales, act_sums, bias, gelu, add, y
-):
-    """A pair of tiles is spread out once into a panel, then meets all tokens, 8 at a time."""
-
-
-@overload(_many_tokens, prefer_literal=True)
-def _build_many_tokens(  # type: ignore[no-untyped-def]
-    spec, share, shares, m, k, n, codes, scales, acts, act_scales, act_sums, bias, gelu, add, y
-):
-    base = Spec.parse(spec.literal_value)
-    one, eight = (str(replace(base, tokens=t)) for t in (1, PANEL_TOKENS))
-    group, k4_bytes, row_scales = base.group, base.bytes_per_k4, base.scheme == "int8"
-
-    def many_tokens(  # type: ignore[no-untyped-def]
-        spec, share, shares, m, k, n, codes, scales, acts, act_scales, act_sums, bias, gelu, add, y
-    ):
-        groups = k // group
-        tile_codes = k // 4 * k4_bytes
-        tile_scales = 64 if row_scales else groups * 32
-        pairs = (n + _PANEL - 1) // _PANEL
-        panel = np.empty(k * _PANEL + 64, np.uint8)
-        panel_scales = np.empty(groups * _PANEL + 16, np.float32)
-        buffer = np.empty((PANEL_TOKENS, _PANEL), np.float32)
-        # A 64-byte load that straddles two cache lines costs twice.
-        p, ps = (address(panel) + 63) // 64 * 64, (address(panel_scales) + 63) // 64 * 64
-        out = address(buffer)
-        a, a_scales, a_sums = address(acts), address(act_scales), address(act_sums)
-        for pair in range(pairs * share // shares, pairs * (share + 1) // shares):
-            for half in range(2):
-                c = codes + (2 * pair + half) * tile_codes
-                s = scales + (2 * pair + half) * tile_scales
-                unpack_tile(one, c, s, groups, p + 64 * half, ps + 64 * half)
-            first = pair * _PANEL
-            for token in range(0, m, PANEL_TOKENS):
-                at = token * groups * 4
-                gemm_panel(eight, p, ps, a + token * k, a_scales + at, a_sums + at, groups, out)
-                count = min(PANEL_TOKENS, m - token)
-                for t in range(2 * count):
-                    b = bias + 4 * (first + TILE * (t % 2)) if bias else 0
-                    finish_tile(one, out + 64 * t, b, gelu)
-                _emit_rows(buffer, min(_PANEL, n - first), first, token, count, add, y)
-        keep(panel)
-        keep(panel_scales)
-
-    return many_tokens
-
-
-def _float_tokens(spec, share, shares, m, k, n, values, acts, bias, gelu, add, y):  # type: ignore[no-untyped-def]
-    """Any number of tokens against unquantized tiles, 8 at a time."""
-
-
-@overload(_float_tokens, prefer_literal=True)
-def _build_float_tokens(spec, share, shares, m, k, n, values, acts, bias, gelu, add, y):  # type: ignore[no-untyped-def]
-    base = Spec.parse(spec.literal_value)
-    one, four, eight = (str(replace(base, tokens=t)) for t in (1, 4, PANEL_TOKENS))
-    group, column_bytes = base.group, TILE * (4 if base.scheme == "f32" else 2)
-
-    def float_tokens(spec, share, shares, m, k, n, values, acts, bias, gelu, add, y):  # type: ignore[no-untyped-def]
-        groups = k // group
-        tiles = (n + TILE - 1) // TILE
-        buffer = np.empty((PANEL_TOKENS, TILE), np.float32)
-        out, a = address(buffer), address(acts)
-        for tile in range(tiles * share // shares, tiles * (share + 1) // shares):
-            w, first = values + tile * k * column_bytes, tile * TILE
-            for token in range(0, m, PANEL_TOKENS):
-                at = a + token * k * 4
-                if m == 1:
-                    gemv_tile(one, w, 0, at, 4 * k, 0, 0, groups, out)
-                elif m <= 4:
-                    gemv_tile(four, w, 0, at, 4 * k, 0, 0, groups, out)
-                else:
-                    gemv_tile(eight, w, 0, at, 4 * k, 0, 0, groups, out)
-                count = min(PANEL_TOKENS, m - token)
-                for t in range(count):
-                    finish_tile(one, out + 64 * t, bias + 4 * first if bias else 0, gelu)
-                _emit_rows(buffer, min(TILE, n - first), first, token, count, add, y)
-
-    return float_tokens
-
-
-@njit
-def _padded_rows(m):  # type: ignore[no-untyped-def]
-    """Rows of activations that the micro-kernels read for m tokens: 1, 4 or a multiple of 8."""
-    if m <= 1:
-        return m
-    return 4 if m <= 4 else (m + PANEL_TOKENS - 1) // PANEL_TOKENS * PANEL_TOKENS
+    return gemv
 
 
 @lru_cache(maxsize=16)
-def int_linear(scheme: str, group: int, tier: str) -> Any:
-    """The linear layer of one integer scheme on one tier."""
-    spec = str(Spec(scheme, group, tier))
-    offset = weight_offset(scheme, tier)
-    k4_bytes = Spec(scheme, group, tier).bytes_per_k4
+def gemm(spec_text: str) -> Any:
+    """The product of many tokens: a pair of tiles is spread out into a panel, then meets all
+    tokens, 8 at a time. Units: pairs of tiles.
 
-    @compiled(_SIGNATURE, parallel=True)
-    def int_linear(  # type: ignore[no-untyped-def]
-        x, gain, norm_bias, epsilon, n, k, codes, scales, bias, gelu, add, y, threads
-    ):
-        m = x.shape[0]
-        rows = _padded_rows(m)
-        acts = np.zeros((rows, k), np.int8)
-        act_scales = np.zeros((rows, k // group), np.float32)
-        act_sums = np.zeros((rows, k // group), np.int32)
-        shares = threads if n // TILE * (k // 4) * k4_bytes * m > _SERIAL_BYTES else 1
-        if m <= PANEL_TOKENS or shares == 1:  # a few rows are ready before other threads wake
-            for i in range(m):
-                _prepare(
-                    x[i], gain, norm_bias, epsilon, group, offset,
-                    acts[i], act_scales[i], act_sums[i],
+    Arguments: as `gemv`, then blocks of 8 tokens.
+    """
+    spec = Spec.parse(spec_text)
+    group, k4_bytes, row_scales = spec.group, spec.bytes_per_k4, spec.scheme == "int8"
+    text = spec_text
+
+    @kernel
+    def gemm(arguments, first, last):  # type: ignore[no-untyped-def]
+        codes, scales, k, acts, act_scales, act_sums, bias, gelu, add, y, stride, blocks = fields(
+            arguments, 12
+        )
+        groups = k // group
+        tile_codes = k // 4 * k4_bytes
+        tile_scales = 64 if row_scales else groups * 32
+        panel = np.empty(k * _PANEL + 64, np.uint8)
+        panel_scales = np.empty(groups * _PANEL + 16, np.float32)
+        # A 64-byte load that straddles two cache lines costs twice.
+        p, ps = (address(panel) + 63) // 64 * 64, (address(panel_scales) + 63) // 64 * 64
+        for pair in range(first, last):
+            for half in range(2):
+                tile = 2 * pair + half
+                unpack_tile(
+                    text, codes + tile * tile_codes, scales + tile * tile_scales, groups,
+                    p + 64 * half, ps + 64 * half,
                 )  # fmt: skip
+            at = 128 * pair
+            for block in range(blocks):
+                row = at + PANEL_TOKENS * block * stride
+                meta = PANEL_TOKENS * block * groups * 4
+                end = (bias + at if bias else 0, gelu, add + row if add else 0, y + row, stride)
+                gemm_panel(
+                    text, p, ps, acts + PANEL_TOKENS * block * k, act_scales + meta,
+                    act_sums + meta, groups, end,
+                )  # fmt: skip
+        keep(panel)
+        keep(panel_scales)
+
+    return gemm
+
+
+@lru_cache(maxsize=32)
+def float_gemm(spec_text: str) -> Any:
+    """The product with unquantized tiles, `tokens` at a time. Units: tiles.
+
+    Arguments: values, K, acts (float32), stride of acts in bytes, bias, gelu, add, y, stride of y
+    and add in bytes, blocks of tokens.
+    """
+    spec = Spec.parse(spec_text)
+    group, tokens, text = spec.group, spec.tokens, spec_text
+    column_bytes = TILE * (4 if spec.scheme == "f32" else 2)
+
+    @kernel
+    def float_gemm(arguments, first, last):  # type: ignore[no-untyped-def]
+        values, k, acts, act_stride, bias, gelu, add, y, stride, blocks = fields(arguments, 10)
+        for tile in range(first, last):
+            at = 64 * tile
+            for block in range(blocks):
+                row = at + tokens * block * stride
+                end = (bias + at if bias else 0, gelu, add + row if add else 0, y + row, stride)
+                gemv_tile(
+                    text, values + tile * k * column_bytes, 0, acts + tokens * block * act_stride,
+                    act_stride, 0, 0, k // group, end,
+                )  # fmt: skip
+
+    return float_gemm
+
+
+def padded_rows(m: int) -> int:
+    """Rows that the micro-kernels read and write for m tokens: 1, 4 or a multiple of 8."""
+    return next((few for few in _FEW if m <= few), -(-m // PANEL_TOKENS) * PANEL_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A matrix as its kernels see it: kernels, sizes and addresses, chosen when it is loaded."""
+
+    scheme: Scheme
+    tier: str
+    n: int
+    k: int  # columns as stored
+    codes: int
+    scales: int
+    nbytes: int
+    bias: int
+    gelu: int
+    gain: int
+    shift: int
+    epsilon: float
+
+    def compile(self) -> None:
+        """Compile every kernel that `record` may ask for, or take it from the cache."""
+        norm_rows() if self.scheme.is_float else prepare()
+        for tokens in _FEW:
+            (float_gemm if self.scheme.is_float else gemv)(self._spec(tokens))
+        if not self.scheme.is_float:
+            gemm(self._spec(PANEL_TOKENS))
+
+    def _spec(self, tokens: int) -> str:
+        return str(Spec(self.scheme.name, self.scheme.group_size, self.tier, tokens))
+
+    def record(self, x: Buffer, add: Buffer | None) -> Buffer:
+        """Append this layer to x's program; returns y."""
+        rows = padded_rows(x.rows)
+        y = x.program.buffer(x.rows, self.n, np.float32, rows)
+        if x.rows:
+            residual = 0 if add is None else add.address
+            end = (self.bias, self.gelu, residual, y.address, y.stride_bytes)
+            record = self._record_float if self.scheme.is_float else self._record_int
+            record(x, rows, end)
+        return y
+
+    def _record_int(self, x: Buffer, rows: int, end: tuple[int, ...]) -> None:
+        program, groups = x.program, self.k // self.scheme.group_size
+        many = x.rows > PANEL_TOKENS
+        acts = program.buffer(1, rows * self.k, np.int8, 1)
+        act_scales = program.buffer(1, rows * groups, np.float32, 1)
+        act_sums = program.buffer(1, rows * groups, np.int32, 1)
+        to = (acts.address, act_scales.address, act_sums.address)
+        program.add(
+            prepare(), rows // PANEL_TOKENS if many else x.rows, 1, x.address, x.stride_bytes,
+            x.columns, self.gain, self.shift, self.epsilon, self.k, self.scheme.group_size,
+            weight_offset(self.scheme.name, self.tier), *to, x.rows, many,
+        )  # fmt: skip
+        arguments = (self.codes, self.scales, self.k, *to, *end)
+        tiles = -(-self.n // TILE)
+        if many:
+            program.add(
+                gemm(self._spec(PANEL_TOKENS)), -(-tiles // 2), 1, *arguments,
+                rows // PANEL_TOKENS, touched=self.nbytes,
+            )  # fmt: skip
         else:
-            for i in prange(m):
-                _prepare(
-                    x[i], gain, norm_bias, epsilon, group, offset,
-                    acts[i], act_scales[i], act_sums[i],
-                )  # fmt: skip
-        if m > PANEL_TOKENS:
-            if shares == 1:
-                for block in range(rows // PANEL_TOKENS):
-                    _interleave(acts[PANEL_TOKENS * block : PANEL_TOKENS * (block + 1)])
-            else:
-                for block in prange(rows // PANEL_TOKENS):
-                    _interleave(acts[PANEL_TOKENS * block : PANEL_TOKENS * (block + 1)])
-        if m <= PANEL_TOKENS:
-            if shares == 1:
-                _few_tokens(
-                    spec, 0, 1, m, k, n, codes, scales, acts, act_scales, act_sums, bias, gelu,
-                    add, y,
-                )  # fmt: skip
-            else:
-                for share in prange(shares):
-                    _few_tokens(
-                        spec, share, shares, m, k, n, codes, scales, acts, act_scales, act_sums,
-                        bias, gelu, add, y,
-                    )  # fmt: skip
-        elif shares == 1:
-            _many_tokens(
-                spec, 0, 1, m, k, n, codes, scales, acts, act_scales, act_sums, bias, gelu, add, y
-            )
-        else:
-            for share in prange(shares):
-                _many_tokens(
-                    spec, share, shares, m, k, n, codes, scales, acts, act_scales, act_sums, bias,
-                    gelu, add, y,
-                )  # fmt: skip
+            chunk = _CHUNK_BYTES * tiles // self.nbytes
+            program.add(gemv(self._spec(rows)), tiles, chunk, *arguments, touched=self.nbytes)
 
-    return int_linear
-
-
-@lru_cache(maxsize=8)
-def float_linear(dtype: str, group: int, tier: str) -> Any:
-    """The linear layer of unquantized weights (f32, f16, bf16), in float32 throughout."""
-    spec = str(Spec(dtype, group, tier))
-    column_bytes = TILE * (4 if dtype == "f32" else 2)
-
-    @compiled(_SIGNATURE, parallel=True)
-    def float_linear(  # type: ignore[no-untyped-def]
-        x, gain, norm_bias, epsilon, n, k, values, scales, bias, gelu, add, y, threads
-    ):
-        m = x.shape[0]
-        acts = np.zeros((_padded_rows(m), k), np.float32)
-        for i in range(m):
-            if gain.shape[0]:
-                norm_row(x[i], gain, norm_bias, epsilon, acts[i, : x.shape[1]])
-            else:
-                acts[i, : x.shape[1]] = x[i]
-        shares = threads if n // TILE * k * column_bytes * m > _SERIAL_BYTES else 1
-        if shares == 1:
-            _float_tokens(spec, 0, 1, m, k, n, values, acts, bias, gelu, add, y)
-        else:
-            for share in prange(shares):
-                _float_tokens(spec, share, shares, m, k, n, values, acts, bias, gelu, add, y)
-
-    return float_linear
+    def _record_float(self, x: Buffer, rows: int, end: tuple[int, ...]) -> None:
+        program = x.program
+        acts = program.buffer(x.rows, self.k, np.float32, rows)
+        program.add(
+            norm_rows(), x.rows, 1, x.address, x.stride_bytes, x.columns, self.gain, self.shift,
+            self.epsilon, self.k, acts.address, acts.stride_bytes,
+        )  # fmt: skip
+        tokens, tiles = min(rows, PANEL_TOKENS), -(-self.n // TILE)
+        program.add(
+            float_gemm(self._spec(tokens)), tiles, _CHUNK_BYTES * tiles // self.nbytes, self.codes,
+            self.k, acts.address, acts.stride_bytes, *end, rows // tokens, touched=self.nbytes,
+        )  # fmt: skip

@@ -12,6 +12,9 @@ Integer schemes sum int8 products exactly in int32 within a group and fold group
 fused multiply-add, y = fma(float(sum), weight scale * activation scale, y). The float schemes do
 the same with a float32 partial sum per group. So an element of y has the same bits whichever
 kernel, batch or thread computed it.
+
+Both end in the same epilogue, y = gelu(product + bias) + add, and write whole lanes: rows of y are
+padded to pairs of tiles.
 """
 
 from __future__ import annotations
@@ -55,6 +58,10 @@ class Spec:
         return self.scheme != "int4"
 
     @property
+    def is_float(self) -> bool:
+        return self.scheme in ("f32", "f16", "bf16")
+
+    @property
     def bytes_per_k4(self) -> int:
         """Code bytes of 16 rows x 4 columns."""
         return 64 if self.scheme == "int8" else 32
@@ -68,68 +75,48 @@ def weight_offset(scheme: str, tier: str) -> int:
     return 128 if tier in ("avx512-vnni", "avx-vnni") else 0
 
 
-@intrinsic
-def address(typingctx: Any, array: Any) -> Any:
-    """The address of an array's first element, as int64."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.ptrtoint(data, I64)
-
-    return types.int64(array), codegen
-
-
-@intrinsic
-def keep(typingctx: Any, array: Any) -> Any:
-    """Nothing, but the array lives until here: Numba frees one after its last use by name, and a
-    use by address is none."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return context.get_dummy_value()
-
-    return types.void(array), codegen
-
-
-def _emitter(emit: Any, spec: Any, arguments: tuple[Any, ...]) -> Any:
-    """An intrinsic's (signature, codegen) for `emit(vectors, spec, *int64 arguments)`."""
+def _emitter(emit: Any, spec: Any, arguments: tuple[Any, ...], end: Any = None) -> Any:
+    """An intrinsic's (signature, codegen) for `emit(vectors, spec, *int64 arguments[, end])`."""
     parsed = Spec.parse(spec.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit(Vectors(builder, parsed.tier), parsed, *args[1:])
         return context.get_dummy_value()
 
-    return types.void(spec, *(types.int64 for _ in arguments)), codegen
+    tail = () if end is None else (types.UniTuple(types.int64, 5),)
+    return types.void(spec, *(types.int64 for _ in arguments), *tail), codegen
 
 
 @intrinsic(prefer_literal=True)
 def gemv_tile(
     typingctx: Any, spec: Any, codes: Any, scales: Any, acts: Any, act_stride: Any,
-    act_scales: Any, act_sums: Any, groups: Any, out: Any,
+    act_scales: Any, act_sums: Any, groups: Any, end: Any,
 ) -> Any:  # fmt: skip
-    """out [tokens, 16] = the products of one tile with `tokens` rows of activations.
+    """y [tokens, 16] = the products of one tile with `tokens` rows of activations, finished.
 
     acts: int8 [tokens, act_stride] (float schemes: float32, stride in bytes); act_scales float32
-    and act_sums int32 [tokens, groups]. All arguments after `spec` are addresses or sizes, int64.
+    and act_sums int32 [tokens, groups]; end: (bias, gelu, add, y, stride of y in bytes), see
+    `_emit_end`. All others after `spec` are addresses or sizes, int64.
     """
-    rest = (codes, scales, acts, act_stride, act_scales, act_sums, groups, out)
-    return _emitter(_emit_gemv, spec, rest)
+    rest = (codes, scales, acts, act_stride, act_scales, act_sums, groups)
+    return _emitter(_emit_gemv, spec, rest, end)
 
 
 def _emit_gemv(
     v: Vectors, spec: Spec, codes: ir.Value, scales: ir.Value, acts: ir.Value,
     act_stride: ir.Value, act_scales: ir.Value, act_sums: ir.Value, groups: ir.Value,
-    out: ir.Value,
+    end: ir.Value,
 ) -> None:  # fmt: skip
     b = v.b
-    totals = [
-        cgutils.alloca_once_value(b, ir.Constant(V16F, [0.0] * LANES)) for _ in range(spec.tokens)
-    ]
+    zero = v.constant(V16F, 0.0)
+    totals = [cgutils.alloca_once_value(b, zero) for _ in range(spec.tokens)]
+    for total in totals:  # the slots are the caller's frame's: used again by the next tile
+        b.store(zero, total)
     rows = [v.at(acts, b.mul(I64(t), act_stride)) for t in range(spec.tokens)]
     meta = [b.mul(b.mul(I64(t), groups), I64(4)) for t in range(spec.tokens)]
-    is_float = spec.scheme in ("f32", "f16", "bf16")
     with cgutils.for_range(b, groups, intp=I64) as loop:
         g = loop.index
-        if is_float:
+        if spec.is_float:
             sums = _group_float(v, spec, codes, rows, g)
             for total, part in zip(totals, sums, strict=True):
                 b.store(b.fadd(b.load(total, typ=V16F), part), total)
@@ -141,8 +128,41 @@ def _emit_gemv(
             for total, part, o in zip(totals, sums, at, strict=True):
                 scale = b.fmul(weight_scale, v.broadcast(v.at(act_scales, o), F32))
                 b.store(v.fma(b.sitofp(part, V16F), scale, b.load(total, typ=V16F)), total)
+    scratch = _scratch(v, spec.tokens)
     for t, total in enumerate(totals):
-        v.store(b.load(total, typ=V16F), v.at(out, 4 * LANES * t))
+        v.store(b.load(total, typ=V16F), v.at(scratch, 4 * LANES * t))
+    _emit_end(v, scratch, spec.tokens, 1, end)
+
+
+def _scratch(v: Vectors, vectors: int) -> ir.Value:
+    """The address of memory for so many vectors in the caller's frame. By address, so that LLVM
+    leaves it there instead of taking registers from the accumulators."""
+    memory = cgutils.alloca_once(v.b, ir.ArrayType(V16F, vectors))
+    return v.b.ptrtoint(memory, I64)
+
+
+def _emit_end(v: Vectors, totals: ir.Value, tokens: int, tiles: int, end: ir.Value) -> None:
+    """y = gelu(totals + bias) + add, for totals [tokens][tiles][16] at an address.
+
+    end: bias (address of the tile's, 0: none), gelu (0 or 1), add (address of the tile's first
+    residual, 0: none), y (address of the tile's first output), stride of y and add in bytes.
+    """
+    b = v.b
+    bias, gelu, add, y, stride = (b.extract_value(end, i) for i in range(5))
+    with cgutils.for_range(b, I64(tokens), intp=I64) as loop:  # a loop, since gelu is long
+        row = b.mul(loop.index, stride)
+        source = v.at(totals, b.mul(loop.index, I64(4 * LANES * tiles)))
+        for tile in range(tiles):
+            at = 4 * LANES * tile
+            slot = v.at(source, at)
+            with b.if_then(b.icmp_signed("!=", bias, I64(0))):
+                v.store(b.fadd(v.load(slot, V16F), v.load(v.at(bias, at), V16F)), slot)
+            with b.if_then(b.icmp_signed("!=", gelu, I64(0))):
+                v.store(v.gelu(v.load(slot, V16F)), slot)
+            with b.if_then(b.icmp_signed("!=", add, I64(0))):
+                residual = v.load(v.at(v.at(add, row), at), V16F)
+                v.store(b.fadd(v.load(slot, V16F), residual), slot)
+            v.store(v.load(slot, V16F), v.at(v.at(y, row), at))
 
 
 def _load_scales(v: Vectors, spec: Spec, scales: ir.Value, g: ir.Value) -> ir.Value:
@@ -260,32 +280,29 @@ def _emit_unpack(
 @intrinsic(prefer_literal=True)
 def gemm_panel(
     typingctx: Any, spec: Any, panel: Any, panel_scales: Any, acts: Any, act_scales: Any,
-    act_sums: Any, groups: Any, out: Any,
+    act_sums: Any, groups: Any, end: Any,
 ) -> Any:  # fmt: skip
-    """out [8, 32] float32 = the products of a panel's 32 rows with a block of 8 tokens.
+    """y [8, 32] = the products of a panel's 32 rows with a block of 8 tokens, finished.
 
     acts: int8 [K/4, 8, 4]: as rows they would lie a multiple of 4 KB apart, in one set of the
-    cache; act_scales float32 and act_sums int32 [8, groups].
+    cache; act_scales float32 and act_sums int32 [8, groups]; end: as in `gemv_tile`.
     """
-    rest = (panel, panel_scales, acts, act_scales, act_sums, groups, out)
-    return _emitter(_emit_gemm, spec, rest)
+    rest = (panel, panel_scales, acts, act_scales, act_sums, groups)
+    return _emitter(_emit_gemm, spec, rest, end)
 
 
 def _emit_gemm(
     v: Vectors, spec: Spec, panel: ir.Value, panel_scales: ir.Value, acts: ir.Value,
-    act_scales: ir.Value, act_sums: ir.Value, groups: ir.Value, out: ir.Value,
+    act_scales: ir.Value, act_sums: ir.Value, groups: ir.Value, end: ir.Value,
 ) -> None:  # fmt: skip
-    """16 int32 accumulators live in registers through a group; the float32 totals, [8, 32] in
-    `out`, are touched once a group."""
+    """16 int32 accumulators live in registers through a group; the float32 totals, in memory, are
+    touched once a group."""
     b = v.b
     meta = [b.mul(b.mul(I64(t), groups), I64(4)) for t in range(PANEL_TOKENS)]
-    slots = [
-        (t, half, v.at(out, 4 * LANES * (2 * t + half)))
-        for t in range(PANEL_TOKENS)
-        for half in range(2)
-    ]
-    for _, _, slot in slots:
-        v.store(ir.Constant(V16F, [0.0] * LANES), slot)
+    scratch = _scratch(v, 2 * PANEL_TOKENS)
+    slots = [v.at(scratch, 4 * LANES * i) for i in range(2 * PANEL_TOKENS)]
+    for slot in slots:
+        v.store(v.constant(V16F, 0.0), slot)
     with cgutils.for_range(b, groups, intp=I64) as loop:
         g = loop.index
         at = [v.at(offset, b.mul(g, I64(4))) for offset in meta]
@@ -294,10 +311,10 @@ def _emit_gemm(
         scales_at = v.at(panel_scales, b.mul(g, I64(2 * 4 * LANES)))
         weight_scales = [v.load(v.at(scales_at, 4 * LANES * half), V16F) for half in range(2)]
         act_scale = [v.broadcast(v.at(act_scales, o), F32) for o in at]
-        for t, half, slot in slots:
-            scale = b.fmul(weight_scales[half], act_scale[t])
-            part = b.sitofp(sums[2 * t + half], V16F)
-            v.store(v.fma(part, scale, v.load(slot, V16F)), slot)
+        for i, slot in enumerate(slots):  # token i // 2, tile i % 2
+            scale = b.fmul(weight_scales[i % 2], act_scale[i // 2])
+            v.store(v.fma(b.sitofp(sums[i], V16F), scale, v.load(slot, V16F)), slot)
+    _emit_end(v, scratch, PANEL_TOKENS, 2, end)
 
 
 def _group_panel(
@@ -323,19 +340,3 @@ def _group_panel(
 
     steps = spec.group // (4 * _PANEL_K4)
     return _accumulate(v, [s for s in start for _ in range(2)], steps, body)
-
-
-@intrinsic(prefer_literal=True)
-def finish_tile(typingctx: Any, spec: Any, out: Any, bias: Any, gelu: Any) -> Any:
-    """In place on 16 values: add the bias at address `bias` (0: none), then gelu where `gelu` is
-    1.
-    """
-    return _emitter(_emit_finish, spec, (out, bias, gelu))
-
-
-def _emit_finish(v: Vectors, spec: Spec, out: ir.Value, bias: ir.Value, gelu: ir.Value) -> None:
-    b = v.b
-    with b.if_then(b.icmp_signed("!=", bias, I64(0))):
-        v.store(b.fadd(v.load(out, V16F), v.load(bias, V16F)), out)
-    with b.if_then(b.icmp_signed("!=", gelu, I64(0))):
-        v.store(v.gelu(v.load(out, V16F)), out)

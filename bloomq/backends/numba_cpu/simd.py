@@ -22,6 +22,7 @@ V16F = ir.VectorType(F32, LANES)
 V16H = ir.VectorType(F16, LANES)
 V16I = ir.VectorType(I32, LANES)
 V16S = ir.VectorType(I16, LANES)
+V16B = ir.VectorType(I8, LANES)
 V64B = ir.VectorType(I8, 64)
 
 # A tier is a set of instructions, best first, with the LLVM features that it needs.
@@ -89,11 +90,14 @@ class Vectors:
         return self.call(name, V16F, [x, y, z])
 
     def load_float(self, address: ir.Value, dtype: str) -> ir.Value:
-        """16 values of f32, f16 or bf16 in memory, as float32."""
+        """16 values of f32, f16, bf16 or int8 in memory, as float32."""
         if dtype == "f32":
             return self.load(address, V16F)
         if dtype == "f16":
             return self.b.fpext(self.load(address, V16H), V16F)
+        if dtype == "int8":
+            wide = self.b.sext(self.load(address, V16B), V16I)
+            return self.b.sitofp(wide, V16F)
         wide = self.b.zext(self.load(address, V16S), V16I)  # bf16 is the high half of a float32
         return self.b.bitcast(self.b.shl(wide, self.constant(V16I, 16)), V16F)
 

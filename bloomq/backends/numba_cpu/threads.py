@@ -1,89 +1,119 @@
-"""The threads of the CPU kernels: how many, through which of Numba's layers, and how they wait."""
+"""The threads of the CPU kernels: how many, how they wait for work, and who wakes them.
+
+They are Python's own threads inside compiled code that does not hold the GIL, so there is no second
+runtime to choose, to warn about or to tune: no OpenMP, no workqueue. The thread that calls is
+always one of them, and needs none of the others (see `program`).
+"""
 
 from __future__ import annotations
 
 import os
 import threading
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numba
+import numpy as np
+from numba import int64, void
 
-from bloomq.errors import BackendError
+from bloomq.backends.numba_cpu.jit import compiled
+from bloomq.backends.numba_cpu.program import Program, pause, read
 
-# Two parallel calls at once abort the process under Numba's workqueue layer; omp takes them. One
-# lock for all models of the process, since the threads are the process's.
-_WORKQUEUE = threading.RLock()
-
-
-def entry(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel as it may be called from any thread: as it is, or in turn under workqueue."""
-    if numba.threading_layer() != "workqueue":
-        return kernel
-
-    def in_turn(*args: Any) -> None:
-        with _WORKQUEUE:
-            kernel(*args)
-
-    return in_turn
+# A program that reads less than this is done before a sleeping helper is awake (about 50 us).
+_ALONE_BYTES = 1 << 20
+# How long a helper looks out for the next program before it sleeps: the host's work between two
+# steps (drawing a token, showing it) is some 100 us, and waking costs as much again.
+_LOOKS = 6_000
 
 
-# How long idle OpenMP threads spin before they sleep, in GNU's unit of a few nanoseconds to a few
-# tens. Measured with bloom-560m on 2 cores: 1,000 decodes as fast as GNU's default of 300,000,
-# sleeping at once (OMP_WAIT_POLICY=passive) three times slower; but beside one other busy process
-# the default is 70 times slower than 1,000, for each waits by spinning while the other needs the
-# core.
-_SPIN_COUNT = "1000"
+@lru_cache(maxsize=1)
+def _look_out() -> Any:
+    """look_out(address, seen, looks): returns when the number there is another, or at the end."""
+
+    @compiled(void(int64, int64, int64))
+    def look_out(at, seen, looks):  # type: ignore[no-untyped-def]
+        for _ in range(looks):
+            if read(at) != seen:
+                return
+            pause(0)
+
+    return look_out
 
 
-def start_threads(threads: int) -> str:
-    """Start Numba's threads and return the name of its threading layer: omp wherever it loads.
+class Pool:
+    """`threads` threads that work on programs: the caller and helpers, started at the first need.
 
-    A parallel region costs 1-2 us under omp, 60-100 us under workqueue, and a token has about a
-    hundred.
+    Any number of Python threads may call `run` at once; helpers join the latest.
     """
-    try:
-        layer = str(numba.threading_layer())  # another user of Numba has already started it
-    except ValueError:
-        with _spinning_briefly():
-            layer = _first_layer_that_loads(threads)
-    if layer == "workqueue":
-        warnings.warn(
-            "numba's omp threading layer does not load here; workqueue is used instead: small "
-            "models decode several times slower, and calls from several threads wait in turn",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return layer
 
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._helpers: _Helpers | None = None
+        self._starting = threading.Lock()
 
-def _first_layer_that_loads(threads: int) -> str:
-    chosen = numba.config.THREADING_LAYER  # by the user, where it is not "default"
-    for wanted in ("omp", "default") if chosen == "default" else (chosen,):
-        numba.config.THREADING_LAYER = wanted
+    def run(self, program: Program) -> None:
+        """Run a program to its end."""
+        job = program.job()
         try:
-            numba.set_num_threads(threads)
-            return str(numba.threading_layer())
-        except ValueError as error:
-            problem = error
-    reason = " ".join(str(problem).split())
-    raise BackendError(f"numba starts no threads here ({reason}): reinstall numba")
+            if self.threads > 1 and program.bytes_touched >= _ALONE_BYTES:
+                self._running().publish(job)
+            job.work()
+        except BaseException:  # Ctrl-C: helpers may be at it, and must not outlive the call
+            job.work()
+            raise
+
+    def _running(self) -> _Helpers:
+        """The helpers; new ones in a forked child, which has none of its parent's threads."""
+        helpers = self._helpers
+        if helpers is None or helpers.process != os.getpid():
+            with self._starting:
+                if self._helpers is None or self._helpers.process != os.getpid():
+                    self._helpers = _Helpers(self.threads - 1)
+                    weakref.finalize(self, self._helpers.stop)
+                helpers = self._helpers
+        return helpers
 
 
-@contextmanager
-def _spinning_briefly() -> Iterator[None]:
-    """OpenMP reads its environment once, when it is loaded: set there unless the user has."""
-    if {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-        yield
-        return
-    os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
-    try:
-        yield
-    finally:
-        del os.environ["GOMP_SPINCOUNT"]
+_END = object()  # instead of a job: helpers shall end
+
+
+class _Helpers:
+    """Threads that sleep until a job is published."""
+
+    def __init__(self, count: int) -> None:
+        self.process = os.getpid()
+        self._epoch: Any = np.zeros(1, np.int64)  # counts publications
+        self._job: Any = None  # a Job, or _END
+        self._bells = [threading.Lock() for _ in range(count)]
+        self._publishing = threading.Lock()
+        for bell in self._bells:
+            bell.acquire()
+            threading.Thread(target=self._help, args=(bell,), name="bloomq", daemon=True).start()
+
+    def publish(self, job: Any) -> None:
+        with self._publishing:
+            self._job = job
+            self._epoch[0] += 1
+            for bell in self._bells:
+                if bell.locked():
+                    bell.release()
+
+    def stop(self) -> None:
+        """Let the threads end."""
+        if self.process == os.getpid():
+            self.publish(_END)
+
+    def _help(self, bell: threading.Lock) -> None:
+        at, look_out = self._epoch.ctypes.data, _look_out()
+        while True:
+            bell.acquire()
+            job, seen = self._job, int(self._epoch[0])
+            if job is _END:
+                return
+            job.work()
+            del job  # a sleeping helper keeps no program alive
+            look_out(at, seen, _LOOKS)
 
 
 def physical_cores() -> int:

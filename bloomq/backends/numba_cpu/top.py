@@ -1,6 +1,7 @@
 """The best few of 250,880 logits, and the log of the sum of all their exponentials.
 
-Bytes touched: the logits twice. One thread does one row.
+A row is cut into parts that threads share; what the parts found is merged in their order, so the
+result does not depend on who did which. Bytes touched: the logits twice, mostly from the caches.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from typing import Any
 
 import llvmlite.ir as ir
 import numpy as np
-from numba import float32, float64, int64, njit, prange, types, void
+from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
-from bloomq.backends.numba_cpu.jit import compiled
-from bloomq.backends.numba_cpu.matmul import address, keep
+from bloomq.backends.numba_cpu.jit import kernel
+from bloomq.backends.numba_cpu.memory import address, as_float, doubles, fields, floats, keep, longs
 from bloomq.backends.numba_cpu.simd import F32, I64, LANES, V16F, Vectors
+
+PART = 8192  # logits of a part: 32 KB, a level-1 cache
 
 
 @intrinsic(prefer_literal=True)
@@ -43,6 +46,22 @@ def _emit_sum_exp(
         term = v.exp(b.fmul(b.fsub(value, peak), factor))
         b.store(b.fadd(b.load(total, typ=V16F), term), total)
     v.store(b.load(total, typ=V16F), out)
+
+
+@intrinsic(prefer_literal=True)
+def any_above(typingctx: Any, tier: Any, x: Any, floor: Any) -> Any:
+    """Is one of the 64 values at `x` at least `floor` (float32)?"""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        v, b = Vectors(builder, tier.literal_value), builder
+        floors = v.splat(args[2])
+        found = None
+        for part in range(4):
+            here = b.fcmp_ordered(">=", v.load(v.at(args[1], 4 * LANES * part), V16F), floors)
+            found = here if found is None else b.or_(found, here)
+        return b.icmp_unsigned("!=", b.bitcast(found, ir.IntType(16)), ir.IntType(16)(0))
+
+    return types.boolean(tier, types.int64, types.float32), codegen
 
 
 @njit
@@ -73,64 +92,115 @@ def _sift_down(values, ids, root, end):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _best(row, values, ids):  # type: ignore[no-untyped-def]
-    """The len(values) largest of a row, best first, by a heap of the best so far."""
-    k = values.shape[0]
-    for i in range(k):
+def _offer(values, ids, value, token):  # type: ignore[no-untyped-def]
+    """Put a logit into the heap of the best, if it is one of them."""
+    if value > values[0] or (value == values[0] and token < ids[0]):
+        values[0] = value
+        ids[0] = token
+        _sift_down(values, ids, 0, values.shape[0])
+
+
+@njit
+def _clear(values, ids):  # type: ignore[no-untyped-def]
+    """A heap of nothing: its entries rank after every token."""
+    for i in range(values.shape[0]):
         values[i] = np.float32(-np.inf)
-        ids[i] = row.shape[0] + i  # what was never replaced ranks after everything
-    for i in range(row.shape[0]):
-        if row[i] > values[0] or (row[i] == values[0] and i < ids[0]):
-            values[0] = row[i]
-            ids[0] = i
-            _sift_down(values, ids, 0, k)
-    for end in range(k - 1, 0, -1):  # heap sort: the worst goes last
+        ids[i] = (np.int64(1) << 62) + i
+
+
+@njit
+def _sort(values, ids):  # type: ignore[no-untyped-def]
+    """A heap -> best first."""
+    for end in range(values.shape[0] - 1, 0, -1):  # the worst goes last
         _swap(values, ids, 0, end)
         _sift_down(values, ids, 0, end)
 
 
-def _top_row(tier, row, temperature, values, ids):  # type: ignore[no-untyped-def]
-    """One row: fills values and ids, returns the logsumexp."""
-
-
-@overload(_top_row, prefer_literal=True)
-def _build_top_row(tier, row, temperature, values, ids):  # type: ignore[no-untyped-def]
-    name = tier.literal_value
-
-    def top_row(tier, row, temperature, values, ids):  # type: ignore[no-untyped-def]
-        _best(row, values, ids)
-        blocks = row.shape[0] // 16
-        shift = np.array([values[0], 1 / temperature], np.float32)
-        sums, rest = np.zeros(16, np.float32), np.zeros(16, np.float32)
-        last = np.full(16, -np.inf, np.float32)
-        last[: row.shape[0] - 16 * blocks] = row[16 * blocks :]
-        sum_exp(name, address(row), blocks, address(shift), address(sums))
-        sum_exp(name, address(last), 1, address(shift), address(rest))
-        total = np.float64(0)
-        for lane in range(16):
-            total += np.float64(sums[lane]) + np.float64(rest[lane])
-        keep(shift)
-        keep(last)
-        return np.float64(values[0]) / temperature + np.log(total)
-
-    return top_row
-
-
 @lru_cache(maxsize=4)
-def top_rows(tier: str) -> Any:
-    """top_rows(logits [B, V], temperature, values [B, k], ids [B, k], logsumexp [B]): per row the k
-    largest logits, best first, and log(sum(exp(logits / temperature))). A row with NaN has
-    logsumexp NaN.
+def top_parts(tier: str) -> Any:
+    """The best of each part of each row. Units: rows times parts.
+
+    Arguments: logits, stride of logits in bytes, V, parts, factor (1 / temperature), k of a part,
+    values, ids, peaks, sums. values float32 and ids int64 [B, parts, k] as heaps; peaks and sums
+    float64 [B, parts]: the sum is of exp((logit - peak) * factor).
     """
 
-    @compiled(
-        void(float32[:, ::1], float64, float32[:, ::1], int64[:, ::1], float64[::1]), parallel=True
-    )
-    def top_rows(logits, temperature, values, ids, logsumexp):  # type: ignore[no-untyped-def]
-        if logits.shape[0] == 1:
-            logsumexp[0] = _top_row(tier, logits[0], temperature, values[0], ids[0])
-        else:
-            for r in prange(logits.shape[0]):
-                logsumexp[r] = _top_row(tier, logits[r], temperature, values[r], ids[r])
+    @kernel
+    def top_parts(arguments, first, last):  # type: ignore[no-untyped-def]
+        logits, stride, v, parts, factor, k, to_values, to_ids, to_peaks, to_sums = fields(
+            arguments, 10
+        )
+        shift, ends = np.zeros(2, np.float32), np.empty(LANES, np.float32)
+        sums, rest = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+        for unit in range(first, last):
+            start = unit % parts * PART
+            count = min(PART, v - start)
+            at = logits + unit // parts * stride + 4 * start
+            x = floats(at, count)
+            values, ids = floats(to_values + 4 * unit * k, k), longs(to_ids + 8 * unit * k, k)
+            _clear(values, ids)
+            i = 0
+            while i < count:
+                if i + 64 <= count and not any_above(tier, at + 4 * i, values[0]):
+                    i += 64
+                    continue
+                for j in range(i, min(i + 64, count)):
+                    _offer(values, ids, x[j], start + j)
+                i += 64
+            peak = np.float32(-np.inf)
+            for j in range(k):
+                peak = max(peak, values[j])
+            shift[0] = max(peak, np.float32(-3e38))  # -inf - -inf is NaN
+            shift[1] = as_float(factor)
+            blocks = count // LANES
+            ends[:] = np.float32(-np.inf)
+            ends[: count - LANES * blocks] = x[LANES * blocks :]
+            sum_exp(tier, at, blocks, address(shift), address(sums))
+            sum_exp(tier, address(ends), 1, address(shift), address(rest))
+            total = np.float64(0)
+            for lane in range(LANES):
+                total += np.float64(sums[lane]) + np.float64(rest[lane])
+            doubles(to_peaks, unit + 1)[unit] = shift[0]
+            doubles(to_sums, unit + 1)[unit] = total
+        keep(shift)
+        keep(ends)
+        keep(sums)
+        keep(rest)
 
-    return top_rows
+    return top_parts
+
+
+@lru_cache(maxsize=1)
+def top_merge() -> Any:
+    """Each row's best k, best first, and its logsumexp, from its parts. Units: rows.
+
+    Arguments: parts, factor, k of a part, part values, part ids, peaks, sums, k, values, ids,
+    logsumexp. values float32 and ids int64 [B, k]; logsumexp float64 [B], NaN where a logit is.
+    """
+
+    @kernel
+    def top_merge(arguments, first, last):  # type: ignore[no-untyped-def]
+        (
+            parts, factor, part_k, from_values, from_ids, from_peaks, from_sums, k, to_values,
+            to_ids, to_logsumexp,
+        ) = fields(arguments, 11)  # fmt: skip
+        scale = np.float64(as_float(factor))
+        for row in range(first, last):
+            values, ids = floats(to_values + 4 * row * k, k), longs(to_ids + 8 * row * k, k)
+            _clear(values, ids)
+            found = floats(from_values + 4 * row * parts * part_k, parts * part_k)
+            tokens = longs(from_ids + 8 * row * parts * part_k, parts * part_k)
+            for i in range(parts * part_k):
+                _offer(values, ids, found[i], tokens[i])
+            _sort(values, ids)
+            peaks = doubles(from_peaks + 8 * row * parts, parts)
+            sums = doubles(from_sums + 8 * row * parts, parts)
+            peak = peaks[0]
+            for part in range(parts):
+                peak = max(peak, peaks[part])
+            total = np.float64(0)
+            for part in range(parts):
+                total += sums[part] * np.exp((peaks[part] - peak) * scale)
+            doubles(to_logsumexp, row + 1)[row] = peak * scale + np.log(total)
+
+    return top_merge

@@ -1,0 +1,112 @@
+"""Addresses in compiled code: how kernels find their arguments and arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import llvmlite.ir as ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+I64 = ir.IntType(64)
+
+
+@intrinsic
+def address(typingctx: Any, array: Any) -> Any:
+    """The address of an array's first element, as int64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.ptrtoint(data, I64)
+
+    return types.int64(array), codegen
+
+
+@intrinsic
+def keep(typingctx: Any, array: Any) -> Any:
+    """Nothing, but the array lives until here: Numba frees one after its last use by name, and a
+    use by address is none."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return context.get_dummy_value()
+
+    return types.void(array), codegen
+
+
+@intrinsic(prefer_literal=True)
+def fields(typingctx: Any, arguments: Any, count: Any) -> Any:
+    """The first `count` int64 at an address, as a tuple."""
+    size = count.literal_value
+    result = types.UniTuple(types.int64, size)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        values = []
+        for i in range(size):
+            at = builder.add(args[0], I64(8 * i))
+            values.append(builder.load(builder.inttoptr(at, ir.PointerType()), typ=I64))
+        return cgutils.pack_array(builder, values)
+
+    return result(types.int64, count), codegen
+
+
+@intrinsic
+def as_float(typingctx: Any, bits: Any) -> Any:
+    """The float32 in the low half of an int64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.trunc(args[0], ir.IntType(32)), ir.FloatType())
+
+    return types.float32(types.int64), codegen
+
+
+def _pointer_to(dtype: Any) -> Any:
+    @intrinsic
+    def pointer(typingctx: Any, at: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(dtype)(types.int64), codegen
+
+    return pointer
+
+
+_pointer_f32, _pointer_i32 = _pointer_to(types.float32), _pointer_to(types.int32)
+_pointer_i8, _pointer_i64 = _pointer_to(types.int8), _pointer_to(types.int64)
+_pointer_u8, _pointer_f64 = _pointer_to(types.uint8), _pointer_to(types.float64)
+
+
+@njit
+def floats(at, count):  # type: ignore[no-untyped-def]
+    """The float32 [count] at an address, as a view."""
+    return carray(_pointer_f32(at), count)
+
+
+@njit
+def doubles(at, count):  # type: ignore[no-untyped-def]
+    """The float64 [count] at an address, as a view."""
+    return carray(_pointer_f64(at), count)
+
+
+@njit
+def words(at, count):  # type: ignore[no-untyped-def]
+    """The int32 [count] at an address, as a view."""
+    return carray(_pointer_i32(at), count)
+
+
+@njit
+def longs(at, count):  # type: ignore[no-untyped-def]
+    """The int64 [count] at an address, as a view."""
+    return carray(_pointer_i64(at), count)
+
+
+@njit
+def codes(at, count):  # type: ignore[no-untyped-def]
+    """The int8 [count] at an address, as a view."""
+    return carray(_pointer_i8(at), count)
+
+
+@njit
+def octets(at, count):  # type: ignore[no-untyped-def]
+    """The uint8 [count] at an address, as a view."""
+    return carray(_pointer_u8(at), count)

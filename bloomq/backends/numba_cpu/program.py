@@ -1,0 +1,244 @@
+"""A step as a program: a list of kernels, replayed by however many threads turn up.
+
+An operation is a compiled kernel, the address of its arguments, and a number of units (tiles of a
+matrix, heads, rows). Threads take chunks of units from the operation's counter until none are left,
+and go on when all of them are done.
+
+Invariant: nobody is waited for who has not taken a chunk. A helper that wakes late, is preempted or
+never comes costs its help and nothing else; slow cores take fewer chunks than fast ones. Each unit
+is computed by one thread, so who computed it changes no bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections import defaultdict
+from functools import lru_cache
+from typing import Any
+
+import llvmlite.ir as ir
+import numpy as np
+from numba import int64, types, void
+from numba.core import cgutils
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from bloomq.backends.numba_cpu.jit import compiled
+
+Array = NDArray[Any]
+Number = int | float
+
+LINE = 64  # bytes of a cache line; what kernels align their vectors to
+_ROW = 2 * LINE  # rows of a buffer are padded to this: a pair of weight tiles writes as much
+_OPERATION = 4  # int64 of an operation: kernel, arguments, units, units of a chunk
+_COUNTERS = 2 * LINE // 8  # int64 of an operation's counters, a cache line each: taken, done
+_SPINS = 2_000  # looks at a counter before the core is offered to others: some 50 us
+I64 = ir.IntType(64)
+
+
+class Buffer:
+    """An array that the operations of a program write and read: [rows, columns].
+
+    `array` has its rows padded to what the micro-kernels read at once, and its columns to what they
+    write at once. The memory goes back to the program when nothing refers to the buffer any more,
+    and later operations get it: operations run one after another.
+    """
+
+    __slots__ = ("array", "columns", "program", "rows")
+
+    def __init__(self, program: Program, array: Array, rows: int, columns: int) -> None:
+        self.program, self.array, self.rows, self.columns = program, array, rows, columns
+
+    def __del__(self) -> None:
+        self.program.give_back(self.array)
+
+    @property
+    def address(self) -> int:
+        return int(self.array.ctypes.data)
+
+    @property
+    def stride_bytes(self) -> int:
+        return int(self.array.strides[0])
+
+    def values(self) -> Array:
+        """The rows and columns that mean something: a view."""
+        return self.array[: self.rows, : self.columns]
+
+
+class Program:
+    """Operations in order, the memory that they work in, and what they read anew at each run.
+
+    `inputs` [n] int64: addresses and sizes that differ from run to run; kernels get its address.
+    """
+
+    def __init__(self, inputs: int = 0) -> None:
+        self.inputs: Array = np.zeros(inputs, np.int64)
+        self.result: Buffer | None = None
+        self.bytes_touched = 0
+        self._operations: list[tuple[int, int, int, int]] = []
+        self._table: Array | None = None
+        self._free: dict[int, list[Array]] = defaultdict(list)
+        self._alive: list[object] = []  # what addresses in the arguments point into
+
+    def buffer(self, rows: int, columns: int, dtype: type[np.generic], padded_rows: int) -> Buffer:
+        """Memory for an intermediate, of any content."""
+        size = np.dtype(dtype).itemsize
+        stride = -(-columns * size // _ROW) * _ROW
+        count = padded_rows * stride
+        memory = self._free[count].pop() if self._free[count] else _aligned(count)
+        array = memory.view(dtype).reshape(padded_rows, stride // size)
+        return Buffer(self, array, rows, columns)
+
+    def give_back(self, array: Array) -> None:
+        self._free[array.nbytes].append(array.reshape(-1).view(np.uint8))
+
+    def add(
+        self, kernel: Any, units: int, chunk: int, *arguments: Number, touched: int = 0
+    ) -> None:
+        """Append an operation. chunk: units that one thread takes at a time; touched: bytes of
+        weights and cache that it reads, by which `Pool` decides whether to wake helpers."""
+        if units == 0:
+            return
+        block = np.array([_bits(argument) for argument in arguments], np.int64)
+        self._alive += [kernel, block]
+        self._operations.append((kernel.address, block.ctypes.data, units, max(1, chunk)))
+        self.bytes_touched += touched
+        self._table = None
+
+    def keep(self, *owners: object) -> None:
+        """Hold what addresses among the arguments point into."""
+        self._alive += owners
+
+    def job(self) -> Job:
+        """One run, not yet begun."""
+        if self._table is None:
+            self._table = np.array(self._operations, np.int64).reshape(-1, _OPERATION)
+        return Job(self, self._table)
+
+
+class Job:
+    """One run of a program, with counters of its own: a helper that comes after the end finds
+    everything taken, even if the program is already running again."""
+
+    __slots__ = ("_arguments", "_owners")
+
+    def __init__(self, program: Program, table: Array) -> None:
+        count = len(table)
+        counters = np.zeros(count * _COUNTERS + LINE // 8, np.int64)
+        first = -(-counters.ctypes.data // LINE) * LINE
+        self._owners = (program, table, counters)
+        self._arguments = (table.ctypes.data, count, first, offer_core())
+
+    def work(self) -> None:
+        """Take chunks until all are taken; returns when all are done."""
+        _runner()(*self._arguments)
+
+
+def _bits(value: Number) -> int:
+    """An argument as an int64: whole numbers as they are, others as float32 in the low half."""
+    if isinstance(value, float | np.floating):
+        return int(struct.unpack("<i", struct.pack("<f", value))[0])
+    return int(value)
+
+
+def _aligned(count: int) -> Array:
+    """`count` bytes, zeros, at a multiple of LINE."""
+    memory = np.zeros(count + LINE, np.uint8)
+    first = -memory.ctypes.data % LINE
+    return memory[first : first + count]
+
+
+@lru_cache(maxsize=1)
+def offer_core() -> int:
+    """The address of the system's call that offers this core to others; 0 where there is none."""
+    if os.name == "nt":
+        call: Any = ctypes.windll.kernel32.SwitchToThread  # type: ignore[attr-defined]
+    else:
+        call = getattr(ctypes.CDLL(None), "sched_yield", None)
+    return 0 if call is None else ctypes.cast(call, ctypes.c_void_p).value or 0
+
+
+# -- compiled --------------------------------------------------------------------------------------
+
+
+@intrinsic
+def _add(typingctx: Any, at: Any, amount: Any) -> Any:
+    """Add to the int64 at an address, atomically; returns what was there."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], I64.as_pointer())
+        return builder.atomic_rmw("add", pointer, args[1], "acq_rel")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def read(typingctx: Any, at: Any) -> Any:
+    """The int64 at an address, and everything that was written before it was."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], I64.as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _call(typingctx: Any, function: Any, arguments: Any, first: Any, last: Any) -> Any:
+    """Call a kernel at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kernel = ir.FunctionType(ir.VoidType(), [I64, I64, I64])
+        builder.call(builder.inttoptr(args[0], kernel.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def pause(typingctx: Any, offer: Any) -> Any:
+    """Wait a little: with the processor's hint where `offer` is 0, else by the system call at that
+    address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        with builder.if_else(builder.icmp_signed("==", args[0], I64(0))) as (hint, system):
+            with hint:
+                if "x86" in builder.module.triple:
+                    name = "llvm.x86.sse2.pause"
+                    nothing = ir.FunctionType(ir.VoidType(), [])
+                    builder.call(cgutils.get_or_insert_function(builder.module, nothing, name), [])
+            with system:
+                call = ir.FunctionType(ir.IntType(32), [])
+                builder.call(builder.inttoptr(args[0], call.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@lru_cache(maxsize=1)
+def _runner() -> Any:
+    """One thread's way through a program: runner(table, operations, counters, offer_core)."""
+
+    @compiled(void(int64, int64, int64, int64))
+    def run_program(table, count, counters, offer):  # type: ignore[no-untyped-def]
+        for i in range(count):
+            operation = table + 8 * _OPERATION * i
+            function, arguments = read(operation), read(operation + 8)
+            units, chunk = read(operation + 16), read(operation + 24)
+            taken = counters + 8 * _COUNTERS * i
+            done = taken + LINE
+            while read(taken) < units:
+                first = _add(taken, chunk)
+                if first >= units:
+                    break
+                last = min(first + chunk, units)
+                _call(function, arguments, first, last)
+                _add(done, last - first)
+            looks = 0
+            while read(done) < units:
+                looks += 1
+                pause(offer if looks > _SPINS else 0)
+
+    return run_program
