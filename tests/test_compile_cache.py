@@ -26,7 +26,7 @@ from bloomq.backends.numba_cpu.prologue import norm_rows
 from bloomq.backends.numba_cpu.threads import Pool
 x, out = np.array([[1, 3], [4, 4]], np.float32), np.empty((2, 2), np.float32)
 gain, shift, program = np.ones(2, np.float32), np.zeros(2, np.float32), Program()
-program.add(norm_rows(), 2, 1, x.ctypes.data, 8, 2, gain.ctypes.data, shift.ctypes.data, 1e-5, 2,
+program.add(norm_rows(), 2, 1, x.ctypes.data, 8, 2, gain.ctypes.data, shift.ctypes.data, 1e-5,
             out.ctypes.data, 8)
 Pool(1).run(program)
 print(out.round(3).tolist())

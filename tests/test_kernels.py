@@ -439,7 +439,7 @@ def test_norm_equals_its_twin(width):
     program = Program()
     program.add(
         norm_rows(), rows, 1, case.x.ctypes.data, case.x.strides[0], width,
-        case.norm.gain.ctypes.data, case.norm.bias.ctypes.data, epsilon, width, out.ctypes.data,
+        case.norm.gain.ctypes.data, case.norm.bias.ctypes.data, epsilon, out.ctypes.data,
         out.strides[0],
     )  # fmt: skip
     POOLS[1].run(program)

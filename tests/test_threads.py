@@ -141,18 +141,18 @@ def test_ctrl_c_before_the_work_leaves_no_helper_at_it(monkeypatch: pytest.Monke
 
 def test_memory_that_nothing_refers_to_is_used_again():
     program = Program()
-    first = program.buffer(4, 100, np.float32, 4)
+    first = program.buffer(4, 100, np.float32)
     address = first.address
-    second = program.buffer(4, 100, np.float32, 4)
+    second = program.buffer(4, 100, np.float32)
     assert second.address != address
     del first
-    assert program.buffer(4, 100, np.float32, 4).address == address
+    assert program.buffer(4, 100, np.float32).address == address
 
 
 def test_buffers_begin_and_go_on_at_cache_lines():
     program = Program()
     for columns in (1, 33, 100):
-        buffer = program.buffer(3, columns, np.float32, 4)
+        buffer = program.buffer(3, columns, np.float32)
         assert isinstance(buffer, Buffer)
         assert buffer.address % 64 == 0
         assert buffer.stride_bytes % 128 == 0

@@ -32,7 +32,7 @@ from numba.extending import intrinsic
 
 from bloomq.backends.numba_cpu.jit import kernel
 from bloomq.backends.numba_cpu.memory import address, fields, floats, keep, longs
-from bloomq.backends.numba_cpu.simd import F32, I32, I64, LANES, V16B, V16F, V16H, V16I, Vectors
+from bloomq.backends.numba_cpu.simd import F32, I32, I64, LANES, V16B, V16F, V16H, Vectors
 
 CHUNK = 256  # keys between two rescalings of the running sum
 QUERIES = 8  # queries that share each loaded key and value in prefill
@@ -108,7 +108,9 @@ def _emit_store(
     if spec.dtype == "f16":
         parts = [b.fptrunc(part, V16H) for part in parts]
     elif spec.dtype == "int8":
-        parts = _to_int8(v, parts, scale)
+        codes, step_size = v.to_int8(parts)
+        parts = [b.trunc(code, V16B) for code in codes]
+        v.store(step_size, scale)
     for i, part in enumerate(parts):
         at = v.at(target, i * LANES * step)
         if step == spec.size:  # components side by side
@@ -116,29 +118,6 @@ def _emit_store(
             continue
         for lane in range(LANES):
             v.store(b.extract_element(part, I32(lane)), v.at(at, lane * step))
-
-
-def _to_int8(v: Vectors, parts: list[ir.Value], scale: ir.Value) -> list[ir.Value]:
-    """Codes = round(x * 127 / largest); stores largest / 127. NaN or infinity: scale NaN."""
-    b = v.b
-    peak = v.call("llvm.fabs.v16f32", V16F, [parts[0]])
-    for part in parts[1:]:
-        peak = v.call("llvm.maximum.v16f32", V16F, [peak, v.call("llvm.fabs.v16f32", V16F, [part])])
-    largest = v.call("llvm.vector.reduce.fmaximum.v16f32", F32, [peak])
-    finite = b.fcmp_ordered("<", largest, ir.Constant(F32, float("inf")))
-    tiny = b.fcmp_ordered("<", largest, ir.Constant(F32, 1e-30))
-    step = b.fdiv(largest, ir.Constant(F32, 127.0))
-    step = b.select(finite, step, ir.Constant(F32, float("nan")))
-    v.store(b.select(tiny, ir.Constant(F32, 0.0), step), scale)
-    inverse = b.fdiv(ir.Constant(F32, 127.0), largest)
-    usable = b.and_(finite, b.not_(tiny))
-    inverse = v.splat(b.select(usable, inverse, ir.Constant(F32, 0.0)))
-    codes = []
-    for part in parts:
-        clean = b.select(finite, part, v.constant(V16F, 0.0))
-        whole = v.call("llvm.rint.v16f32", V16F, [b.fmul(clean, inverse)])
-        codes.append(b.trunc(b.fptosi(whole, V16I), V16B))
-    return codes
 
 
 # -- scores, softmax, mixing -----------------------------------------------------------------------
@@ -203,25 +182,24 @@ def _emit_soften(
     b = v.b
     slope, nearest = v.broadcast(shape, F32), v.load(v.at(shape, 4), F32)
     lanes = ir.Constant(V16F, [float(lane) for lane in range(LANES)])
-    order = ir.Constant(ir.VectorType(I64, LANES), list(range(LANES)))
     blocks = b.udiv(b.add(visible, I64(LANES - 1)), I64(LANES))
-    peak_cell = cgutils.alloca_once_value(b, v.broadcast(v.at(shape, 8), F32))
-    with cgutils.for_range(b, blocks, intp=I64) as loop:
-        start = b.mul(loop.index, I64(LANES))
-        at = v.at(scores, b.mul(start, I64(4)))
-        score = v.load(at, V16F)
-        if spec.dtype == "int8":
-            score = b.fmul(score, v.load(v.at(key_scales, b.mul(start, I64(4))), V16F))
-        # Whole numbers below 2^24: the distance is exact.
-        distance = b.fadd(lanes, v.splat(b.fadd(nearest, b.sitofp(start, F32))))
-        score = v.fma(slope, distance, score)
-        seen = b.icmp_signed("<", b.add(order, v.splat(start)), v.splat(visible))
-        score = b.select(seen, score, v.constant(V16F, float("-inf")))
-        v.store(score, at)
-        peak = v.call("llvm.maxnum.v16f32", V16F, [b.load(peak_cell, typ=V16F), score])
-        b.store(peak, peak_cell)
-    peak = v.call("llvm.vector.reduce.fmax.v16f32", F32, [b.load(peak_cell, typ=V16F)])
+    seen_keys = v.splat(b.sitofp(visible, F32))  # whole numbers below 2^24 are exact
     before = v.load(v.at(shape, 8), F32)
+    peak_cell = cgutils.alloca_once(b, V16F)
+    b.store(v.splat(before), peak_cell)
+    with cgutils.for_range(b, blocks, intp=I64) as loop:
+        offset = b.mul(loop.index, I64(4 * LANES))
+        score = v.load(v.at(scores, offset), V16F)
+        if spec.dtype == "int8":
+            score = b.fmul(score, v.load(v.at(key_scales, offset), V16F))
+        key = b.fadd(lanes, v.splat(b.sitofp(b.mul(loop.index, I64(LANES)), F32)))
+        score = v.fma(slope, b.fadd(key, v.splat(nearest)), score)
+        hidden = b.fcmp_ordered(">=", key, seen_keys)
+        score = b.select(hidden, v.constant(V16F, float("-inf")), score)
+        v.store(score, v.at(scores, offset))
+        peak = b.load(peak_cell, typ=V16F)  # NaN is not above, and comes out of exp below
+        b.store(b.select(b.fcmp_ordered(">", score, peak), score, peak), peak_cell)
+    peak = v.call("llvm.vector.reduce.fmax.v16f32", F32, [b.load(peak_cell, typ=V16F)])
     peak16 = v.splat(peak)
     decay = b.extract_element(v.exp(b.fsub(v.splat(before), peak16)), I32(0))
     total_cell = cgutils.alloca_once(b, V16F)
@@ -229,17 +207,12 @@ def _emit_soften(
     with cgutils.for_range(b, blocks, intp=I64) as loop:
         offset = b.mul(loop.index, I64(4 * LANES))
         at = v.at(scores, offset)
-        gap = b.fsub(v.load(at, V16F), peak16)
-        weight = v.exp(gap)
-        faint = b.fcmp_ordered("<", gap, v.constant(V16F, -_FAINT))
-        weight = b.select(faint, v.constant(V16F, 0.0), weight)
+        weight = v.exp_from(-_FAINT, b.fsub(v.load(at, V16F), peak16))
         b.store(b.fadd(b.load(total_cell, typ=V16F), weight), total_cell)
         if spec.dtype == "int8":
-            weight = b.fmul(weight, v.load(v.at(value_scales, offset), V16F))
-            # A key that is hidden or too faint mixes nothing, whatever its scale.
-            weight = b.select(
-                b.fcmp_ordered("<", gap, v.constant(V16F, -_FAINT)), v.constant(V16F, 0.0), weight
-            )
+            scaled = b.fmul(weight, v.load(v.at(value_scales, offset), V16F))
+            none = b.fcmp_ordered("==", weight, v.constant(V16F, 0.0))
+            weight = b.select(none, v.constant(V16F, 0.0), scaled)  # hidden scales may be NaN
         v.store(weight, at)
     total = b.load(total_cell, typ=V16F)
     added = v.call(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bloomq.backends.numba_cpu.attention import CHUNK, QUERIES, attend, store
 from bloomq.backends.numba_cpu.embedding import look_up, take_rows
 from bloomq.backends.numba_cpu.jit import best_tier, cpu_features
-from bloomq.backends.numba_cpu.linear import Product, padded_rows
+from bloomq.backends.numba_cpu.linear import Product
 from bloomq.backends.numba_cpu.program import Buffer, Program
 from bloomq.backends.numba_cpu.prologue import norm_rows
 from bloomq.backends.numba_cpu.threads import Pool, physical_cores
@@ -35,6 +35,7 @@ I64 = NDArray[np.int64]
 # A program's inputs: what `NumbaCache.bind` writes, then the addresses of ids and of the index of
 # wanted rows.
 _IDS, _WANTED, _INPUTS = 10, 11, 12
+_ATTENTION_CHUNKS = 64  # of a step: enough to share evenly, each worth its scratch memory
 _PROGRAMS = 4  # kept for replay: decode, a prompt's full steps, its last one, and one more
 
 
@@ -89,7 +90,7 @@ class NumbaBackend:
     def take(self, x: Any, index: Any) -> Any:
         if not isinstance(x, Buffer):
             return x[index]
-        out = x.program.buffer(index.rows, x.columns, np.float32, padded_rows(index.rows))
+        out = x.program.buffer(index.rows, x.columns, np.float32)
         x.program.add(
             take_rows(), index.rows, 8, x.program.inputs.ctypes.data, _WANTED, x.address,
             x.stride_bytes, x.columns, out.address, out.stride_bytes,
@@ -161,7 +162,7 @@ def _at_once(pool: Pool, layer: Any, arrays: list[F32 | None], *state: Any) -> F
         if array is None:
             buffers.append(None)
             continue
-        buffer = program.buffer(*array.shape, np.float32, padded_rows(len(array)))
+        buffer = program.buffer(*array.shape, np.float32)
         buffer.values()[:] = array
         buffers.append(buffer)
     out = layer.record(*buffers, *state)
@@ -228,9 +229,9 @@ class NumbaEmbedding:
         return np.array(out.values())
 
     def record(self, ids: Buffer) -> Buffer:
-        program, rows = ids.program, padded_rows(ids.rows)
-        x = program.buffer(ids.rows, self._columns, np.float32, rows)
-        y = program.buffer(ids.rows, self._columns, np.float32, rows)
+        program = ids.program
+        x = program.buffer(ids.rows, self._columns, np.float32)
+        y = program.buffer(ids.rows, self._columns, np.float32)
         program.keep(self._parts, self._gain, self._shift)
         program.add(
             self._look_up, ids.rows, 1, program.inputs.ctypes.data, _IDS,
@@ -239,8 +240,8 @@ class NumbaEmbedding:
         )  # fmt: skip
         program.add(
             norm_rows(), ids.rows, 1, x.address, x.stride_bytes, self._columns,
-            self._gain.ctypes.data, self._shift.ctypes.data, self._epsilon, self._columns,
-            y.address, y.stride_bytes,
+            self._gain.ctypes.data, self._shift.ctypes.data, self._epsilon, y.address,
+            y.stride_bytes,
         )  # fmt: skip
         return y
 
@@ -262,7 +263,7 @@ class NumbaAttention:
         if isinstance(qkv, Buffer):
             return self.record(qkv, cache, span)
         program = Program(_INPUTS)
-        x = program.buffer(*qkv.shape, np.float32, len(qkv))
+        x = program.buffer(*qkv.shape, np.float32)
         x.values()[:] = qkv
         out = self.record(x, cache, span)
         past = cache.bind(program, span)
@@ -275,7 +276,7 @@ class NumbaAttention:
         when they run."""
         program, n_head, tokens = qkv.program, len(self._slopes), qkv.rows
         c = n_head * self._head_dim
-        out = program.buffer(tokens, c, np.float32, padded_rows(tokens))
+        out = program.buffer(tokens, c, np.float32)
         program.keep(self._slopes)
         shared = (
             program.inputs.ctypes.data, self._layer, qkv.address, qkv.stride_bytes, n_head,
@@ -286,7 +287,8 @@ class NumbaAttention:
         single = tokens == rows
         blocks = rows if single else tokens // QUERIES + rows
         program.add(
-            self._one if single else self._several, blocks * n_head, 1, *shared,
+            self._one if single else self._several, blocks * n_head,
+            blocks * n_head // _ATTENTION_CHUNKS, *shared,
             self._slopes.ctypes.data, out.address, out.stride_bytes,
         )  # fmt: skip
         return out

@@ -1,7 +1,7 @@
 """Linear layers as operations of a program: y = act(norm(x) @ W.T + bias) + add.
 
 x [M, K] -> y [M, N]: a prologue over rows (see `prologue`), then the product over tiles of W, which
-ends in the epilogue. Each weight byte is read by one thread, up to 8 tokens once, and each y is
+ends in the epilogue. Each weight byte is read from memory once, by one thread, and each y is
 reduced by one thread.
 """
 
@@ -14,132 +14,82 @@ from typing import Any
 import numpy as np
 
 from bloomq.backends.numba_cpu.jit import kernel
-from bloomq.backends.numba_cpu.matmul import (
-    PANEL_TOKENS,
-    Spec,
-    gemm_panel,
-    gemv_tile,
-    unpack_tile,
-    weight_offset,
-)
-from bloomq.backends.numba_cpu.memory import address, fields, keep
+from bloomq.backends.numba_cpu.matmul import Spec, multiply_tiles, token_blocks, weight_offset
+from bloomq.backends.numba_cpu.memory import fields
 from bloomq.backends.numba_cpu.program import Buffer
-from bloomq.backends.numba_cpu.prologue import norm_rows, prepare
+from bloomq.backends.numba_cpu.prologue import prepare, spread_rows
 from bloomq.schemes import TILE, Scheme
 
-_PANEL = 2 * TILE
-_FEW = (1, 4, PANEL_TOKENS)  # tokens that `gemv_tile` is made for
-# Weights that one thread takes at a time in decode: long enough for the memory's streams to get
-# going, short enough to share a matrix of 1 MB evenly.
+# Weights that one thread takes at a time: long enough for the memory's streams to get going, short
+# enough to share a matrix of 1 MB evenly.
 _CHUNK_BYTES = 64 << 10
 
 
 @lru_cache(maxsize=64)
-def gemv(spec_text: str) -> Any:
-    """The product of 1, 4 or 8 tokens with tiles straight from their codes. Units: tiles.
+def multiply(spec_text: str) -> Any:
+    """The product of blocks of tokens with tiles of quantized weights. Units: pairs of tiles.
 
     Arguments: codes, scales, K, acts, act scales, act sums, bias (0: none), gelu, add (0: none), y,
-    stride of y and add in bytes.
+    stride of y and add in bytes, blocks.
     """
     spec = Spec.parse(spec_text)
-    text, group, k4_bytes, row_scales = (
-        spec_text, spec.group, spec.bytes_per_k4, spec.scheme == "int8",
-    )  # fmt: skip
+    text, group, k4_bytes, tokens = spec_text, spec.group, spec.bytes_per_k4, spec.tokens
+    tiles, row_scales = spec.tiles, spec.scheme == "int8"
 
     @kernel
-    def gemv(arguments, first, last):  # type: ignore[no-untyped-def]
-        codes, scales, k, acts, act_scales, act_sums, bias, gelu, add, y, stride = fields(
-            arguments, 11
-        )
-        groups = k // group
-        tile_codes = k // 4 * k4_bytes
-        tile_scales = 64 if row_scales else groups * 32
-        for tile in range(first, last):
-            at = 64 * tile
-            end = (bias + at if bias else 0, gelu, add + at if add else 0, y + at, stride)
-            gemv_tile(
-                text, codes + tile * tile_codes, scales + tile * tile_scales, acts, k, act_scales,
-                act_sums, groups, end,
-            )  # fmt: skip
-
-    return gemv
-
-
-@lru_cache(maxsize=16)
-def gemm(spec_text: str) -> Any:
-    """The product of many tokens: a pair of tiles is spread out into a panel, then meets all
-    tokens, 8 at a time. Units: pairs of tiles.
-
-    Arguments: as `gemv`, then blocks of 8 tokens.
-    """
-    spec = Spec.parse(spec_text)
-    group, k4_bytes, row_scales = spec.group, spec.bytes_per_k4, spec.scheme == "int8"
-    text = spec_text
-
-    @kernel
-    def gemm(arguments, first, last):  # type: ignore[no-untyped-def]
+    def multiply(arguments, first, last):  # type: ignore[no-untyped-def]
         codes, scales, k, acts, act_scales, act_sums, bias, gelu, add, y, stride, blocks = fields(
             arguments, 12
         )
         groups = k // group
         tile_codes = k // 4 * k4_bytes
         tile_scales = 64 if row_scales else groups * 32
-        panel = np.empty(k * _PANEL + 64, np.uint8)
-        panel_scales = np.empty(groups * _PANEL + 16, np.float32)
-        # A 64-byte load that straddles two cache lines costs twice.
-        p, ps = (address(panel) + 63) // 64 * 64, (address(panel_scales) + 63) // 64 * 64
-        for pair in range(first, last):
-            for half in range(2):
-                tile = 2 * pair + half
-                unpack_tile(
-                    text, codes + tile * tile_codes, scales + tile * tile_scales, groups,
-                    p + 64 * half, ps + 64 * half,
-                )  # fmt: skip
-            at = 128 * pair
+        for tile in range(2 * first, 2 * last, tiles):
+            at = 64 * tile
             for block in range(blocks):
-                row = at + PANEL_TOKENS * block * stride
-                meta = PANEL_TOKENS * block * groups * 4
+                row, meta = at + tokens * block * stride, 4 * tokens * block * groups
                 end = (bias + at if bias else 0, gelu, add + row if add else 0, y + row, stride)
-                gemm_panel(
-                    text, p, ps, acts + PANEL_TOKENS * block * k, act_scales + meta,
-                    act_sums + meta, groups, end,
+                multiply_tiles(
+                    text, codes + tile * tile_codes, tile_codes, scales + tile * tile_scales,
+                    tile_scales, acts + tokens * block * k, act_scales + meta, act_sums + meta,
+                    groups, end,
                 )  # fmt: skip
-        keep(panel)
-        keep(panel_scales)
 
-    return gemm
+    return multiply
 
 
 @lru_cache(maxsize=32)
-def float_gemm(spec_text: str) -> Any:
-    """The product with unquantized tiles, `tokens` at a time. Units: tiles.
+def multiply_float(spec_text: str) -> Any:
+    """The product of blocks of tokens with tiles of unquantized weights. Units: pairs of tiles.
 
-    Arguments: values, K, acts (float32), stride of acts in bytes, bias, gelu, add, y, stride of y
-    and add in bytes, blocks of tokens.
+    Arguments: values, K, acts (float32 [blocks, K, tokens]), bias, gelu, add, y, stride of y and
+    add in bytes, blocks.
     """
     spec = Spec.parse(spec_text)
-    group, tokens, text = spec.group, spec.tokens, spec_text
+    group, tokens, tiles, text = spec.group, spec.tokens, spec.tiles, spec_text
     column_bytes = TILE * (4 if spec.scheme == "f32" else 2)
 
     @kernel
-    def float_gemm(arguments, first, last):  # type: ignore[no-untyped-def]
-        values, k, acts, act_stride, bias, gelu, add, y, stride, blocks = fields(arguments, 10)
-        for tile in range(first, last):
+    def multiply_float(arguments, first, last):  # type: ignore[no-untyped-def]
+        values, k, acts, bias, gelu, add, y, stride, blocks = fields(arguments, 9)
+        size = k * column_bytes
+        for tile in range(2 * first, 2 * last, tiles):
             at = 64 * tile
             for block in range(blocks):
                 row = at + tokens * block * stride
                 end = (bias + at if bias else 0, gelu, add + row if add else 0, y + row, stride)
-                gemv_tile(
-                    text, values + tile * k * column_bytes, 0, acts + tokens * block * act_stride,
-                    act_stride, 0, 0, k // group, end,
+                multiply_tiles(
+                    text, values + tile * size, size, 0, 0, acts + 4 * tokens * block * k, 0, 0,
+                    k // group, end,
                 )  # fmt: skip
 
-    return float_gemm
+    return multiply_float
 
 
-def padded_rows(m: int) -> int:
-    """Rows that the micro-kernels read and write for m tokens: 1, 4 or a multiple of 8."""
-    return next((few for few in _FEW if m <= few), -(-m // PANEL_TOKENS) * PANEL_TOKENS)
+def block_of(m: int, tier: str) -> int:
+    """Tokens of a micro-kernel's block, for a step of m."""
+    sizes = token_blocks(tier)
+    return next((size for size in sizes if m <= size), sizes[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,58 +111,56 @@ class Product:
 
     def compile(self) -> None:
         """Compile every kernel that `record` may ask for, or take it from the cache."""
-        norm_rows() if self.scheme.is_float else prepare()
-        for tokens in _FEW:
-            (float_gemm if self.scheme.is_float else gemv)(self._spec(tokens))
-        if not self.scheme.is_float:
-            gemm(self._spec(PANEL_TOKENS))
+        spread_rows() if self.scheme.is_float else prepare(self.tier, self.scheme.group_size)
+        for tokens in token_blocks(self.tier):
+            (multiply_float if self.scheme.is_float else multiply)(self._spec(tokens))
 
     def _spec(self, tokens: int) -> str:
         return str(Spec(self.scheme.name, self.scheme.group_size, self.tier, tokens))
 
     def record(self, x: Buffer, add: Buffer | None) -> Buffer:
         """Append this layer to x's program; returns y."""
-        rows = padded_rows(x.rows)
-        y = x.program.buffer(x.rows, self.n, np.float32, rows)
+        y = x.program.buffer(x.rows, self.n, np.float32)
         if x.rows:
+            tokens = block_of(x.rows, self.tier)
             residual = 0 if add is None else add.address
             end = (self.bias, self.gelu, residual, y.address, y.stride_bytes)
             record = self._record_float if self.scheme.is_float else self._record_int
-            record(x, rows, end)
+            record(x, tokens, -(-x.rows // tokens), end)
         return y
 
-    def _record_int(self, x: Buffer, rows: int, end: tuple[int, ...]) -> None:
+    def _record_int(self, x: Buffer, tokens: int, blocks: int, end: tuple[int, ...]) -> None:
         program, groups = x.program, self.k // self.scheme.group_size
-        many = x.rows > PANEL_TOKENS
-        acts = program.buffer(1, rows * self.k, np.int8, 1)
-        act_scales = program.buffer(1, rows * groups, np.float32, 1)
-        act_sums = program.buffer(1, rows * groups, np.int32, 1)
+        acts = program.buffer(1, blocks * tokens * self.k, np.int8)
+        act_scales = program.buffer(1, blocks * tokens * groups, np.float32)
+        act_sums = program.buffer(1, blocks * tokens * groups, np.int32)
         to = (acts.address, act_scales.address, act_sums.address)
         program.add(
-            prepare(), rows // PANEL_TOKENS if many else x.rows, 1, x.address, x.stride_bytes,
-            x.columns, self.gain, self.shift, self.epsilon, self.k, self.scheme.group_size,
-            weight_offset(self.scheme.name, self.tier), *to, x.rows, many,
+            prepare(self.tier, self.scheme.group_size), x.rows, 4, x.address, x.stride_bytes,
+            x.columns, self.gain, self.shift, self.epsilon, self.k,
+            weight_offset(self.scheme.name, self.tier), *to, tokens,
         )  # fmt: skip
-        arguments = (self.codes, self.scales, self.k, *to, *end)
-        tiles = -(-self.n // TILE)
-        if many:
-            program.add(
-                gemm(self._spec(PANEL_TOKENS)), -(-tiles // 2), 1, *arguments,
-                rows // PANEL_TOKENS, touched=self.nbytes,
-            )  # fmt: skip
-        else:
-            chunk = _CHUNK_BYTES * tiles // self.nbytes
-            program.add(gemv(self._spec(rows)), tiles, chunk, *arguments, touched=self.nbytes)
+        program.add(
+            multiply(self._spec(tokens)), self._pairs, self._chunk, self.codes, self.scales, self.k,
+            *to, *end, blocks, touched=self.nbytes,
+        )  # fmt: skip
 
-    def _record_float(self, x: Buffer, rows: int, end: tuple[int, ...]) -> None:
+    def _record_float(self, x: Buffer, tokens: int, blocks: int, end: tuple[int, ...]) -> None:
         program = x.program
-        acts = program.buffer(x.rows, self.k, np.float32, rows)
+        acts = program.buffer(1, blocks * tokens * self.k, np.float32)
         program.add(
-            norm_rows(), x.rows, 1, x.address, x.stride_bytes, x.columns, self.gain, self.shift,
-            self.epsilon, self.k, acts.address, acts.stride_bytes,
+            spread_rows(), x.rows, 1, x.address, x.stride_bytes, x.columns, self.gain, self.shift,
+            self.epsilon, self.k, acts.address, tokens,
         )  # fmt: skip
-        tokens, tiles = min(rows, PANEL_TOKENS), -(-self.n // TILE)
         program.add(
-            float_gemm(self._spec(tokens)), tiles, _CHUNK_BYTES * tiles // self.nbytes, self.codes,
-            self.k, acts.address, acts.stride_bytes, *end, rows // tokens, touched=self.nbytes,
+            multiply_float(self._spec(tokens)), self._pairs, self._chunk, self.codes, self.k,
+            acts.address, *end, blocks, touched=self.nbytes,
         )  # fmt: skip
+
+    @property
+    def _pairs(self) -> int:
+        return -(-self.n // (2 * TILE))
+
+    @property
+    def _chunk(self) -> int:
+        return _CHUNK_BYTES * self._pairs // self.nbytes

@@ -1,20 +1,17 @@
 """Matrix products on weight tiles: y[m, n] = sum over k of x[m, k] * W[n, k].
 
-Two micro-kernels, each a generator of LLVM IR for one scheme, group size, tier and number of
-tokens:
-
-- `gemv_tile`: one tile (16 rows) against 1, 4 or 8 tokens, straight from the packed codes. Decode.
-  Reads each weight byte once: bytes touched = the tile's codes and scales.
-- `gemm_panel`: 32 rows that `unpack_tile` spread out into bytes, against 8 tokens. Prefill: the
-  panel (32 x K bytes, in the level-2 cache) is unpacked once and used for all tokens.
+One micro-kernel, a generator of LLVM IR for one scheme, group size, tier and number of tokens: one
+or two tiles (16 rows each) against a block of tokens, straight from the packed codes. Prompts run
+through it block by block: their codes are unpacked anew for each, which costs less than writing and
+reading what was unpacked (docs/experiments.md).
 
 Integer schemes sum int8 products exactly in int32 within a group and fold groups in order with one
 fused multiply-add, y = fma(float(sum), weight scale * activation scale, y). The float schemes do
 the same with a float32 partial sum per group. So an element of y has the same bits whichever
 kernel, batch or thread computed it.
 
-Both end in the same epilogue, y = gelu(product + bias) + add, and write whole lanes: rows of y are
-padded to pairs of tiles.
+Each ends in the same epilogue, y = gelu(product + bias) + add, and writes whole lanes: rows of y
+are padded to pairs of tiles.
 """
 
 from __future__ import annotations
@@ -30,9 +27,8 @@ from numba.extending import intrinsic
 
 from bloomq.backends.numba_cpu.simd import F32, I32, I64, LANES, V16F, V16H, V64B, Vectors
 
-_PANEL_K4_BYTES = 128  # a panel's bytes for 4 columns: 2 tiles x 16 rows x 4
-_PANEL_K4 = 2  # columns / 4 of a loop step: more, and LLVM spills what it loads early
-PANEL_TOKENS = 8  # tokens of a gemm_panel call: 8 x 2 int32 accumulators of 32 registers
+# Weights are asked for so far ahead: some 100 ns at full bandwidth.
+_AHEAD_BYTES = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +49,12 @@ class Spec:
         return cls(scheme, int(group), tier, int(tokens))
 
     @property
+    def tiles(self) -> int:
+        """Tiles of a call: with 32 registers of 16 lanes two, which share each activation loaded;
+        with 16 of 8 lanes one, as soon as there are several tokens."""
+        return 2 if self.tier == "avx512-vnni" or self.tokens == 1 else 1
+
+    @property
     def signed(self) -> bool:
         """Are the weight bytes signed (int8, and nf4's code book), or nibbles 0..15?"""
         return self.scheme != "int4"
@@ -65,6 +67,12 @@ class Spec:
     def bytes_per_k4(self) -> int:
         """Code bytes of 16 rows x 4 columns."""
         return 64 if self.scheme == "int8" else 32
+
+
+def token_blocks(tier: str) -> tuple[int, ...]:
+    """The numbers of tokens that micro-kernels are made for, ascending: their sums fill half of the
+    tier's registers."""
+    return (1, 4, 8) if tier == "avx512-vnni" else (1, 4)
 
 
 def weight_offset(scheme: str, tier: str) -> int:
@@ -88,50 +96,62 @@ def _emitter(emit: Any, spec: Any, arguments: tuple[Any, ...], end: Any = None) 
 
 
 @intrinsic(prefer_literal=True)
-def gemv_tile(
-    typingctx: Any, spec: Any, codes: Any, scales: Any, acts: Any, act_stride: Any,
-    act_scales: Any, act_sums: Any, groups: Any, end: Any,
+def multiply_tiles(
+    typingctx: Any, spec: Any, codes: Any, tile_codes: Any, scales: Any, tile_scales: Any,
+    acts: Any, act_scales: Any, act_sums: Any, groups: Any, end: Any,
 ) -> Any:  # fmt: skip
-    """y [tokens, 16] = the products of one tile with `tokens` rows of activations, finished.
+    """y [tokens, 16 * tiles] = the products of `spec.tiles` tiles with `spec.tokens` rows of
+    activations, finished.
 
-    acts: int8 [tokens, act_stride] (float schemes: float32, stride in bytes); act_scales float32
-    and act_sums int32 [tokens, groups]; end: (bias, gelu, add, y, stride of y in bytes), see
-    `_emit_end`. All others after `spec` are addresses or sizes, int64.
+    A tile's codes and scales lie tile_codes and tile_scales bytes after the last one's. acts: int8
+    [K/4, tokens, 4] (float schemes: float32 [K, tokens]): as rows they would lie a multiple of 4 KB
+    apart, in one set of the cache. act_scales float32 and act_sums int32 [groups, tokens]. end:
+    (bias, gelu, add, y, stride of y in bytes), see `_emit_end`. All others after `spec` are
+    addresses or sizes, int64.
     """
-    rest = (codes, scales, acts, act_stride, act_scales, act_sums, groups)
-    return _emitter(_emit_gemv, spec, rest, end)
+    rest = (codes, tile_codes, scales, tile_scales, acts, act_scales, act_sums, groups)
+    return _emitter(_emit_product, spec, rest, end)
 
 
-def _emit_gemv(
-    v: Vectors, spec: Spec, codes: ir.Value, scales: ir.Value, acts: ir.Value,
-    act_stride: ir.Value, act_scales: ir.Value, act_sums: ir.Value, groups: ir.Value,
-    end: ir.Value,
+def _emit_product(
+    v: Vectors, spec: Spec, codes: ir.Value, tile_codes: ir.Value, scales: ir.Value,
+    tile_scales: ir.Value, acts: ir.Value, act_scales: ir.Value, act_sums: ir.Value,
+    groups: ir.Value, end: ir.Value,
 ) -> None:  # fmt: skip
-    b = v.b
-    zero = v.constant(V16F, 0.0)
-    totals = [cgutils.alloca_once_value(b, zero) for _ in range(spec.tokens)]
-    for total in totals:  # the slots are the caller's frame's: used again by the next tile
-        b.store(zero, total)
-    rows = [v.at(acts, b.mul(I64(t), act_stride)) for t in range(spec.tokens)]
-    meta = [b.mul(b.mul(I64(t), groups), I64(4)) for t in range(spec.tokens)]
+    """The int32 sums live in registers through a group; the float32 totals, [tokens][tiles][16] in
+    memory, are touched once a group."""
+    b, tokens = v.b, spec.tokens
+    tiles = [v.at(codes, b.mul(I64(i), tile_codes)) for i in range(spec.tiles)]
+    tile_scale = [v.at(scales, b.mul(I64(i), tile_scales)) for i in range(spec.tiles)]
+    totals = _scratch(v, spec.tiles * tokens)
+    slots = [v.at(totals, 4 * LANES * i) for i in range(spec.tiles * tokens)]
+    for slot in slots:
+        v.store(v.constant(V16F, 0.0), slot)
     with cgutils.for_range(b, groups, intp=I64) as loop:
         g = loop.index
         if spec.is_float:
-            sums = _group_float(v, spec, codes, rows, g)
-            for total, part in zip(totals, sums, strict=True):
-                b.store(b.fadd(b.load(total, typ=V16F), part), total)
+            parts = _group_float(v, spec, tiles, acts, g)
+            for slot, part in zip(slots, parts, strict=True):
+                v.store(b.fadd(v.load(slot, V16F), part), slot)
         else:
-            at = [v.at(offset, b.mul(g, I64(4))) for offset in meta]
-            start = [v.broadcast(v.at(act_sums, o), I32) for o in at]
-            sums = _group_int(v, spec, codes, rows, g, start)
-            weight_scale = _load_scales(v, spec, scales, g)
-            for total, part, o in zip(totals, sums, at, strict=True):
-                scale = b.fmul(weight_scale, v.broadcast(v.at(act_scales, o), F32))
-                b.store(v.fma(b.sitofp(part, V16F), scale, b.load(total, typ=V16F)), total)
-    scratch = _scratch(v, spec.tokens)
-    for t, total in enumerate(totals):
-        v.store(b.load(total, typ=V16F), v.at(scratch, 4 * LANES * t))
-    _emit_end(v, scratch, spec.tokens, 1, end)
+            meta = b.mul(g, I64(4 * tokens))
+            start = [v.broadcast(v.at(v.at(act_sums, meta), 4 * t), I32) for t in range(tokens)]
+            sums = _group_int(v, spec, tiles, acts, g, [s for s in start for _ in tiles])
+            weight_scales = [_load_scales(v, spec, at, g) for at in tile_scale]
+            _fold(v, sums, weight_scales, v.at(act_scales, meta), slots)
+    _emit_end(v, totals, tokens, spec.tiles, end)
+
+
+def _fold(
+    v: Vectors, sums: list[ir.Value], weight_scales: list[ir.Value], act_scales: ir.Value,
+    totals: list[ir.Value],
+) -> None:  # fmt: skip
+    """totals = fma(float(sum), weight scale * activation scale, totals), [tokens][tiles][16]."""
+    b = v.b
+    for i, (slot, part) in enumerate(zip(totals, sums, strict=True)):
+        t, tile = divmod(i, len(weight_scales))
+        scale = b.fmul(weight_scales[tile], v.broadcast(v.at(act_scales, 4 * t), F32))
+        v.store(v.fma(b.sitofp(part, V16F), scale, v.load(slot, V16F)), slot)
 
 
 def _scratch(v: Vectors, vectors: int) -> ir.Value:
@@ -205,138 +225,53 @@ def _accumulate(
 
 
 def _group_int(
-    v: Vectors, spec: Spec, codes: ir.Value, rows: list[ir.Value], g: ir.Value,
+    v: Vectors, spec: Spec, tiles: list[ir.Value], acts: ir.Value, g: ir.Value,
     start: list[ir.Value],
 ) -> list[ir.Value]:  # fmt: skip
-    """int32 sums [tokens][16 rows] over one group, 32 columns to an iteration."""
+    """int32 sums [tokens][tiles][16 rows] over one group, 16 columns to an iteration: with 32 of
+    them LLVM loads ahead of the accumulators, and spills."""
     k_base = v.b.mul(g, I64(spec.group))
-    step_bytes = 8 * spec.bytes_per_k4
+    columns = 16
+    step_bytes = columns // 4 * spec.bytes_per_k4
 
     def body(step: ir.Value, sums: list[ir.Value]) -> None:
-        k32 = v.at(k_base, v.b.mul(step, I64(32)))
-        source = v.at(codes, v.b.mul(k32, I64(step_bytes // 32)))
-        at = [v.at(row, k32) for row in rows]
-        k = 0
+        k = v.at(k_base, v.b.mul(step, I64(columns)))
+        offset = v.b.mul(k, I64(spec.bytes_per_k4 // 4))
+        source = [v.at(tile, offset) for tile in tiles]
+        block = v.at(acts, v.b.mul(k, I64(spec.tokens)))
         for chunk in range(0, step_bytes, 64):
-            for weights in _weight_bytes(v, spec, v.at(source, chunk)):
-                for t, row in enumerate(at):
-                    acts = v.broadcast4(v.at(row, k))
-                    sums[t] = v.dot4(sums[t], weights, acts, spec.signed)
-                k += 4
+            for at in source:
+                v.prefetch(v.at(at, chunk + _AHEAD_BYTES))
+            unpacked = zip(*(_weight_bytes(v, spec, v.at(at, chunk)) for at in source), strict=True)
+            for weights in unpacked:  # 4 columns of each tile
+                for t in range(spec.tokens):
+                    four = v.broadcast4(v.at(block, 4 * t))
+                    for tile, bytes_ in enumerate(weights):
+                        i = spec.tiles * t + tile
+                        sums[i] = v.dot4(sums[i], bytes_, four, spec.signed)
+                block = v.at(block, 4 * spec.tokens)
 
-    return _accumulate(v, start, spec.group // 32, body)
+    return _accumulate(v, start, spec.group // columns, body)
 
 
 def _group_float(
-    v: Vectors, spec: Spec, values: ir.Value, rows: list[ir.Value], g: ir.Value
+    v: Vectors, spec: Spec, tiles: list[ir.Value], acts: ir.Value, g: ir.Value
 ) -> list[ir.Value]:
-    """float32 sums [tokens][16 rows] over the columns of one group, 16 columns to an iteration."""
+    """float32 sums [tokens][tiles][16 rows] over the columns of one group, 8 to an iteration."""
     column_bytes = LANES * (4 if spec.scheme == "f32" else 2)
-    k_base = v.b.mul(g, I64(spec.group))
+    k_base, columns = v.b.mul(g, I64(spec.group)), 8
 
     def body(step: ir.Value, sums: list[ir.Value]) -> None:
-        k16 = v.at(k_base, v.b.mul(step, I64(16)))
-        source = v.at(values, v.b.mul(k16, I64(column_bytes)))
-        at = [v.at(row, v.b.mul(k16, I64(4))) for row in rows]
-        for k in range(16):
-            weights = v.load_float(v.at(source, k * column_bytes), spec.scheme)
-            for t, row in enumerate(at):
-                sums[t] = v.fma(weights, v.broadcast(v.at(row, 4 * k), F32), sums[t])
+        k = v.at(k_base, v.b.mul(step, I64(columns)))
+        source = [v.at(tile, v.b.mul(k, I64(column_bytes))) for tile in tiles]
+        block = v.at(acts, v.b.mul(k, I64(4 * spec.tokens)))
+        for column in range(columns):
+            weights = [v.load_float(v.at(at, column * column_bytes), spec.scheme) for at in source]
+            for t in range(spec.tokens):
+                x = v.broadcast(v.at(block, 4 * (spec.tokens * column + t)), F32)
+                for tile, values in enumerate(weights):
+                    i = spec.tiles * t + tile
+                    sums[i] = v.fma(values, x, sums[i])
 
-    return _accumulate(v, [v.constant(V16F, 0.0) for _ in rows], spec.group // 16, body)
-
-
-@intrinsic(prefer_literal=True)
-def unpack_tile(
-    typingctx: Any, spec: Any, codes: Any, scales: Any, groups: Any, panel: Any,
-    panel_scales: Any,
-) -> Any:  # fmt: skip
-    """Spread one tile of a pair into its half of a panel.
-
-    panel: prepared bytes [K/4, 2, 16, 4]; panel_scales: float32 [groups, 2, 16]; both addresses
-    already point at this tile's half.
-    """
-    return _emitter(_emit_unpack, spec, (codes, scales, groups, panel, panel_scales))
-
-
-def _emit_unpack(
-    v: Vectors, spec: Spec, codes: ir.Value, scales: ir.Value, groups: ir.Value,
-    panel: ir.Value, panel_scales: ir.Value,
-) -> None:  # fmt: skip
-    b = v.b
-    group_bytes = spec.group // 4 * spec.bytes_per_k4
-    with cgutils.for_range(b, groups, intp=I64) as loop:
-        g = loop.index
-        source = v.at(codes, b.mul(g, I64(group_bytes)))
-        target = v.at(panel, b.mul(g, I64(spec.group // 4 * _PANEL_K4_BYTES)))
-        for chunk in range(0, group_bytes, 64):
-            for weights in _weight_bytes(v, spec, v.at(source, chunk)):
-                v.store(weights, target)
-                target = v.at(target, _PANEL_K4_BYTES)
-        scale = _load_scales(v, spec, scales, g)
-        v.store(scale, v.at(panel_scales, b.mul(g, I64(2 * 4 * LANES))))
-
-
-@intrinsic(prefer_literal=True)
-def gemm_panel(
-    typingctx: Any, spec: Any, panel: Any, panel_scales: Any, acts: Any, act_scales: Any,
-    act_sums: Any, groups: Any, end: Any,
-) -> Any:  # fmt: skip
-    """y [8, 32] = the products of a panel's 32 rows with a block of 8 tokens, finished.
-
-    acts: int8 [K/4, 8, 4]: as rows they would lie a multiple of 4 KB apart, in one set of the
-    cache; act_scales float32 and act_sums int32 [8, groups]; end: as in `gemv_tile`.
-    """
-    rest = (panel, panel_scales, acts, act_scales, act_sums, groups)
-    return _emitter(_emit_gemm, spec, rest, end)
-
-
-def _emit_gemm(
-    v: Vectors, spec: Spec, panel: ir.Value, panel_scales: ir.Value, acts: ir.Value,
-    act_scales: ir.Value, act_sums: ir.Value, groups: ir.Value, end: ir.Value,
-) -> None:  # fmt: skip
-    """16 int32 accumulators live in registers through a group; the float32 totals, in memory, are
-    touched once a group."""
-    b = v.b
-    meta = [b.mul(b.mul(I64(t), groups), I64(4)) for t in range(PANEL_TOKENS)]
-    scratch = _scratch(v, 2 * PANEL_TOKENS)
-    slots = [v.at(scratch, 4 * LANES * i) for i in range(2 * PANEL_TOKENS)]
-    for slot in slots:
-        v.store(v.constant(V16F, 0.0), slot)
-    with cgutils.for_range(b, groups, intp=I64) as loop:
-        g = loop.index
-        at = [v.at(offset, b.mul(g, I64(4))) for offset in meta]
-        start = [v.broadcast(v.at(act_sums, o), I32) for o in at]
-        sums = _group_panel(v, spec, panel, acts, g, start)
-        scales_at = v.at(panel_scales, b.mul(g, I64(2 * 4 * LANES)))
-        weight_scales = [v.load(v.at(scales_at, 4 * LANES * half), V16F) for half in range(2)]
-        act_scale = [v.broadcast(v.at(act_scales, o), F32) for o in at]
-        for i, slot in enumerate(slots):  # token i // 2, tile i % 2
-            scale = b.fmul(weight_scales[i % 2], act_scale[i // 2])
-            v.store(v.fma(b.sitofp(sums[i], V16F), scale, v.load(slot, V16F)), slot)
-    _emit_end(v, scratch, PANEL_TOKENS, 2, end)
-
-
-def _group_panel(
-    v: Vectors, spec: Spec, panel: ir.Value, acts: ir.Value, g: ir.Value, start: list[ir.Value]
-) -> list[ir.Value]:
-    """int32 sums [8 tokens x 2 halves][16 rows] over one group, in steps of _PANEL_K4 x 4
-    columns.
-    """
-    k_base = v.b.mul(g, I64(spec.group))
-
-    def body(step: ir.Value, sums: list[ir.Value]) -> None:
-        k = v.at(k_base, v.b.mul(step, I64(4 * _PANEL_K4)))
-        source = v.at(panel, v.b.mul(k, I64(_PANEL_K4_BYTES // 4)))
-        block = v.at(acts, v.b.mul(k, I64(PANEL_TOKENS)))
-        for k4 in range(_PANEL_K4):
-            here = v.at(source, _PANEL_K4_BYTES * k4)
-            weights = [v.load(v.at(here, 64 * half), V64B) for half in range(2)]
-            for t in range(PANEL_TOKENS):
-                four = v.broadcast4(v.at(block, 4 * (PANEL_TOKENS * k4 + t)))
-                for half in range(2):
-                    i = 2 * t + half
-                    sums[i] = v.dot4(sums[i], weights[half], four, spec.signed)
-
-    steps = spec.group // (4 * _PANEL_K4)
-    return _accumulate(v, [s for s in start for _ in range(2)], steps, body)
+    zero = v.constant(V16F, 0.0)
+    return _accumulate(v, [zero] * (spec.tiles * spec.tokens), spec.group // columns, body)

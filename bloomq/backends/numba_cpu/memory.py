@@ -71,9 +71,9 @@ def _pointer_to(dtype: Any) -> Any:
     return pointer
 
 
-_pointer_f32, _pointer_i32 = _pointer_to(types.float32), _pointer_to(types.int32)
+_pointer_f32, _pointer_f64 = _pointer_to(types.float32), _pointer_to(types.float64)
 _pointer_i8, _pointer_i64 = _pointer_to(types.int8), _pointer_to(types.int64)
-_pointer_u8, _pointer_f64 = _pointer_to(types.uint8), _pointer_to(types.float64)
+_pointer_u8 = _pointer_to(types.uint8)
 
 
 @njit
@@ -86,12 +86,6 @@ def floats(at, count):  # type: ignore[no-untyped-def]
 def doubles(at, count):  # type: ignore[no-untyped-def]
     """The float64 [count] at an address, as a view."""
     return carray(_pointer_f64(at), count)
-
-
-@njit
-def words(at, count):  # type: ignore[no-untyped-def]
-    """The int32 [count] at an address, as a view."""
-    return carray(_pointer_i32(at), count)
 
 
 @njit

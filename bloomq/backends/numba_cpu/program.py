@@ -31,6 +31,7 @@ Array = NDArray[Any]
 Number = int | float
 
 LINE = 64  # bytes of a cache line; what kernels align their vectors to
+_ROWS = 8  # buffers of several rows have whole blocks of tokens
 _ROW = 2 * LINE  # rows of a buffer are padded to this: a pair of weight tiles writes as much
 _OPERATION = 4  # int64 of an operation: kernel, arguments, units, units of a chunk
 _COUNTERS = 2 * LINE // 8  # int64 of an operation's counters, a cache line each: taken, done
@@ -82,9 +83,12 @@ class Program:
         self._free: dict[int, list[Array]] = defaultdict(list)
         self._alive: list[object] = []  # what addresses in the arguments point into
 
-    def buffer(self, rows: int, columns: int, dtype: type[np.generic], padded_rows: int) -> Buffer:
+    def buffer(self, rows: int, columns: int, dtype: type[np.generic]) -> Buffer:
         """Memory for an intermediate, of any content."""
-        size = np.dtype(dtype).itemsize
+        size, padded_rows = (
+            np.dtype(dtype).itemsize,
+            -(-rows // _ROWS) * _ROWS if rows > 1 else rows,
+        )
         stride = -(-columns * size // _ROW) * _ROW
         count = padded_rows * stride
         memory = self._free[count].pop() if self._free[count] else _aligned(count)

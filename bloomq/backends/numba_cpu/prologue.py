@@ -10,24 +10,18 @@ import math
 from functools import lru_cache
 from typing import Any
 
+import llvmlite.ir as ir
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from bloomq.backends.numba_cpu.jit import kernel
-from bloomq.backends.numba_cpu.memory import (
-    address,
-    as_float,
-    codes,
-    fields,
-    floats,
-    keep,
-    words,
-)
+from bloomq.backends.numba_cpu.memory import address, as_float, fields, floats, keep
+from bloomq.backends.numba_cpu.simd import I32, I64, LANES, V16B, V16F, Vectors
 
 # Sums may be vectorised; NaN and infinity keep their meaning (fastmath=True would drop them).
 _VECTOR_SUMS = {"reassoc", "contract", "nsz"}
-_NOT_FINITE = 0x7F800000  # as bits: exponent all ones, which NaN and infinity share
-BLOCK = 8  # rows that a block of interleaved activations holds
 
 
 @njit(fastmath=_VECTOR_SUMS, error_model="numpy")
@@ -47,112 +41,130 @@ def norm_row(x, gain, bias, epsilon, out):  # type: ignore[no-untyped-def]
         out[i] = (x[i] - mean) * inverse * gain[i] + bias[i]
 
 
-@njit(error_model="numpy")
-def quantize_row(x, group, offset, out, scales, sums):  # type: ignore[no-untyped-def]
-    """int8 codes of one row, with one scale for each `group` of it.
+@intrinsic(prefer_literal=True)
+def quantize_row(
+    typingctx: Any, spec: Any, x: Any, groups: Any, offset: Any, codes: Any, step: Any,
+    scales: Any, sums: Any,
+) -> Any:  # fmt: skip
+    """int8 codes of one row of `groups` whole groups, with one scale for each; see
+    `Vectors.to_int8`.
 
-    out = round(x * 127 / largest), half to even; scales = largest / 127; sums = -offset times the
-    sum of a group's codes. A group of zeros has scale 0. A group with NaN or infinity has scale
-    NaN, so that the result says so.
+    spec: "tier/group"; codes, scales (float32) and sums (int32; -offset times the sum of a group's
+    codes): addresses of the first, each next four codes, scale or sum `step` bytes on.
     """
-    bits = x.view(np.int32)
-    rounder = np.float32(12582912)  # 1.5 x 2^23: adding it rounds to a whole number
-    for g in range(scales.shape[0]):
-        low = g * group
-        high = min(low + group, x.shape[0])
-        peak_bits = np.int32(0)
-        for i in range(low, high):  # the magnitudes of floats order like their bits
-            peak_bits = max(peak_bits, bits[i] & np.int32(0x7FFFFFFF))
-        peak = np.int32(peak_bits).view(np.float32)
-        if peak_bits >= _NOT_FINITE:
-            scales[g] = np.float32(np.nan)
-            inverse = np.float32(0)
-        elif peak < np.float32(1e-30):  # 127 / peak must not overflow
-            scales[g] = np.float32(0)
-            inverse = np.float32(0)
-        else:
-            scales[g] = peak / np.float32(127)
-            inverse = np.float32(127) / peak
-        total = np.int32(0)
-        for i in range(low, high):
-            whole = x[i] * inverse + rounder
-            code = np.int32(whole - rounder)
-            out[i] = np.int8(code)
-            total += code
-        sums[g] = np.int32(-offset) * total
+    tier, group = spec.literal_value.split("/")
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _emit_quantize(Vectors(builder, tier), int(group), *args[1:])
+        return context.get_dummy_value()
+
+    return types.void(spec, *[types.int64] * 7), codegen
 
 
-@njit(error_model="numpy")
-def _normed(x, gain, shift, epsilon, out):  # type: ignore[no-untyped-def]
-    """x after the norm whose gain and shift are at these addresses (gain 0: x itself), in `out`."""
-    if gain == 0:
-        return x
-    n = x.shape[0]
-    norm_row(x, floats(gain, n), floats(shift, n), epsilon, out)
-    return out
+def _emit_quantize(
+    v: Vectors, group: int, x: ir.Value, groups: ir.Value, offset: ir.Value, codes: ir.Value,
+    step: ir.Value, scales: ir.Value, sums: ir.Value,
+) -> None:  # fmt: skip
+    b = v.b
+    fours = ir.VectorType(I32, LANES // 4)
+    with cgutils.for_range(b, groups, intp=I64) as loop:
+        source = v.at(x, b.mul(loop.index, I64(4 * group)))
+        values = [v.load(v.at(source, 4 * i), V16F) for i in range(0, group, LANES)]
+        parts, scale = v.to_int8(values)
+        total = parts[0]
+        for part in parts[1:]:
+            total = b.add(total, part)
+        total = v.call("llvm.vector.reduce.add.v16i32", I32, [total])
+        target = v.at(codes, b.mul(loop.index, b.mul(step, I64(group // 4))))
+        for part in parts:
+            packed = b.bitcast(b.trunc(part, V16B), fours)
+            for i in range(LANES // 4):
+                v.store(b.extract_element(packed, I32(i)), target)
+                target = v.at(target, step)
+        at = b.mul(loop.index, step)
+        v.store(scale, v.at(scales, at))
+        v.store(b.mul(b.neg(b.trunc(offset, I32)), total), v.at(sums, at))
 
 
-@lru_cache(maxsize=1)
-def prepare() -> Any:
-    """The prologue of the integer products. Units: rows, or blocks of 8 where `interleaved`.
+@lru_cache(maxsize=8)
+def prepare(tier: str, group: int) -> Any:
+    """The prologue of the integer products. Units: rows.
 
     Arguments: x, stride of x in bytes, C, gain (0: no norm), shift, epsilon, K (C padded to whole
-    groups), group, offset, codes, scales, sums, M, interleaved. codes int8 [M, K], or
-    [M/8, K/4, 8, 4] as `gemm_panel` reads them; scales float32 and sums int32 [M, K/group].
+    groups), offset, codes, scales, sums, tokens of a block. Results lie as the products read them,
+    blocks of tokens interleaved: codes int8 [blocks, K/4, tokens, 4]; scales float32 and sums int32
+    [blocks, K/group, tokens].
     """
+    spec = f"{tier}/{group}"
 
     @kernel
     def prepare(arguments, first, last):  # type: ignore[no-untyped-def]
-        (
-            x, stride, c, gain, shift, epsilon, k, group, offset, to_codes, to_scales, to_sums, m,
-            interleaved,
-        ) = fields(arguments, 14)  # fmt: skip
+        x, stride, c, gain, shift, epsilon, k, offset, codes, scales, sums, tokens = fields(
+            arguments, 12
+        )
         groups = k // group
-        normed = np.empty(c, np.float32)
-        lone = np.zeros(k, np.int8)
-        for unit in range(first, last):
-            begin, end = (BLOCK * unit, min(BLOCK * unit + BLOCK, m)) if interleaved else (
-                unit, unit + 1
+        padded = np.zeros(k, np.float32)
+        for row in range(first, last):
+            source = x + row * stride
+            if gain:
+                norm_row(
+                    floats(source, c), floats(gain, c), floats(shift, c), as_float(epsilon),
+                    padded[:c],
+                )  # fmt: skip
+                source = address(padded)
+            elif c < k:
+                padded[:c] = floats(source, c)
+                source = address(padded)
+            block, t = row // tokens, row % tokens
+            meta = 4 * (block * groups * tokens + t)
+            quantize_row(
+                spec, source, groups, offset, codes + block * k * tokens + 4 * t, 4 * tokens,
+                scales + meta, sums + meta,
             )  # fmt: skip
-            for row in range(begin, end):
-                values = _normed(
-                    floats(x + row * stride, c), gain, shift, as_float(epsilon), normed
-                )
-                scales = floats(to_scales + 4 * row * groups, groups)
-                sums = words(to_sums + 4 * row * groups, groups)
-                if interleaved:
-                    quantize_row(values, group, offset, lone, scales, sums)
-                    fours = words(address(lone), k // 4)
-                    block = words(to_codes + begin * k, 2 * k)
-                    for k4 in range(k // 4):
-                        block[BLOCK * k4 + row - begin] = fours[k4]
-                else:
-                    out = codes(to_codes + row * k, k)
-                    out[c:] = np.int8(0)
-                    quantize_row(values, group, offset, out, scales, sums)
-        keep(lone)
+        keep(padded)
 
     return prepare
 
 
 @lru_cache(maxsize=1)
-def norm_rows() -> Any:
-    """The prologue of the float products, and the embedding's norm. Units: rows.
+def spread_rows() -> Any:
+    """The prologue of the float products. Units: rows.
 
-    Arguments: x, stride of x in bytes, C, gain (0: no norm), shift, epsilon, K, out, stride of out
-    in bytes. out: float32 rows of K >= C, the rest zeros.
+    Arguments: x, stride of x in bytes, C, gain (0: no norm), shift, epsilon, K >= C, out, tokens of
+    a block. out: float32 [blocks, K, tokens], zeros beyond C.
+    """
+
+    @kernel
+    def spread_rows(arguments, first, last):  # type: ignore[no-untyped-def]
+        x, stride, c, gain, shift, epsilon, k, out, tokens = fields(arguments, 9)
+        row_of = np.zeros(k, np.float32)
+        for row in range(first, last):
+            source = floats(x + row * stride, c)
+            if gain:
+                norm_row(source, floats(gain, c), floats(shift, c), as_float(epsilon), row_of[:c])
+            else:
+                row_of[:c] = source
+            target = floats(out + 4 * (row // tokens * k * tokens + row % tokens), k * tokens)
+            for column in range(k):
+                target[column * tokens] = row_of[column]
+
+    return spread_rows
+
+
+@lru_cache(maxsize=1)
+def norm_rows() -> Any:
+    """A norm on its own, as the embedding needs it. Units: rows.
+
+    Arguments: x, stride of x in bytes, C, gain, shift, epsilon, out, stride of out in bytes.
     """
 
     @kernel
     def norm_rows(arguments, first, last):  # type: ignore[no-untyped-def]
-        x, stride, c, gain, shift, epsilon, k, out, out_stride = fields(arguments, 9)
+        x, stride, c, gain, shift, epsilon, out, out_stride = fields(arguments, 8)
         for row in range(first, last):
-            source = floats(x + row * stride, c)
-            target = floats(out + row * out_stride, k)
-            target[c:] = np.float32(0)
-            if gain == 0:
-                target[:c] = source
-            else:
-                norm_row(source, floats(gain, c), floats(shift, c), as_float(epsilon), target[:c])
+            norm_row(
+                floats(x + row * stride, c), floats(gain, c), floats(shift, c), as_float(epsilon),
+                floats(out + row * out_stride, c),
+            )  # fmt: skip
 
     return norm_rows

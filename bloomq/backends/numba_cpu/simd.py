@@ -59,6 +59,15 @@ class Vectors:
     def store(self, value: ir.Value, address: ir.Value, align: int = 1) -> None:
         self.b.store(value, self.b.inttoptr(address, ir.PointerType()), align=align)
 
+    def prefetch(self, address: ir.Value) -> None:
+        """Ask for the cache line at an address, which need not be there."""
+        pointer = self.b.inttoptr(address, ir.PointerType())
+        signature = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        function = self.b.module.globals.get("llvm.prefetch.p0")
+        if function is None:
+            function = ir.Function(self.b.module, signature, "llvm.prefetch.p0")
+        self.b.call(function, [pointer, I32(0), I32(3), I32(1)])  # to read, into all levels, data
+
     def splat(self, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
         """A vector with the scalar in every lane."""
         vector = ir.VectorType(scalar.type, lanes)
@@ -103,26 +112,36 @@ class Vectors:
 
     def exp(self, x: ir.Value) -> ir.Value:
         """e**x in 16 lanes: relative error below 2e-7; 0 under -87.3 (where float32 underflows),
-        capped at e**88; exact 1 at 0; NaN stays NaN.
-
-        Range reduction x = n ln 2 + r with ln 2 in two parts, then a degree-6 polynomial.
-        Source: Cephes expf.
-        """
+        capped at e**88; exact 1 at 0; NaN stays NaN."""
         b = self.b
-        capped = self.call("llvm.minnum.v16f32", V16F, [x, self.constant(V16F, 88.0)])
-        capped = self.call("llvm.maxnum.v16f32", V16F, [capped, self.constant(V16F, -87.3)])
-        n = self.call("llvm.rint.v16f32", V16F, [b.fmul(capped, self.constant(V16F, _LOG2_E))])
-        r = self.fma(n, self.constant(V16F, -0.693359375), capped)
+        above = b.fcmp_ordered(">", x, self.constant(V16F, 88.0))
+        y = self._exp_in_range(b.select(above, self.constant(V16F, 88.0), x))
+        below = b.fcmp_ordered("<", x, self.constant(V16F, -87.3))
+        return b.select(below, _zero(V16F), y)
+
+    def exp_from(self, least: float, x: ir.Value) -> ir.Value:
+        """e**x for x <= 0, as `exp`; 0 where x is below `least` (at least -87)."""
+        faint = self.b.fcmp_ordered("<", x, self.constant(V16F, least))
+        return self.b.select(faint, _zero(V16F), self._exp_in_range(x))
+
+    def _exp_in_range(self, x: ir.Value) -> ir.Value:
+        """e**x for x from -87.3 to 88, NaN for NaN.
+
+        Range reduction x = n ln 2 + r with ln 2 in two parts, then a degree-6 polynomial; n is
+        rounded by adding 1.5 x 2^23, which leaves it in the sum's low bits. Source: Cephes expf.
+        """
+        b, rounder = self.b, self.constant(V16F, 12582912.0)
+        shifted = self.fma(x, self.constant(V16F, _LOG2_E), rounder)
+        n = b.fsub(shifted, rounder)
+        r = self.fma(n, self.constant(V16F, -0.693359375), x)
         r = self.fma(n, self.constant(V16F, 2.12194440e-4), r)
         p = self.constant(V16F, _EXP_POLYNOMIAL[0])
         for coefficient in _EXP_POLYNOMIAL[1:]:
             p = self.fma(p, r, self.constant(V16F, coefficient))
         p = self.fma(p, b.fmul(r, r), b.fadd(r, self.constant(V16F, 1.0)))
-        exponent = b.add(b.fptosi(n, V16I), self.constant(V16I, 127))
-        power = b.bitcast(b.shl(exponent, self.constant(V16I, 23)), V16F)
-        y = b.fmul(p, power)
-        y = b.select(b.fcmp_ordered("<", x, self.constant(V16F, -87.3)), _zero(V16F), y)
-        return b.select(b.fcmp_unordered("uno", x, x), x, y)
+        exponent = b.shl(b.bitcast(shifted, V16I), self.constant(V16I, 23))
+        power = b.bitcast(b.add(exponent, self.constant(V16I, 127 << 23)), V16F)
+        return b.fmul(p, power)
 
     def gelu(self, x: ir.Value) -> ir.Value:
         """BLOOM's gelu: x/2 (1 + tanh u), u = 0.79788456 x (1 + 0.044715 x^2), as x / (1 +
@@ -132,6 +151,37 @@ class Vectors:
         inner = self.fma(b.fmul(self.constant(V16F, 0.044715), x), x, self.constant(V16F, 1.0))
         u2 = b.fmul(b.fmul(self.constant(V16F, -2 * 0.79788456), x), inner)
         return b.fdiv(x, b.fadd(self.constant(V16F, 1.0), self.exp(u2)))
+
+    # -- int8 ----------------------------------------------------------------------------------
+
+    def to_int8(self, parts: list[ir.Value]) -> tuple[list[ir.Value], ir.Value]:
+        """16 floats each -> (int32 codes, their scale): codes = round(x * 127 / largest), half to
+        even; scale = largest / 127.
+
+        All zeros (below 1e-30, where 127 / largest would overflow): scale 0. NaN or infinity among
+        them: codes 0 and scale NaN, so that whatever is computed with them says so.
+        """
+        b = self.b
+        # The magnitudes of floats order like their bits; NaN and infinity come last.
+        magnitudes = [
+            b.and_(b.bitcast(part, V16I), self.constant(V16I, 0x7FFFFFFF)) for part in parts
+        ]
+        peak = magnitudes[0]
+        for other in magnitudes[1:]:
+            peak = self.call("llvm.smax.v16i32", V16I, [peak, other])
+        bits = self.call("llvm.vector.reduce.smax.v16i32", I32, [peak])
+        largest = b.bitcast(bits, F32)
+        finite = b.icmp_signed("<", bits, I32(_INFINITY_BITS))
+        zero = b.fcmp_ordered("<", largest, F32(1e-30))
+        scale = b.select(zero, F32(0.0), b.fdiv(largest, F32(127.0)))
+        inverse = b.fdiv(F32(127.0), largest)
+        inverse = b.select(b.and_(finite, b.not_(zero)), inverse, F32(0.0))
+        codes = []
+        for part in parts:
+            clean = b.select(finite, part, self.constant(V16F, 0.0))  # infinity * 0 is NaN
+            whole = self.call("llvm.rint.v16f32", V16F, [b.fmul(clean, self.splat(inverse))])
+            codes.append(b.fptosi(whole, V16I))
+        return codes, b.select(finite, scale, F32(float("nan")))
 
     # -- bytes ---------------------------------------------------------------------------------
 
@@ -248,6 +298,7 @@ class Vectors:
         return self.b.shuffle_vector(parts[0], parts[1], index)
 
 
+_INFINITY_BITS = 0x7F800000
 _LOG2_E = 1.44269504088896341
 _EXP_POLYNOMIAL = (
     1.9875691500e-4,
