@@ -14,8 +14,14 @@ from typing import Any
 import numpy as np
 
 from bloomq.backends.numba_cpu.jit import kernel
-from bloomq.backends.numba_cpu.matmul import Spec, multiply_tiles, token_blocks, weight_offset
-from bloomq.backends.numba_cpu.memory import fields
+from bloomq.backends.numba_cpu.matmul import (
+    Spec,
+    finish_tiles,
+    multiply_tiles,
+    token_blocks,
+    weight_offset,
+)
+from bloomq.backends.numba_cpu.memory import address, fields, keep
 from bloomq.backends.numba_cpu.program import Buffer
 from bloomq.backends.numba_cpu.prologue import prepare, spread_rows
 from bloomq.schemes import TILE, Scheme
@@ -23,6 +29,13 @@ from bloomq.schemes import TILE, Scheme
 # Weights that one thread takes at a time: long enough for the memory's streams to get going, short
 # enough to share a matrix of 1 MB evenly.
 _CHUNK_BYTES = 64 << 10
+
+
+# A prompt's blocks of tokens meet so many columns at a time: 8 KB of two int4 tiles stay in the
+# level-1 cache, beside 4 KB of a block's activations. A few blocks read whole rows, which streams
+# from memory while it computes.
+_COLUMNS = 512
+_FEW_BLOCKS = 4
 
 
 @lru_cache(maxsize=64)
@@ -34,26 +47,42 @@ def multiply(spec_text: str) -> Any:
     """
     spec = Spec.parse(spec_text)
     text, group, k4_bytes, tokens = spec_text, spec.group, spec.bytes_per_k4, spec.tokens
-    tiles, row_scales = spec.tiles, spec.scheme == "int8"
+    tiles, row_scales, columns = spec.tiles, spec.scheme == "int8", _COLUMNS
 
     @kernel
     def multiply(arguments, first, last):  # type: ignore[no-untyped-def]
         codes, scales, k, acts, act_scales, act_sums, bias, gelu, add, y, stride, blocks = fields(
             arguments, 12
         )
-        groups = k // group
-        tile_codes = k // 4 * k4_bytes
-        tile_scales = 64 if row_scales else groups * 32
+        groups, tile_codes = k // group, k // 4 * k4_bytes
+        tile_scales, group_scales = (64, 0) if row_scales else (groups * 32, 32)
+        part = groups if blocks <= _FEW_BLOCKS else columns // group
+        size = 4 * TILE * tiles * tokens  # bytes of a block's totals
+        totals = np.zeros((last - first) * blocks * 2 * TILE * tokens + TILE, np.float32)
+        start = (address(totals) + 63) // 64 * 64
+        for g in range(0, groups, part):
+            count = min(part, groups - g)
+            for block in range(blocks):
+                meta = 4 * tokens * (block * groups + g)
+                to = start + block * size
+                for tile in range(2 * first, 2 * last, tiles):
+                    multiply_tiles(
+                        text, codes + tile * tile_codes + g * group // 4 * k4_bytes, tile_codes,
+                        scales + tile * tile_scales + g * group_scales, tile_scales,
+                        acts + tokens * (block * k + g * group), act_scales + meta,
+                        act_sums + meta, count, to,
+                    )  # fmt: skip
+                    to += blocks * size
         for tile in range(2 * first, 2 * last, tiles):
             at = 64 * tile
             for block in range(blocks):
-                row, meta = at + tokens * block * stride, 4 * tokens * block * groups
-                end = (bias + at if bias else 0, gelu, add + row if add else 0, y + row, stride)
-                multiply_tiles(
-                    text, codes + tile * tile_codes, tile_codes, scales + tile * tile_scales,
-                    tile_scales, acts + tokens * block * k, act_scales + meta, act_sums + meta,
-                    groups, end,
+                row = at + tokens * block * stride
+                finish_tiles(
+                    text, start, bias + at if bias else 0, gelu, add + row if add else 0, y + row,
+                    stride,
                 )  # fmt: skip
+                start += size
+        keep(totals)
 
     return multiply
 
@@ -73,15 +102,21 @@ def multiply_float(spec_text: str) -> Any:
     def multiply_float(arguments, first, last):  # type: ignore[no-untyped-def]
         values, k, acts, bias, gelu, add, y, stride, blocks = fields(arguments, 9)
         size = k * column_bytes
+        totals = np.empty((tokens, tiles, TILE), np.float32)
         for tile in range(2 * first, 2 * last, tiles):
             at = 64 * tile
             for block in range(blocks):
                 row = at + tokens * block * stride
-                end = (bias + at if bias else 0, gelu, add + row if add else 0, y + row, stride)
+                totals[:] = np.float32(0)
                 multiply_tiles(
                     text, values + tile * size, size, 0, 0, acts + 4 * tokens * block * k, 0, 0,
-                    k // group, end,
+                    k // group, address(totals),
                 )  # fmt: skip
+                finish_tiles(
+                    text, address(totals), bias + at if bias else 0, gelu, add + row if add else 0,
+                    y + row, stride,
+                )  # fmt: skip
+        keep(totals)
 
     return multiply_float
 
@@ -131,36 +166,37 @@ class Product:
 
     def _record_int(self, x: Buffer, tokens: int, blocks: int, end: tuple[int, ...]) -> None:
         program, groups = x.program, self.k // self.scheme.group_size
+        # Rows of a block share cache lines, so one thread does them all.
         acts = program.buffer(1, blocks * tokens * self.k, np.int8)
         act_scales = program.buffer(1, blocks * tokens * groups, np.float32)
         act_sums = program.buffer(1, blocks * tokens * groups, np.int32)
         to = (acts.address, act_scales.address, act_sums.address)
         program.add(
-            prepare(self.tier, self.scheme.group_size), x.rows, 4, x.address, x.stride_bytes,
+            prepare(self.tier, self.scheme.group_size), x.rows, tokens, x.address, x.stride_bytes,
             x.columns, self.gain, self.shift, self.epsilon, self.k,
             weight_offset(self.scheme.name, self.tier), *to, tokens,
         )  # fmt: skip
         program.add(
-            multiply(self._spec(tokens)), self._pairs, self._chunk, self.codes, self.scales, self.k,
-            *to, *end, blocks, touched=self.nbytes,
+            multiply(self._spec(tokens)), self._pairs, self._chunk(blocks), self.codes, self.scales,
+            self.k, *to, *end, blocks, touched=self.nbytes,
         )  # fmt: skip
 
     def _record_float(self, x: Buffer, tokens: int, blocks: int, end: tuple[int, ...]) -> None:
         program = x.program
         acts = program.buffer(1, blocks * tokens * self.k, np.float32)
         program.add(
-            spread_rows(), x.rows, 1, x.address, x.stride_bytes, x.columns, self.gain, self.shift,
-            self.epsilon, self.k, acts.address, tokens,
+            spread_rows(), x.rows, tokens, x.address, x.stride_bytes, x.columns, self.gain,
+            self.shift, self.epsilon, self.k, acts.address, tokens,
         )  # fmt: skip
         program.add(
-            multiply_float(self._spec(tokens)), self._pairs, self._chunk, self.codes, self.k,
-            acts.address, *end, blocks, touched=self.nbytes,
+            multiply_float(self._spec(tokens)), self._pairs, self._chunk(blocks), self.codes,
+            self.k, acts.address, *end, blocks, touched=self.nbytes,
         )  # fmt: skip
 
     @property
     def _pairs(self) -> int:
         return -(-self.n // (2 * TILE))
 
-    @property
-    def _chunk(self) -> int:
-        return _CHUNK_BYTES * self._pairs // self.nbytes
+    def _chunk(self, blocks: int) -> int:
+        """Pairs that one thread takes at a time."""
+        return _CHUNK_BYTES * self._pairs // self.nbytes if blocks == 1 else 1

@@ -10,8 +10,8 @@ fused multiply-add, y = fma(float(sum), weight scale * activation scale, y). The
 the same with a float32 partial sum per group. So an element of y has the same bits whichever
 kernel, batch or thread computed it.
 
-Each ends in the same epilogue, y = gelu(product + bias) + add, and writes whole lanes: rows of y
-are padded to pairs of tiles.
+All end in one epilogue, y = gelu(product + bias) + add, which writes whole lanes: rows of y are
+padded to pairs of tiles.
 """
 
 from __future__ import annotations
@@ -83,50 +83,44 @@ def weight_offset(scheme: str, tier: str) -> int:
     return 128 if tier in ("avx512-vnni", "avx-vnni") else 0
 
 
-def _emitter(emit: Any, spec: Any, arguments: tuple[Any, ...], end: Any = None) -> Any:
-    """An intrinsic's (signature, codegen) for `emit(vectors, spec, *int64 arguments[, end])`."""
+def _emitter(emit: Any, spec: Any, arguments: tuple[Any, ...]) -> Any:
+    """An intrinsic's (signature, codegen) for `emit(vectors, spec, *int64 arguments)`."""
     parsed = Spec.parse(spec.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit(Vectors(builder, parsed.tier), parsed, *args[1:])
         return context.get_dummy_value()
 
-    tail = () if end is None else (types.UniTuple(types.int64, 5),)
-    return types.void(spec, *(types.int64 for _ in arguments), *tail), codegen
+    return types.void(spec, *(types.int64 for _ in arguments)), codegen
 
 
 @intrinsic(prefer_literal=True)
 def multiply_tiles(
     typingctx: Any, spec: Any, codes: Any, tile_codes: Any, scales: Any, tile_scales: Any,
-    acts: Any, act_scales: Any, act_sums: Any, groups: Any, end: Any,
+    acts: Any, act_scales: Any, act_sums: Any, groups: Any, totals: Any,
 ) -> Any:  # fmt: skip
-    """y [tokens, 16 * tiles] = the products of `spec.tiles` tiles with `spec.tokens` rows of
-    activations, finished.
+    """totals [tokens, tiles, 16] float32 += the products of `spec.tiles` tiles with `spec.tokens`
+    rows of activations, over `groups` groups of columns.
 
     A tile's codes and scales lie tile_codes and tile_scales bytes after the last one's. acts: int8
     [K/4, tokens, 4] (float schemes: float32 [K, tokens]): as rows they would lie a multiple of 4 KB
-    apart, in one set of the cache. act_scales float32 and act_sums int32 [groups, tokens]. end:
-    (bias, gelu, add, y, stride of y in bytes), see `_emit_end`. All others after `spec` are
-    addresses or sizes, int64.
+    apart, in one set of the cache. act_scales float32 and act_sums int32 [groups, tokens]. All
+    after `spec` are addresses or sizes, int64.
     """
-    rest = (codes, tile_codes, scales, tile_scales, acts, act_scales, act_sums, groups)
-    return _emitter(_emit_product, spec, rest, end)
+    rest = (codes, tile_codes, scales, tile_scales, acts, act_scales, act_sums, groups, totals)
+    return _emitter(_emit_product, spec, rest)
 
 
 def _emit_product(
     v: Vectors, spec: Spec, codes: ir.Value, tile_codes: ir.Value, scales: ir.Value,
     tile_scales: ir.Value, acts: ir.Value, act_scales: ir.Value, act_sums: ir.Value,
-    groups: ir.Value, end: ir.Value,
+    groups: ir.Value, totals: ir.Value,
 ) -> None:  # fmt: skip
-    """The int32 sums live in registers through a group; the float32 totals, [tokens][tiles][16] in
-    memory, are touched once a group."""
+    """The int32 sums live in registers through a group; the totals are touched once a group."""
     b, tokens = v.b, spec.tokens
     tiles = [v.at(codes, b.mul(I64(i), tile_codes)) for i in range(spec.tiles)]
     tile_scale = [v.at(scales, b.mul(I64(i), tile_scales)) for i in range(spec.tiles)]
-    totals = _scratch(v, spec.tiles * tokens)
     slots = [v.at(totals, 4 * LANES * i) for i in range(spec.tiles * tokens)]
-    for slot in slots:
-        v.store(v.constant(V16F, 0.0), slot)
     with cgutils.for_range(b, groups, intp=I64) as loop:
         g = loop.index
         if spec.is_float:
@@ -139,7 +133,6 @@ def _emit_product(
             sums = _group_int(v, spec, tiles, acts, g, [s for s in start for _ in tiles])
             weight_scales = [_load_scales(v, spec, at, g) for at in tile_scale]
             _fold(v, sums, weight_scales, v.at(act_scales, meta), slots)
-    _emit_end(v, totals, tokens, spec.tiles, end)
 
 
 def _fold(
@@ -154,25 +147,27 @@ def _fold(
         v.store(v.fma(b.sitofp(part, V16F), scale, v.load(slot, V16F)), slot)
 
 
-def _scratch(v: Vectors, vectors: int) -> ir.Value:
-    """The address of memory for so many vectors in the caller's frame. By address, so that LLVM
-    leaves it there instead of taking registers from the accumulators."""
-    memory = cgutils.alloca_once(v.b, ir.ArrayType(V16F, vectors))
-    return v.b.ptrtoint(memory, I64)
+@intrinsic(prefer_literal=True)
+def finish_tiles(
+    typingctx: Any, spec: Any, totals: Any, bias: Any, gelu: Any, add: Any, y: Any, stride: Any
+) -> Any:
+    """y [tokens, 16 * tiles] = gelu(totals + bias) + add.
 
-
-def _emit_end(v: Vectors, totals: ir.Value, tokens: int, tiles: int, end: ir.Value) -> None:
-    """y = gelu(totals + bias) + add, for totals [tokens][tiles][16] at an address.
-
-    end: bias (address of the tile's, 0: none), gelu (0 or 1), add (address of the tile's first
-    residual, 0: none), y (address of the tile's first output), stride of y and add in bytes.
+    bias: address of the tiles' (0: none); gelu: 0 or 1; add: address of the first residual (0:
+    none); y: address of the first output; stride: of y and add, in bytes.
     """
+    return _emitter(_emit_finish, spec, (totals, bias, gelu, add, y, stride))
+
+
+def _emit_finish(
+    v: Vectors, spec: Spec, totals: ir.Value, bias: ir.Value, gelu: ir.Value, add: ir.Value,
+    y: ir.Value, stride: ir.Value,
+) -> None:  # fmt: skip
     b = v.b
-    bias, gelu, add, y, stride = (b.extract_value(end, i) for i in range(5))
-    with cgutils.for_range(b, I64(tokens), intp=I64) as loop:  # a loop, since gelu is long
+    with cgutils.for_range(b, I64(spec.tokens), intp=I64) as loop:  # a loop, since gelu is long
         row = b.mul(loop.index, stride)
-        source = v.at(totals, b.mul(loop.index, I64(4 * LANES * tiles)))
-        for tile in range(tiles):
+        source = v.at(totals, b.mul(loop.index, I64(4 * LANES * spec.tiles)))
+        for tile in range(spec.tiles):
             at = 4 * LANES * tile
             slot = v.at(source, at)
             with b.if_then(b.icmp_signed("!=", bias, I64(0))):
