@@ -75,6 +75,8 @@ _model_options = _option_group(
     click.option("-t", "--threads", type=int, help="CPU threads.  [default: physical cores]"),
     click.option("-c", "--context", type=int,
                  help="Most tokens of prompt and output.  [default: as trained]"),
+    click.option("--cache-dtype", default="auto", show_default=True,
+                 help="Of keys and values: auto, f16, f32 or int8 (half of f16's memory)."),
 )  # fmt: skip
 _sampling_options = _option_group(
     click.option("-n", "--max-new-tokens", type=int, default=64, show_default=True,
@@ -100,15 +102,15 @@ _sampling_options = _option_group(
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 def generate(
     prompt: str | None, model: Path | None, backend: str, threads: int | None, context: int | None,
-    max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float,
-    seed: int | None, stop: tuple[str, ...], as_json: bool, quiet: bool,
+    cache_dtype: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
+    repetition_penalty: float, seed: int | None, stop: tuple[str, ...], as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Continue PROMPT (or standard input, when piped) and stream the text.
 
     One newline at the end of standard input is not part of the prompt.
     """
     text = _prompt_text(prompt)
-    loaded = _load(model, backend, threads, context, quiet)
+    loaded = _load(model, backend, threads, context, cache_dtype, quiet)
     with console.prefill_progress(quiet) as progress:
         stream = loaded.stream(
             text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -148,13 +150,14 @@ def _prompt_text(prompt: str | None) -> str:
 
 
 def _load(
-    model: Path | None, backend: str, threads: int | None, context: int | None, quiet: bool
-) -> LanguageModel:
+    model: Path | None, backend: str, threads: int | None, context: int | None, cache_dtype: str,
+    quiet: bool,
+) -> LanguageModel:  # fmt: skip
     from bloomq.loading import load
 
     if not quiet:
         console.announce_compilation()
-    loaded = load(model, backend=backend, threads=threads, context=context)
+    loaded = load(model, backend=backend, threads=threads, context=context, cache_dtype=cache_dtype)
     if not quiet:
         name = loaded.pack.path.name if model else "embedded demo"
         console.note(f"{name} on {loaded.backend.name} ({loaded.backend_reason})")
@@ -165,16 +168,17 @@ def _load(
 @_model_options
 @_sampling_options
 def chat(
-    model: Path | None, backend: str, threads: int | None, context: int | None, max_new_tokens: int,
-    temperature: float, top_k: int, top_p: float, repetition_penalty: float, seed: int | None,
-    stop: tuple[str, ...],
+    model: Path | None, backend: str, threads: int | None, context: int | None, cache_dtype: str,
+    max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float,
+    seed: int | None, stop: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Talk to a model, line by line: it continues the conversation so far.
 
     Plain BLOOMZ style: your line, a newline, the answer. Ctrl-C ends an answer, Ctrl-D (or the end
     of standard input) the conversation. The oldest lines go when the context is full.
     """
-    loaded = _load(model, backend, threads, context, quiet=not console.is_terminal(sys.stderr))
+    quiet = not console.is_terminal(sys.stderr)
+    loaded = _load(model, backend, threads, context, cache_dtype, quiet)
     turns: list[str] = []
     while (line := console.read_line()) is not None:
         if not line.strip():
@@ -288,11 +292,83 @@ def verify(pack: Path) -> None:
 
 @commands.command()
 @_model_options
-def warmup(model: Path | None, backend: str, threads: int | None, context: int | None) -> None:
+def warmup(
+    model: Path | None, backend: str, threads: int | None, context: int | None, cache_dtype: str
+) -> None:
     """Compile the kernels that a pack needs, so that its first use is as fast as the next."""
-    loaded = _load(model, backend, threads, context, quiet=False)
+    loaded = _load(model, backend, threads, context, cache_dtype, quiet=False)
     loaded.generate([[1] * 16], max_new_tokens=2)  # one prefill step, one decode step
     click.echo(f"ready: {loaded.backend.name} ({loaded.backend.description})")
+
+
+class _Numbers(click.ParamType):
+    """Whole numbers with commas between them."""
+
+    name = "N,..."
+
+    def convert(self, value: Any, param: Any, context: Any) -> list[int]:
+        if isinstance(value, list):
+            return value
+        try:
+            return [int(item) for item in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r}, expected whole numbers with commas between them", param, context)
+
+
+@commands.command()
+@click.option("-m", "--model", type=Path, help="Pack to load.  [default: the embedded demo]")
+@click.option(
+    "-p", "--prompt", type=_Numbers(), default="512", help="Prompt tokens; 0: none.  [512]"
+)
+@click.option(
+    "-n",
+    "--generate",
+    "generated",
+    type=_Numbers(),
+    default="64",
+    help="Tokens to produce; 0: none.  [64]",
+)
+@click.option("-d", "--depth", type=_Numbers(), default="0", help="Tokens of context before.  [0]")
+@click.option("-b", "--batch", type=_Numbers(), default="1", help="Rows at once.  [1]")
+@click.option("-t", "--threads", type=int, help="CPU threads.  [default: physical cores]")
+@click.option(
+    "-r", "--repetitions", type=int, default=5, show_default=True, help="Samples of each."
+)
+@click.option("--cache-dtype", default="auto", show_default=True, help="auto, f16, f32 or int8.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line for each test.")
+def bench(
+    model: Path | None, prompt: list[int], generated: list[int], depth: list[int], batch: list[int],
+    threads: int | None, repetitions: int, cache_dtype: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure prefill and decode beside this machine's ceilings.
+
+    pp512: a prompt of 512 tokens; tg64: 64 tokens produced; @ d2048: behind so many; x 8: in 8
+    rows. Ceilings are measured before every sample; %: of memory bandwidth for tg, of int8 products
+    for pp.
+    """
+    from bloomq.bench import Bench, peak_rss_mb, plan
+
+    tests = plan(prompt, generated, depth, batch)
+    loaded = _load(model, "numba", threads, None, cache_dtype, quiet=as_json)
+    run = Bench(loaded.causal_lm, loaded.pack)
+    facts = {
+        "model": loaded.pack.path.name if model else "demo", "pack_mb": loaded.pack.nbytes / 1e6,
+        "bits_per_weight": round(loaded.pack.bits_per_weight, 2), "bloomq": __version__,
+        "backend": loaded.backend.description, "load_s": round(loaded.load_s, 3),
+    }  # fmt: skip
+    if not as_json:
+        console.bench_header(facts, *run.ceilings())
+    for result in run.run(tests, repetitions):
+        row = run.row(result)
+        if as_json:
+            click.echo(json.dumps({**facts, **row, "peak_rss_mb": round(peak_rss_mb())}))
+        else:
+            console.bench_row(row)
+    if not as_json:
+        click.echo(
+            f"peak memory {peak_rss_mb():.0f} MB: the pack {facts['pack_mb']:.0f}, what ceilings are "
+            f"measured on {run.measuring_mb:.0f}, the rest libraries, caches and intermediates"
+        )
 
 
 if __name__ == "__main__":

@@ -146,3 +146,28 @@ def print_facts(facts: Mapping[str, Mapping[str, Any]]) -> None:
         click.secho(section, bold=True)
         for name, value in rows.items():
             click.echo(f"  {name:{width}}  {shown(str(value))}")
+
+
+def bench_header(facts: Mapping[str, Any], read_gb_s: float, dot_gmac_s: float) -> None:
+    """What is measured, the machine's ceilings, and the names of the columns."""
+    click.echo(
+        f"{facts['model']}: {facts['pack_mb']:.0f} MB, {facts['bits_per_weight']} bits per weight; "
+        f"{facts['backend']}\n"
+        f"ceilings: {read_gb_s:.1f} GB/s read, {dot_gmac_s:.0f} GMAC/s int8\n\n"
+        f"{'test':<20} {'tok/s':>9} {'+-':>7} {'ms p50':>8} {'p90':>8} {'rate':>12} {'of':>8} "
+        f"{'%':>6}"
+    )
+
+
+def bench_row(row: Mapping[str, Any]) -> None:
+    """One test's line."""
+    if "gb_s" in row:
+        steps = f"{row['ms_p50']:8.2f} {row['ms_p90']:8.2f}"
+        rate, ceiling = f"{row['gb_s']:.1f} GB/s", f"{row['bandwidth_gb_s']:.1f}"
+    else:
+        steps = f"{'':>8} {'':>8}"
+        rate, ceiling = f"{row['gmac_s']} GMAC/s", f"{row['dot_gmac_s']}"
+    click.echo(
+        f"{row['test']:<20} {row['tokens_per_s']:9.1f} {row['spread']:7.1f} {steps} {rate:>12} "
+        f"{ceiling:>8} {row['percent']:6.1f}"
+    )

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.backends.numba_cpu.attention import CHUNK, QUERIES, attend, store
+from bloomq.backends.numba_cpu.ceilings import Ceilings
 from bloomq.backends.numba_cpu.embedding import look_up, take_rows
 from bloomq.backends.numba_cpu.jit import best_tier, cpu_features
 from bloomq.backends.numba_cpu.linear import Product
@@ -83,6 +84,10 @@ class NumbaBackend:
 
     def cache(self, config: BloomConfig, batch: int, capacity: int) -> NumbaCache:
         return NumbaCache(config, batch, capacity, self.cache_dtype)
+
+    def ceilings(self) -> Ceilings:
+        """What the machine can do at best with these threads and instructions."""
+        return Ceilings(self.tier, self.threads)
 
     def compile(self, step: Step) -> Step:
         return _Replay(self.pool, step)
