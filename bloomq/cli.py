@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import click
 
@@ -91,6 +91,8 @@ _sampling_options = _option_group(
                  help="Above 1: make tokens that occurred less likely."),
     click.option("--seed", type=int, help="Same seed, same text.  [default: a new one]"),
     click.option("--stop", multiple=True, help="End before this text; may be repeated."),
+    click.option("--draft", help="Guess tokens ahead, for speed alone: 'lookup' (what the text "
+                 "repeats) or a smaller model's pack."),
 )  # fmt: skip
 
 
@@ -103,7 +105,8 @@ _sampling_options = _option_group(
 def generate(
     prompt: str | None, model: Path | None, backend: str, threads: int | None, context: int | None,
     cache_dtype: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
-    repetition_penalty: float, seed: int | None, stop: tuple[str, ...], as_json: bool, quiet: bool,
+    repetition_penalty: float, seed: int | None, stop: tuple[str, ...], draft: str | None,
+    as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Continue PROMPT (or standard input, when piped) and stream the text.
 
@@ -111,10 +114,12 @@ def generate(
     """
     text = _prompt_text(prompt)
     loaded = _load(model, backend, threads, context, cache_dtype, quiet)
+    guesser = _draft(draft, backend, threads)
     with console.prefill_progress(quiet) as progress:
         stream = loaded.stream(
             text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-            repetition_penalty=repetition_penalty, seed=seed, stop=stop, progress=progress,
+            repetition_penalty=repetition_penalty, seed=seed, stop=stop, draft=guesser,
+            progress=progress,
         )  # fmt: skip
         if not quiet and not as_json:
             console.echo_prompt(text)
@@ -164,13 +169,24 @@ def _load(
     return loaded
 
 
+def _draft(
+    draft: str | None, backend: str, threads: int | None
+) -> LanguageModel | Literal["lookup"] | None:
+    """Who guesses: a model to load, what the text repeats, or nobody."""
+    from bloomq.loading import load
+
+    if draft is None or draft == "lookup":
+        return draft  # type: ignore[return-value]  # mypy does not narrow by ==
+    return load(Path(draft), backend=backend, threads=threads)
+
+
 @commands.command()
 @_model_options
 @_sampling_options
 def chat(
     model: Path | None, backend: str, threads: int | None, context: int | None, cache_dtype: str,
     max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float,
-    seed: int | None, stop: tuple[str, ...],
+    seed: int | None, stop: tuple[str, ...], draft: str | None,
 ) -> int:  # fmt: skip
     """Talk to a model, line by line: it continues the conversation so far.
 
@@ -179,6 +195,7 @@ def chat(
     """
     quiet = not console.is_terminal(sys.stderr)
     loaded = _load(model, backend, threads, context, cache_dtype, quiet)
+    guesser = _draft(draft, backend, threads)
     turns: list[str] = []
     while (line := console.read_line()) is not None:
         if not line.strip():
@@ -188,6 +205,7 @@ def chat(
                 _conversation(loaded, [*turns, line], max_new_tokens),
                 max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                 repetition_penalty=repetition_penalty, seed=seed, stop=stop or ("\n",),
+                draft=guesser,
             )  # fmt: skip
         except CapacityError as error:  # one line too long ends no conversation
             console.note(f"error: {error}")
@@ -366,8 +384,8 @@ def bench(
             console.bench_row(row)
     if not as_json:
         click.echo(
-            f"peak memory {peak_rss_mb():.0f} MB: the pack {facts['pack_mb']:.0f}, what ceilings are "
-            f"measured on {run.measuring_mb:.0f}, the rest libraries, caches and intermediates"
+            f"peak memory {peak_rss_mb():.0f} MB: the pack {facts['pack_mb']:.0f}, what ceilings "
+            f"are measured on {run.measuring_mb:.0f}, the rest libraries, caches, intermediates"
         )
 
 

@@ -37,10 +37,11 @@ def echo_prompt(text: str) -> None:
 def stats_line(generation: Generation) -> str:
     """Tokens, times and rates of a generation, in a line."""
     s = generation.stats
+    guesses = f", {s.right_guesses} of {s.guessed_tokens} guesses right" if s.guessed_tokens else ""
     return (
         f"prompt {s.prompt_tokens} tokens in {s.prompt_s:.2f} s ({s.prompt_tokens_per_s:.0f}/s), "
-        f"output {s.generated_tokens} in {s.generate_s:.2f} s ({s.generated_tokens_per_s:.1f}/s), "
-        f"load {s.load_s:.2f} s, ended by {generation.finish_reason}"
+        f"output {s.generated_tokens} in {s.generate_s:.2f} s ({s.generated_tokens_per_s:.1f}/s)"
+        f"{guesses}, load {s.load_s:.2f} s, ended by {generation.finish_reason}"
     )
 
 

@@ -18,6 +18,7 @@ from bloomq.errors import CapacityError, UsageError
 from bloomq.heads import STEP_TOKENS, CausalLM
 from bloomq.layers import Cache, Span, Top, X
 from bloomq.sampling import Sampling, draw, generator, is_whole, penalise, top_of
+from bloomq.speculation import Guesser, Pace
 
 I64 = NDArray[np.int64]
 FinishReason = Literal["length", "stop", "eos", "interrupted"]
@@ -26,13 +27,16 @@ PrefillProgress = Callable[[int, int], None]  # (prompt tokens done, in all)
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Times in seconds. prompt_s runs to the first token, generate_s from there to the last."""
+    """Times in seconds. prompt_s runs to the first token, generate_s from there to the last;
+    guessed_tokens: by speculation, of which right_guesses came true."""
 
     prompt_tokens: int
     generated_tokens: int
     prompt_s: float
     generate_s: float
     load_s: float
+    guessed_tokens: int = 0
+    right_guesses: int = 0
 
     @property
     def prompt_tokens_per_s(self) -> float:
@@ -71,10 +75,12 @@ class Token:
 
 @dataclass(slots=True)
 class Row:
-    """A row under way: its prompt, what it produced, and its random numbers."""
+    """A row under way: its prompt, what it produced, its random numbers, and who guesses for it."""
 
     prompt: I64
     rng: np.random.Generator
+    guesser: Guesser | None = None
+    pace: Pace = field(default_factory=Pace)
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -82,6 +88,7 @@ class Row:
 class Batch:
     """Some prompts in one cache, from prefill to the last token.
 
+    guessers: makes the guesser of a sequence of at most so many tokens (see `speculation`).
     Raises: UsageError for an empty prompt or no new tokens, CapacityError where a prompt and its
     new tokens exceed `context`.
     """
@@ -94,6 +101,7 @@ class Batch:
         *,
         max_new_tokens: int,
         context: int,
+        guessers: Callable[[int], Guesser] | None = None,
     ) -> None:
         if not is_whole(max_new_tokens) or max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens!r}, expected at least 1")
@@ -104,9 +112,10 @@ class Batch:
             _check_prompt(prompt, max_new_tokens, context)
         self._lm, self._sampling, self._most = lm, sampling, max_new_tokens
         self.sequences = [
-            Row(np.array(prompt, np.int64), generator(sampling, index))
+            Row(np.array(prompt, np.int64), generator(sampling, index),
+                None if guessers is None else guessers(len(prompt) + max_new_tokens))
             for index, prompt in enumerate(prompts)
-        ]
+        ]  # fmt: skip
         longest = max(len(prompt) for prompt in prompts)
         # The last token is produced, not fed back: it needs no place.
         self._cache = lm.cache(len(prompts), longest + max_new_tokens - 1)
@@ -123,9 +132,21 @@ class Batch:
         yield from self._prefill(progress)
         while self._active:
             rows = list(self._active)
-            ids = np.array([self.sequences[row].ids[-1] for row in rows], np.int64)
-            span = Span.of(rows, [1] * len(rows))
-            yield from self._hand_out(self._step(ids, span, rows))
+            guesses = [self._guess(self.sequences[row]) for row in rows]
+            pieces = [
+                [self.sequences[row].ids[-1], *guess]
+                for row, guess in zip(rows, guesses, strict=True)
+            ]
+            span = Span.of(rows, [len(piece) for piece in pieces])
+            ids = np.array([token for piece in pieces for token in piece], np.int64)
+            yield from self._hand_out(self._step(ids, span, rows, guesses))
+
+    def _guess(self, sequence: Row) -> list[int]:
+        """Tokens that may come next; the last one that is produced need not be guessed."""
+        most = min(sequence.pace.most(), self._most - len(sequence.ids) - 1)
+        if sequence.guesser is None or most < 1:
+            return []
+        return sequence.guesser.guess([*sequence.prompt.tolist(), *sequence.ids], most)
 
     def _prefill(self, progress: PrefillProgress) -> Iterator[Token]:
         """The prompts in steps of at most STEP_TOKENS; a row's first token as soon as its prompt
@@ -136,40 +157,57 @@ class Batch:
             ids = np.concatenate([self.sequences[row].prompt[a:b] for row, a, b in step])
             span = Span.of([row for row, _, _ in step], [b - a for _, a, b in step])
             ended = [row for row, _, b in step if b == len(self.sequences[row].prompt)]
-            tokens = self._step(ids, span, ended)
+            tokens = self._step(ids, span, ended, [[] for _ in ended])
             done += len(ids)
             progress(done, total)
             yield from self._hand_out(tokens)
 
-    def _step(self, ids: I64, span: Span, rows: list[int]) -> list[Token]:
-        """Run the tokens of `span`, and draw the next one of each of `rows`."""
-        wanted = span.last[np.isin(span.rows, rows)]
-        logits = self._lm.step(ids, self._cache, span, wanted)
-        if not len(wanted):  # a prompt's first part: nobody reads its logits
+    def _step(self, ids: I64, span: Span, rows: list[int], guesses: list[list[int]]) -> list[Token]:
+        """Run the tokens of `span`, and draw what follows in each of `rows`: a token behind its
+        last, and one behind every guess that came true. guesses: a row's last tokens in `span`."""
+        ends = span.starts[1:][np.isin(span.rows, rows)].tolist()
+        starts = [end - len(guess) - 1 for end, guess in zip(ends, guesses, strict=True)]
+        wanted = [i for start, end in zip(starts, ends, strict=True) for i in range(start, end)]
+        logits = self._lm.step(ids, self._cache, span, np.array(wanted, np.int64))
+        if not wanted:  # a prompt's first part: nobody reads its logits
             return []
         best = self._lm.backend.top(logits, 1)
         if not np.isfinite(best.logsumexp).all():
             self._report_not_finite(ids, self._cache, span)
-        return self._choose(rows, logits, best)
+        tokens, first = [], 0
+        for row, guess in zip(rows, guesses, strict=True):
+            drawn = self._choose(row, guess, logits, best, first)
+            wrong = len(guess) + 1 - len(drawn)
+            self._cache.truncate(row, int(self._cache.lengths[row]) - wrong)
+            self.sequences[row].pace.note(len(guess), len(drawn) - 1)
+            tokens += drawn
+            first += len(guess) + 1
+        return tokens
 
     def _report_not_finite(self, ids: I64, cache: Cache, span: Span) -> None:
         for row, count in zip(span.rows.tolist(), span.counts.tolist(), strict=True):
             cache.truncate(row, int(cache.lengths[row]) - count)
         raise self._lm.model.find_not_finite(ids, cache, span)
 
-    def _choose(self, rows: list[int], logits: X, best: Top) -> list[Token]:
-        """The next token of each row; row i's logits are logits[i]."""
-        tokens = []
-        for i, row in enumerate(rows):
-            sequence = self.sequences[row]
-            token, logit = self._draw(sequence, logits, best, i)
-            tokens.append(Token(row, token, float(np.float64(logit) - best.logsumexp[i])))
+    def _choose(self, row: int, guess: list[int], logits: X, best: Top, first: int) -> list[Token]:
+        """The next tokens of a row, whose logits begin at logits[first]: one, and one more behind
+        each guess as long as guesses are what was drawn."""
+        tokens: list[Token] = []
+        for i in range(len(guess) + 1):
+            before = [token.id for token in tokens]
+            token, logit = self._draw(self.sequences[row], before, logits, best, first + i)
+            logprob = float(np.float64(logit) - best.logsumexp[first + i])
+            tokens.append(Token(row, token, logprob))
+            if i < len(guess) and token != guess[i]:
+                break
         return tokens
 
     def _hand_out(self, tokens: list[Token]) -> Iterator[Token]:
         """Count each token as it is handed out, so that an interruption leaves none that was drawn
         and never seen."""
         for token in tokens:
+            if token.index not in self._active:  # it ended with an earlier one of these
+                continue
             sequence = self.sequences[token.index]
             sequence.ids.append(token.id)
             sequence.logprobs.append(token.logprob)
@@ -177,15 +215,18 @@ class Batch:
                 self.stop(token.index)
             yield token
 
-    def _draw(self, sequence: Row, logits: X, best: Top, i: int) -> tuple[int, float]:
-        """A token and its logit."""
+    def _draw(
+        self, sequence: Row, before: list[int], logits: X, best: Top, i: int
+    ) -> tuple[int, float]:
+        """A token and its logit, from logits[i]; before: drawn in this step, not handed out yet."""
         sampling, backend = self._sampling, self._lm.backend
         if sampling.greedy and not sampling.penalised:
             return int(best.ids[i, 0]), float(best.logits[i, 0])
         row = backend.take(logits, np.array([i]))  # [1, V]
         plain = backend.numpy(row)[0]
         if sampling.penalised:
-            seen = np.unique(np.concatenate([sequence.prompt, np.array(sequence.ids, np.int64)]))
+            new = np.array([*sequence.ids, *before], np.int64)
+            seen = np.unique(np.concatenate([sequence.prompt, new]))
             changed = penalise(plain, seen, sampling.repetition_penalty)
             token = draw(
                 sampling, sequence.rng, len(plain), lambda k, t: top_of(changed, k, t),
@@ -244,8 +285,13 @@ class Clock:
             self._first[index] = now
         self._last[index] = now
 
-    def stats(self, index: int, prompt_tokens: int, tokens: int, load_s: float) -> Stats:
+    def stats(self, index: int, sequence: Row, load_s: float) -> Stats:
         first, last = self._first[index], self._last[index]
         if first is None or last is None:
-            return Stats(prompt_tokens, tokens, perf_counter() - self._started, 0.0, load_s)
-        return Stats(prompt_tokens, tokens, first - self._started, last - first, load_s)
+            prompt_s, generate_s = perf_counter() - self._started, 0.0
+        else:
+            prompt_s, generate_s = first - self._started, last - first
+        return Stats(
+            len(sequence.prompt), len(sequence.ids), prompt_s, generate_s, load_s,
+            sequence.pace.guessed, sequence.pace.right,
+        )  # fmt: skip

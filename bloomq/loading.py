@@ -6,12 +6,12 @@ This and the command line are the only places that know all three.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -30,6 +30,7 @@ from bloomq.heads import CausalLM, CausalLMOutput
 from bloomq.layers import Backend
 from bloomq.pack import Pack
 from bloomq.sampling import Sampling, is_whole
+from bloomq.speculation import DraftModel, Guesser, Lookup
 from bloomq.text import TextAssembler
 from bloomq.tokenizer import BloomTokenizer
 
@@ -114,6 +115,7 @@ class _Options:
     max_new_tokens: int
     stop: tuple[str, ...]
     progress: PrefillProgress
+    guessers: Callable[[int], Guesser] | None
 
 
 class _Run:
@@ -126,6 +128,7 @@ class _Run:
         self._batch = Batch(
             model.causal_lm, self._prompts, options.sampling,
             max_new_tokens=options.max_new_tokens, context=model.context,
+            guessers=options.guessers,
         )  # fmt: skip
         tokenizer = model.tokenizer
         if tokenizer is None and options.stop:
@@ -163,9 +166,7 @@ class _Run:
         text = self._texts[index]
         if reason is None and assembler is not None:
             text += assembler.held
-        stats = self._clock.stats(
-            index, len(self._prompts[index]), len(sequence.ids), self._model.load_s
-        )  # fmt: skip
+        stats = self._clock.stats(index, sequence, self._model.load_s)
         return Generation(
             text, tuple(sequence.ids), tuple(sequence.logprobs),
             reason or "interrupted", stats,
@@ -214,11 +215,14 @@ class LanguageModel:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        draft: LanguageModel | Literal["lookup"] | None = None,
         progress: PrefillProgress = lambda done, total: None,
     ) -> Any:
         """Continue a prompt (text, or token ids): a Generation; or several at once: a list of them.
 
-        Sampling options: see `Sampling`; stop: strings that end the text, and are not part of it.
+        Sampling options: see `Sampling`; stop: strings that end the text, and are not part of it;
+        draft: who guesses tokens ahead, which changes the speed and nothing else: a smaller model
+        of the same vocabulary, or "lookup" for what the text itself repeats.
         Ctrl-C ends the call and returns what was produced, with finish_reason "interrupted".
 
         Raises: UsageError, CapacityError, NumericError.
@@ -227,7 +231,9 @@ class LanguageModel:
             temperature=temperature, top_k=top_k, top_p=top_p,
             repetition_penalty=repetition_penalty, seed=seed,
         )  # fmt: skip
-        options = _Options(sampling, max_new_tokens, _stop_strings(stop), progress)
+        options = _Options(
+            sampling, max_new_tokens, _stop_strings(stop), progress, self._guessers(draft)
+        )
         single = isinstance(prompt, str) or _is_ids(prompt)
         prompts: Any = [prompt] if single else _several(prompt)
         run = _Run(self, prompts, options)
@@ -250,6 +256,7 @@ class LanguageModel:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        draft: LanguageModel | Literal["lookup"] | None = None,
         progress: PrefillProgress = lambda done, total: None,
     ) -> Stream:
         """`generate` for one prompt, piece by piece."""
@@ -257,9 +264,28 @@ class LanguageModel:
             temperature=temperature, top_k=top_k, top_p=top_p,
             repetition_penalty=repetition_penalty, seed=seed,
         )  # fmt: skip
-        return Stream(
-            self, prompt, _Options(sampling, max_new_tokens, _stop_strings(stop), progress)
+        options = _Options(
+            sampling, max_new_tokens, _stop_strings(stop), progress, self._guessers(draft)
         )
+        return Stream(self, prompt, options)
+
+    def _guessers(
+        self, draft: LanguageModel | Literal["lookup"] | None
+    ) -> Callable[[int], Guesser] | None:
+        """What makes a sequence's guesser. Raises: UsageError."""
+        if draft is None:
+            return None
+        if isinstance(draft, str) and draft == "lookup":
+            return lambda capacity: Lookup()
+        if not isinstance(draft, LanguageModel):
+            raise UsageError(f"draft is {draft!r:.80}, expected a model, 'lookup' or None")
+        ours, theirs = self.config.vocab_size, draft.config.vocab_size
+        if ours != theirs:
+            raise UsageError(
+                f"the draft model has {theirs} tokens, this one {ours}: use one of the same "
+                "vocabulary"
+            )
+        return lambda capacity: DraftModel(draft.causal_lm, capacity)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """A prompt as token ids. Raises: UsageError, PackError for text without a tokenizer."""

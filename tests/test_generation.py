@@ -15,7 +15,7 @@ from models import Tiny, copied, pack
 import bloomq
 from bloomq import generation
 from bloomq.errors import CapacityError, NumericError, UsageError
-from bloomq.generation import STEP_TOKENS, Batch, Clock, Stats
+from bloomq.generation import STEP_TOKENS, Batch, Clock, Row, Stats
 from bloomq.loading import LanguageModel
 from bloomq.pack import Pack
 from bloomq.sampling import Sampling
@@ -177,15 +177,18 @@ def test_a_clock_times_each_sequence_by_its_own_tokens(monkeypatch: pytest.Monke
         if index is not None:
             clock.tick(index)
 
+    def row_of(tokens: int) -> Row:
+        return Row(np.zeros(7, np.int64), np.random.default_rng(0), ids=[5] * tokens)
+
     for time_s, index in ((11, 1), (12, 0), (12.5, 1), (15, 1), (20, None)):
         at(time_s, index)
-    assert clock.stats(0, 7, 1, 0.5) == Stats(7, 1, 2.0, 0.0, 0.5)
-    assert clock.stats(1, 7, 3, 0.5) == Stats(7, 3, 1.0, 4.0, 0.5)
-    assert clock.stats(1, 7, 3, 0.5).generated_tokens_per_s == 2 / 4.0
-    assert clock.stats(2, 7, 0, 0.5) == Stats(7, 0, 10.0, 0.0, 0.5)  # still at its prompt
+    assert clock.stats(0, row_of(1), 0.5) == Stats(7, 1, 2.0, 0.0, 0.5)
+    assert clock.stats(1, row_of(3), 0.5) == Stats(7, 3, 1.0, 4.0, 0.5)
+    assert clock.stats(1, row_of(3), 0.5).generated_tokens_per_s == 2 / 4.0
+    assert clock.stats(2, row_of(0), 0.5) == Stats(7, 0, 10.0, 0.0, 0.5)  # still at its prompt
     at(30, None)
-    assert clock.stats(1, 7, 3, 0.5) == Stats(7, 3, 1.0, 4.0, 0.5)
-    assert clock.stats(2, 7, 0, 0.5).prompt_s == 20.0
+    assert clock.stats(1, row_of(3), 0.5) == Stats(7, 3, 1.0, 4.0, 0.5)
+    assert clock.stats(2, row_of(0), 0.5).prompt_s == 20.0
 
 
 def test_rates_of_no_time_and_no_tokens_are_zero():

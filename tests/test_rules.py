@@ -21,19 +21,19 @@ LEVELS = {
     "files": 1, "config": 1, "schemes": 1, "weights": 1, "tokenizer": 1, "tensorfile": 1,
     "layers": 2, "pack": 2, "pack_writer": 2,
     "backends.reference": 3, "backends.numba_cpu": 3, "model": 3, "heads": 3,
-    "sampling": 4, "text": 4, "generation": 4,
+    "sampling": 4, "speculation": 4, "text": 4, "generation": 4,
     "backends": 5, "loading": 5, "describe": 5, "console": 5, "bench": 5, "cli": 5, "__main__": 5,
     "converters": 3, "": 6,
 }  # fmt: skip
 SAME_LEVEL = {
     ("config", "files"), ("tensorfile", "files"), ("weights", "schemes"), ("tensorfile", "schemes"),
-    ("pack_writer", "pack"), ("heads", "model"), ("generation", "sampling"),
+    ("pack_writer", "pack"), ("heads", "model"), ("generation", "sampling"), ("generation", "speculation"),
     ("cli", "console"), ("cli", "bench"), ("cli", "loading"), ("cli", "describe"), ("__main__", "cli"),
     ("describe", "loading"), ("describe", "backends"), ("loading", "backends"),
     ("converters", "cli"),  # `python -m bloomq.converters.hf` is the command `convert`
 }  # fmt: skip
 # What a level may import of the outside: the model and the loop know no engine and no file.
-NO_ENGINE = ("model", "heads", "sampling", "text", "generation", "layers")
+NO_ENGINE = ("model", "heads", "sampling", "speculation", "text", "generation", "layers")
 
 
 def modules() -> dict[str, Path]:
