@@ -22,13 +22,14 @@ LEVELS = {
     "layers": 2, "pack": 2, "pack_writer": 2,
     "backends.reference": 3, "backends.numba_cpu": 3, "model": 3, "heads": 3,
     "sampling": 4, "speculation": 4, "text": 4, "generation": 4,
-    "backends": 5, "loading": 5, "describe": 5, "console": 5, "bench": 5, "cli": 5, "__main__": 5,
-    "converters": 3, "": 6,
+    "backends": 5, "loading": 5, "describe": 5, "console": 5, "bench": 5,
+    "cli": 6, "__main__": 7,
+    "converters": 3, "": 8,
 }  # fmt: skip
 SAME_LEVEL = {
     ("config", "files"), ("tensorfile", "files"), ("weights", "schemes"), ("tensorfile", "schemes"),
-    ("pack_writer", "pack"), ("heads", "model"), ("generation", "sampling"), ("generation", "speculation"),
-    ("cli", "console"), ("cli", "bench"), ("cli", "loading"), ("cli", "describe"), ("__main__", "cli"),
+    ("pack_writer", "pack"), ("heads", "model"),
+    ("generation", "sampling"), ("generation", "speculation"),
     ("describe", "loading"), ("describe", "backends"), ("loading", "backends"),
     ("converters", "cli"),  # `python -m bloomq.converters.hf` is the command `convert`
 }  # fmt: skip

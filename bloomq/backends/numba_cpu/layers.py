@@ -159,18 +159,18 @@ class _Replay:
         return program
 
 
-def _at_once(pool: Pool, layer: Any, arrays: list[F32 | None], *state: Any) -> F32:
+def _held(program: Program, array: F32) -> Buffer:
+    """A buffer of the program that holds an array."""
+    rows, columns = array.shape
+    buffer = program.buffer(rows, columns, np.float32)
+    buffer.values()[:] = array
+    return buffer
+
+
+def _at_once(pool: Pool, layer: Any, arrays: list[F32 | None]) -> F32:
     """What a layer makes of NumPy arrays, by a program of its own."""
     program = Program(_INPUTS)
-    buffers = []
-    for array in arrays:
-        if array is None:
-            buffers.append(None)
-            continue
-        buffer = program.buffer(*array.shape, np.float32)
-        buffer.values()[:] = array
-        buffers.append(buffer)
-    out = layer.record(*buffers, *state)
+    out = layer.record(*(None if array is None else _held(program, array) for array in arrays))
     pool.run(program)
     return np.array(out.values())
 
@@ -268,9 +268,7 @@ class NumbaAttention:
         if isinstance(qkv, Buffer):
             return self.record(qkv, cache, span)
         program = Program(_INPUTS)
-        x = program.buffer(*qkv.shape, np.float32)
-        x.values()[:] = qkv
-        out = self.record(x, cache, span)
+        out = self.record(_held(program, qkv), cache, span)
         past = cache.bind(program, span)
         self._pool.run(program)
         del past
@@ -312,7 +310,7 @@ class NumbaCache:
         self.lengths: I64 = np.zeros(batch, np.int64)
         self._heads = batch * config.n_head  # of a layer
         places = (config.n_layer, batch, config.n_head)
-        element = {"f32": np.float32, "f16": np.float16, "int8": np.int8}[dtype]
+        element = _ELEMENTS[dtype]
         self.data = zeros((2, *places, self.capacity * _width(config.head_dim)), element)
         self.scales = zeros((2, *places, self.capacity if dtype == "int8" else 0), np.float32)
         self.key_lengths = zeros((*places, -(-self.capacity // CHUNK)), np.float32)
@@ -343,6 +341,9 @@ class NumbaCache:
         self.scales[:, :, target] = self.scales[:, :, source]
         self.key_lengths[:, target] = self.key_lengths[:, source]
         self.lengths[target] = self.lengths[source]
+
+
+_ELEMENTS: dict[str, type[np.generic]] = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
 
 
 def _width(head_dim: int) -> int:

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from bloomq.backends.numba_cpu.jit import compiled
 
 Array = NDArray[Any]
-Number = int | float
+Number = int | float | np.floating[Any]
 
 LINE = 64  # bytes of a cache line; what kernels align their vectors to
 _ROWS = 8  # buffers of several rows have whole blocks of tokens
@@ -137,7 +137,7 @@ class Job:
 
     def work(self) -> None:
         """Take chunks until all are taken; returns when all are done."""
-        _runner()(*self._arguments)
+        runner()(*self._arguments)
 
 
 def _bits(value: Number) -> int:
@@ -222,7 +222,7 @@ def pause(typingctx: Any, offer: Any) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _runner() -> Any:
+def runner() -> Any:
     """One thread's way through a program: runner(table, operations, counters, offer_core)."""
 
     @compiled(void(int64, int64, int64, int64))

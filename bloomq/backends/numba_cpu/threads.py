@@ -18,7 +18,7 @@ import numpy as np
 from numba import int64, void
 
 from bloomq.backends.numba_cpu.jit import compiled
-from bloomq.backends.numba_cpu.program import Program, pause, read
+from bloomq.backends.numba_cpu.program import Program, pause, read, runner
 
 # A program that reads less than this is done before a sleeping helper is awake (about 50 us).
 _ALONE_BYTES = 1 << 20
@@ -51,6 +51,8 @@ class Pool:
         self.threads = threads
         self._helpers: _Helpers | None = None
         self._starting = threading.Lock()
+        runner()  # compiled now, not at the first call
+        _look_out()
 
     def run(self, program: Program) -> None:
         """Run a program to its end."""

@@ -1,0 +1,58 @@
+"""The `bloomq` command: text on stdout, everything else on stderr.
+
+Exit codes: 0 done; 1 a `BloomqError`, in one line; 2 wrong usage; 130 Ctrl-C, what was produced
+kept.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+import click
+
+from bloomq import __version__
+from bloomq.cli.text import INTERRUPTED, chat, generate
+from bloomq.cli.tools import bench, convert, info, verify, warmup
+from bloomq.errors import BloomqError, UsageError
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the command and exit; every error of ours is one line."""
+    try:
+        code = commands.main(args, prog_name="bloomq", standalone_mode=False)
+    except UsageError as error:
+        _fail(error, 2)
+    except BloomqError as error:
+        _fail(error, 1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of our pipe has left: nothing more to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # of stdout: files of ours raise errors of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail(OSError(f"standard output cannot be written: {error.strerror}"), 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    click.echo("error: " + " ".join(str(error).split()), err=True)
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, "-V", "--version")
+def commands() -> None:
+    """BLOOM language models, quantized, on this machine's CPU."""
+
+
+for _command in (generate, chat, convert, info, verify, warmup, bench):
+    commands.add_command(_command)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Commands about packs and this machine: convert, info, verify, warmup and bench."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bloomq import __version__, console
+from bloomq.cli.options import load, model_options
+from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
+
+
+@click.command()
+@click.argument("source", type=Path)
+@click.argument("target", type=Path)
+@click.option(
+    "--scheme",
+    type=click.Choice(SCHEME_NAMES),
+    default="int4",
+    show_default=True,
+    help="How matrices are stored.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice([str(g) for g in GROUP_SIZES]),
+    help="Columns that share a scale, for int4.  [default: 64]",
+)
+@click.option(
+    "--head-scheme",
+    type=click.Choice(SCHEME_NAMES),
+    help="For the embedding and the head.  [default: as --scheme]",
+)
+@click.option("-t", "--threads", type=int, help="Worker threads.  [default: all cores]")
+@click.option("--force", is_flag=True, help="Replace a pack that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def convert(
+    source: Path, target: Path, scheme: str, group_size: str | None, head_scheme: str | None,
+    threads: int | None, force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Convert the checkpoint in folder SOURCE to a pack at TARGET.
+
+    SOURCE: Hugging Face format, safetensors in one file or sharded. The model is never whole in
+    memory, and a run that is interrupted leaves no pack.
+    """
+    from bloomq.converters.convert import convert as run
+
+    with console.byte_progress("converting") as progress:
+        result = run(
+            source, target, scheme=scheme, group_size=int(group_size) if group_size else None,
+            head_scheme=head_scheme, threads=threads, force=force, progress=progress,
+        )  # fmt: skip
+    for line in result.notes:
+        console.note(f"note: {line}")
+    if as_json:
+        click.echo(json.dumps({**asdict(result), "pack": str(result.pack)}))
+        return
+    speed = result.source_bytes / 1e6 / result.seconds
+    click.echo(
+        f"{result.pack}: {result.pack_bytes / 1e6:.1f} MB of {result.source_bytes / 1e6:.1f} MB, "
+        f"{result.bits_per_weight:.2f} bits per weight, {result.seconds:.1f} s ({speed:.0f} MB/s)"
+    )
+
+
+@click.command()
+@click.argument("pack", type=Path, required=False)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def info(pack: Path | None, as_json: bool) -> None:
+    """Describe PACK (default: the embedded demo) and what this machine runs it on."""
+    from bloomq.describe import describe
+
+    facts = describe(pack)
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False))
+    else:
+        console.print_facts(facts)
+
+
+@click.command()
+@click.argument("pack", type=Path)
+def verify(pack: Path) -> None:
+    """Read every byte of PACK and compare it with its checksums."""
+    from bloomq.pack import Pack
+
+    opened = Pack.open(pack)
+    with console.byte_progress("verifying") as progress:
+        done = 0
+
+        def count(fresh: int) -> None:
+            nonlocal done
+            done += fresh
+            progress(done, opened.nbytes)
+
+        opened.verify(count)
+    click.echo(f"{pack}: whole, {done / 1e6:.1f} MB match their checksums")
+
+
+@click.command()
+@model_options
+def warmup(
+    model: Path | None, backend: str, threads: int | None, context: int | None, cache_dtype: str
+) -> None:
+    """Compile the kernels that a pack needs, so that its first use is as fast as the next."""
+    loaded = load(model, backend, threads, context, cache_dtype, quiet=False)
+    loaded.generate([[1] * 16], max_new_tokens=2)  # one prefill step, one decode step
+    click.echo(f"ready: {loaded.backend.name} ({loaded.backend.description})")
+
+
+class _Numbers(click.ParamType[list[int]]):
+    """Whole numbers with commas between them."""
+
+    name = "N,..."
+
+    def convert(self, value: Any, param: Any, context: Any) -> list[int]:
+        if isinstance(value, list):
+            return value
+        try:
+            return [int(item) for item in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r}, expected whole numbers with commas between them", param, context)
+
+
+@click.command()
+@click.option("-m", "--model", type=Path, help="Pack to load.  [default: the embedded demo]")
+@click.option(
+    "-p", "--prompt", type=_Numbers(), default="512", help="Prompt tokens; 0: none.  [512]"
+)
+@click.option(
+    "-n",
+    "--generate",
+    "generated",
+    type=_Numbers(),
+    default="64",
+    help="Tokens to produce; 0: none.  [64]",
+)
+@click.option("-d", "--depth", type=_Numbers(), default="0", help="Tokens of context before.  [0]")
+@click.option("-b", "--batch", type=_Numbers(), default="1", help="Rows at once.  [1]")
+@click.option("-t", "--threads", type=int, help="CPU threads.  [default: physical cores]")
+@click.option(
+    "-r", "--repetitions", type=int, default=5, show_default=True, help="Samples of each."
+)
+@click.option("--cache-dtype", default="auto", show_default=True, help="auto, f16, f32 or int8.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON line for each test.")
+def bench(
+    model: Path | None, prompt: list[int], generated: list[int], depth: list[int], batch: list[int],
+    threads: int | None, repetitions: int, cache_dtype: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Measure prefill and decode beside this machine's ceilings.
+
+    pp512: a prompt of 512 tokens; tg64: 64 tokens produced; @ d2048: behind so many; x 8: in 8
+    rows. Ceilings are measured before every sample; %: of memory bandwidth for tg, of int8 products
+    for pp.
+    """
+    from bloomq.bench import Bench, peak_rss_mb, plan
+
+    tests = plan(prompt, generated, depth, batch)
+    loaded = load(model, "numba", threads, None, cache_dtype, quiet=as_json)
+    run = Bench(loaded.causal_lm, loaded.pack)
+    facts = {
+        "model": loaded.pack.path.name if model else "demo", "pack_mb": loaded.pack.nbytes / 1e6,
+        "bits_per_weight": round(loaded.pack.bits_per_weight, 2), "bloomq": __version__,
+        "backend": loaded.backend.description, "load_s": round(loaded.load_s, 3),
+    }  # fmt: skip
+    if not as_json:
+        console.bench_header(facts, *run.ceilings())
+    for result in run.run(tests, repetitions):
+        row = run.row(result)
+        if as_json:
+            click.echo(json.dumps({**facts, **row, "peak_rss_mb": round(peak_rss_mb())}))
+        else:
+            console.bench_row(row)
+    if not as_json:
+        click.echo(
+            f"peak memory {peak_rss_mb():.0f} MB: the pack {facts['pack_mb']:.0f}, what ceilings "
+            f"are measured on {run.measuring_mb:.0f}, the rest libraries, caches, intermediates"
+        )
