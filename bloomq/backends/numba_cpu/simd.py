@@ -30,6 +30,7 @@ TIERS: dict[str, tuple[str, ...]] = {
     "avx512-vnni": ("avx512f", "avx512bw", "avx512vl", "avx512vnni"),
     "avx-vnni": ("avx2", "fma", "f16c", "avxvnni"),
     "avx2": ("avx2", "fma", "f16c"),
+    "neon": ("neon", "dotprod"),
     "portable": (),
 }
 
@@ -203,6 +204,12 @@ class Vectors:
         entries = [_int8(entry + self.offset(signed=True)) for entry in NF4_INT8_CODEBOOK]
         if self.tier == "portable":
             return self._table_by_selects(index, entries)
+        if self.tier == "neon":
+            vector = ir.VectorType(I8, 16)
+            table, name = ir.Constant(vector, entries), "llvm.aarch64.neon.tbl1.v16i8"
+            return self._join(
+                [self.call(name, vector, [table, part]) for part in self._split(index, 4)]
+            )
         width = 64 if self.tier == "avx512-vnni" else 32
         name = {64: "llvm.x86.avx512.pshuf.b.512", 32: "llvm.x86.avx2.pshuf.b"}[width]
         vector = ir.VectorType(I8, width)
@@ -240,6 +247,10 @@ class Vectors:
             return self._halves("llvm.x86.avx512.vpdpbusd.256", acc, weights, acts)
         if self.tier == "avx2":
             return self._dot4_avx2(acc, weights, acts, signed)
+        if self.tier == "neon":
+            parts = zip(*(self._split(x, 4) for x in (acc, weights, acts)), strict=True)
+            name, v4i = "llvm.aarch64.neon.sdot.v4i32.v16i8", ir.VectorType(I32, 4)
+            return self._join([self.call(name, v4i, list(part)) for part in parts])
         return self._dot4_portable(acc, weights, acts, signed)
 
     def _halves(self, name: str, acc: ir.Value, weights: ir.Value, acts: ir.Value) -> ir.Value:
@@ -291,11 +302,14 @@ class Vectors:
         return [self.b.shuffle_vector(vector, undefined, index) for index in indices]
 
     def _join(self, parts: list[ir.Value]) -> ir.Value:
+        """The concatenation of 1, 2 or 4 vectors."""
         if len(parts) == 1:
             return parts[0]
-        n = 2 * parts[0].type.count
+        half = len(parts) // 2
+        low, high = self._join(parts[:half]), self._join(parts[half:])
+        n = 2 * low.type.count
         index = ir.Constant(ir.VectorType(I32, n), list(range(n)))
-        return self.b.shuffle_vector(parts[0], parts[1], index)
+        return self.b.shuffle_vector(low, high, index)
 
 
 _INFINITY_BITS = 0x7F800000

@@ -1,0 +1,49 @@
+"""The AArch64 kernels, compiled for and inspected: no ARM machine runs these tests."""
+
+from __future__ import annotations
+
+import llvmlite.binding as llvm
+import llvmlite.ir as ir
+import pytest
+
+from bloomq.backends.numba_cpu.jit import best_tier
+from bloomq.backends.numba_cpu.matmul import Spec, _emit_product
+from bloomq.backends.numba_cpu.simd import I64, Vectors
+
+TRIPLE, FEATURES = "aarch64-unknown-linux-gnu", "+neon,+dotprod,+fullfp16"
+
+
+def assembly(spec: Spec) -> str:
+    """The AArch64 assembly of a product's micro-kernel."""
+    module = ir.Module()
+    module.triple = TRIPLE
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 9), "product")
+    builder = ir.IRBuilder(function.append_basic_block())
+    _emit_product(Vectors(builder, spec.tier), spec, *function.args)
+    builder.ret_void()
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = llvm.Target.from_triple(TRIPLE)
+    machine = target.create_target_machine(features=FEATURES, opt=3)
+    parsed = llvm.parse_assembly(str(module))
+    parsed.verify()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    passes = llvm.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(parsed, passes)
+    return str(machine.emit_assembly(parsed))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_products_use_the_dot_product_instruction(scheme: str, tokens: int):
+    group = 128 if scheme == "int8" else 64
+    text = assembly(Spec(scheme, group, "neon", tokens))
+    assert "sdot\tv" in text
+    assert ("tbl\tv" in text) == (scheme == "nf4")
+    assert "fmla\tv" in text
+    assert "\tbl\t" not in text  # nothing falls back to a call
+
+
+def test_an_arm_processor_with_dot_products_gets_this_tier():
+    assert best_tier(frozenset({"neon", "dotprod", "fp-armv8"})) == "neon"
+    assert best_tier(frozenset({"neon"})) == "portable"
