@@ -5,13 +5,15 @@ the matrix; rows are padded to whole pairs of tiles, columns to whole groups, bo
 
     f32, f16, bf16   values [N/16, K, 16]               the yardstick, not quantized
     int8             codes  [N/16, K/4, 16, 4] int8     scales [N] float32, one per row
+    int6             codes  [N/16, K/16 * 3, 16, 4] u8  scales [N/16, K/64, 16] float16
     int4             codes  [N/16, K/8, 16, 4] uint8    scales [N/16, K/G, 16] float16
     nf4              codes  as int4                     scales [N/16, K/64, 16] float16
 
 A byte of 4-bit codes holds column k in its low and column k + 4 in its high nibble, so that 64
-bytes are 8 columns of 16 rows and one lane is one row.
+bytes are 8 columns of 16 rows and one lane is one row. 16 columns of 6-bit codes are the low four
+bits of each as two such blocks, then one of the high two bits: column 4 i + j in bits 2 i, 2 i + 1.
 
-Invariant: dequantize(quantize(w)) depends on each row (int8) or group (int4, nf4) alone, so a
+Invariant: dequantize(quantize(w)) depends on each row (int8) or group (the others) alone, so a
 matrix can be quantized in blocks of rows; a group of zeros has scale 0 and never divides.
 """
 
@@ -61,10 +63,10 @@ class Scheme:
     """A way to store a matrix [N, K].
 
     `group_size` is the number of columns that share an activation scale in the integer kernels, and
-    for int4 and nf4 a weight scale; columns are padded to a multiple of it.
+    for int4, int6 and nf4 a weight scale; columns are padded to a multiple of it.
     """
 
-    name: Literal["f32", "f16", "bf16", "int8", "int4", "nf4"]
+    name: Literal["f32", "f16", "bf16", "int8", "int6", "int4", "nf4"]
     group_size: int
 
     @property
@@ -89,8 +91,9 @@ class Scheme:
             return {"values": Part(dtype, (tiles, k, TILE))}
         if self.name == "int8":
             return {"codes": Part("I8", (tiles, k // 4, TILE, 4)), "scales": Part("F32", (n,))}
+        blocks = k // 16 * 3 if self.name == "int6" else k // 8
         return {
-            "codes": Part("U8", (tiles, k // 8, TILE, 4)),
+            "codes": Part("U8", (tiles, blocks, TILE, 4)),
             "scales": Part("F16", (tiles, k // self.group_size, TILE)),
         }
 
@@ -139,9 +142,9 @@ def get_scheme(name: str, group_size: int | None = None) -> Scheme:
 
 DEFAULT_INT4_GROUP = 64
 # float: columns are summed in blocks of 64, which keeps float32 sums short; int8: the columns of
-# one activation scale; nf4: the block of bitsandbytes.
-_FIXED_GROUP = {"f32": 64, "f16": 64, "bf16": 64, "int8": 128, "nf4": 64}
-SCHEME_NAMES = ("int8", "int4", "nf4", "f32", "bf16", "f16")
+# one activation scale; int6: int4's default; nf4: the block of bitsandbytes.
+_FIXED_GROUP = {"f32": 64, "f16": 64, "bf16": 64, "int8": 128, "int6": 64, "nf4": 64}
+SCHEME_NAMES = ("int8", "int6", "int4", "nf4", "f32", "bf16", "f16")
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -219,6 +222,27 @@ def untile_nibbles(tiled: Array) -> NDArray[np.uint8]:
     return split.reshape(tiles * TILE, 8 * k8)
 
 
+def tile_sixes(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[N, K] of 0..63 -> [N/16, K/16 * 3, 16, 4]."""
+    n, k = codes.shape
+    low = tile_nibbles(codes & 15).reshape(n // TILE, k // 16, 2, TILE, 4)
+    high = (codes >> 4).reshape(n // TILE, TILE, k // 16, 4, 4)  # i in the fourth place
+    shifted = high << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    packed = np.bitwise_or.reduce(shifted, axis=3).transpose(0, 2, 1, 3)  # [N/16, K/16, 16, 4]
+    joined = np.concatenate([low, packed[:, :, None]], axis=2)
+    return np.ascontiguousarray(joined.reshape(n // TILE, k // 16 * 3, TILE, 4))
+
+
+def untile_sixes(tiled: Array) -> NDArray[np.uint8]:
+    """[N/16, K/16 * 3, 16, 4] -> [N, K] of 0..63."""
+    tiles, blocks, _, _ = tiled.shape
+    split = np.asarray(tiled, np.uint8).reshape(tiles, blocks // 3, 3, TILE, 4)
+    low = untile_nibbles(split[:, :, :2].reshape(tiles, blocks // 3 * 2, TILE, 4))
+    packed = split[:, :, 2].transpose(0, 2, 1, 3)[:, :, :, None]  # [N/16, 16, K/16, 1, 4]
+    high = (packed >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
+    return low | (high.reshape(low.shape) << 4)
+
+
 # -- float ----------------------------------------------------------------------------------------
 
 
@@ -264,31 +288,33 @@ def reciprocal(scales: F32) -> F32:
     return np.where(np.isinf(inverse), np.float32(0), inverse)
 
 
-# -- int4: groups along K, 16 levels -8..7, error-minimising scale ---------------------------------
+# -- int4 and int6: groups along K, levels -8..7 and -32..31, error-minimising scale ---------------
 
-# The group's largest weight is tried at each of these levels; -8 alone is round to nearest. A
-# fractional level lets the scale shrink or grow a little, whatever lowers the squared error: by 8
-# to 11 % against -8 alone on normal weights, within 1 % of what 32 levels reach
+# The group's largest weight is tried at each of these levels; the first alone is round to nearest.
+# A fractional level lets the scale shrink or grow a little, whatever lowers the squared error: for
+# int4 by 10 to 11 % against -8 alone on normal weights, within 1.3 % of what 32 levels reach
 # (docs/experiments.md).
 INT4_LEVELS = (-8.0, -8.5, -7.5, -7.0, -6.5, -9.0)
+INT6_LEVELS = (-32.0, -33.0, -31.0)
 
 
-def int4_scales(w: F32, group_size: int) -> F32:
+def group_scales(w: F32, group_size: int, levels: tuple[float, ...]) -> F32:
     """w [N, K] -> the float32 scale [N, K/G] of each group that minimises its squared error among
-    INT4_LEVELS, by least squares on the codes of each."""
+    `levels`, by least squares on the codes of each. Codes: levels[0] to -levels[0] - 1."""
+    lowest, highest = np.float32(levels[0]), np.float32(-levels[0] - 1)
     groups = w.reshape(w.shape[0], -1, group_size)  # [N, K/G, G]
     at = np.abs(groups).argmax(axis=2)  # the first of equals
     peak = np.take_along_axis(groups, at[..., None], axis=2)[..., 0]  # [N, K/G], signed
     best = np.zeros(peak.shape, np.float32)
     best_gain = np.full(peak.shape, -1, np.float32)
     inverse_peak = reciprocal(peak)
-    for level in INT4_LEVELS:
+    for level in levels:
         factor = np.float32(level) * inverse_peak
         wq = np.zeros(peak.shape, np.float32)
         qq = np.zeros(peak.shape, np.float32)
         for k in range(group_size):  # in this order in the compiled twin too: same bits
             value = groups[..., k]
-            q = np.clip(np.rint(value * factor), np.float32(-8), np.float32(7))
+            q = np.clip(np.rint(value * factor), lowest, highest)
             wq = wq + value * q
             qq = qq + q * q
         scale = wq / np.where(qq > 0, qq, np.float32(1))
@@ -299,16 +325,26 @@ def int4_scales(w: F32, group_size: int) -> F32:
     return best
 
 
-def _quantize_int4(w: F32, scheme: Scheme) -> dict[str, Array]:
-    scales = to_half(int4_scales(w, scheme.group_size))
+def _quantize_groups(w: F32, scheme: Scheme) -> dict[str, Array]:
+    levels = INT6_LEVELS if scheme.name == "int6" else INT4_LEVELS
+    scales = to_half(group_scales(w, scheme.group_size, levels))
     inverse = reciprocal(scales.astype(np.float32))
     q = np.rint(w.reshape(*scales.shape, -1) * inverse[..., None]).reshape(w.shape)
-    codes = (np.clip(q, -8, 7) + 8).astype(np.uint8)
-    return {"codes": tile_nibbles(codes), "scales": tile_rows(scales)}
+    codes = (np.clip(q, levels[0], -levels[0] - 1) - levels[0]).astype(np.uint8)
+    tiled = tile_sixes(codes) if scheme.name == "int6" else tile_nibbles(codes)
+    return {"codes": tiled, "scales": tile_rows(scales)}
+
+
+def _dequantize_int6(parts: Parts, scheme: Scheme) -> F32:
+    return _scaled(untile_sixes(parts["codes"]).astype(np.float32) - np.float32(32), parts, scheme)
 
 
 def _dequantize_int4(parts: Parts, scheme: Scheme) -> F32:
-    q = untile_nibbles(parts["codes"]).astype(np.float32) - np.float32(8)
+    return _scaled(untile_nibbles(parts["codes"]).astype(np.float32) - np.float32(8), parts, scheme)
+
+
+def _scaled(q: F32, parts: Parts, scheme: Scheme) -> F32:
+    """q [N, K] times the scale of each one's group."""
     return q * np.repeat(untile_rows(parts["scales"]).astype(np.float32), scheme.group_size, axis=1)
 
 
@@ -333,15 +369,13 @@ def _quantize_nf4(w: F32, scheme: Scheme) -> dict[str, Array]:
 
 
 def _dequantize_nf4(parts: Parts, scheme: Scheme) -> F32:
-    values = NF4_CODEBOOK[untile_nibbles(parts["codes"])]
-    return values * np.repeat(
-        untile_rows(parts["scales"]).astype(np.float32), scheme.group_size, axis=1
-    )
+    return _scaled(NF4_CODEBOOK[untile_nibbles(parts["codes"])], parts, scheme)
 
 
 _QUANTIZE: dict[str, Callable[[F32, Scheme], dict[str, Array]]] = {
     "int8": _quantize_int8,
-    "int4": _quantize_int4,
+    "int6": _quantize_groups,
+    "int4": _quantize_groups,
     "nf4": _quantize_nf4,
     "f32": _quantize_float,
     "bf16": _quantize_float,
@@ -349,6 +383,7 @@ _QUANTIZE: dict[str, Callable[[F32, Scheme], dict[str, Array]]] = {
 }
 _DEQUANTIZE: dict[str, Callable[[Parts, Scheme], F32]] = {
     "int8": _dequantize_int8,
+    "int6": _dequantize_int6,
     "int4": _dequantize_int4,
     "nf4": _dequantize_nf4,
     "f32": _dequantize_float,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from bloomq.schemes import (
     INT4_LEVELS,
+    INT6_LEVELS,
     NF4_MIDPOINTS,
     TILE,
     Array,
@@ -35,7 +36,9 @@ def _cached(function: Callable[..., Any]) -> Any:
         return njit(nogil=True, error_model="numpy")(function)
 
 
-_LEVELS = np.array(INT4_LEVELS, np.float32)
+_LEVELS = {
+    "int4": np.array(INT4_LEVELS, np.float32), "int6": np.array(INT6_LEVELS, np.float32)
+}  # fmt: skip
 _ROUND = np.float32(12582912)  # 1.5 x 2^23: adding and subtracting it rounds, half to even
 
 
@@ -55,18 +58,20 @@ def quantize_block(raw: Array, dtype: str, scheme: Scheme) -> dict[str, Array]:
         return {"codes": codes, "scales": scales}
     groups = w.shape[1] // scheme.group_size
     wide = np.empty((tiles, groups, TILE), np.float32)
-    if scheme.name == "int4":
-        _int4_scales(w, scheme.group_size, _LEVELS, wide)
-    else:
+    if scheme.name == "nf4":
         _group_peaks(w, scheme.group_size, wide)
-    half = to_half(wide)
-    nibbles = np.empty((tiles, w.shape[1] // 8, TILE, 4), np.uint8)
-    inverse = reciprocal(half.astype(np.float32))
-    if scheme.name == "int4":
-        _int4_codes(w, scheme.group_size, inverse, nibbles)
     else:
-        _nf4_codes(w, scheme.group_size, inverse, NF4_MIDPOINTS, nibbles)
-    return {"codes": nibbles, "scales": half}
+        _group_scales(w, scheme.group_size, _LEVELS[scheme.name], wide)
+    half = to_half(wide)
+    packed = np.empty(scheme.parts((w.shape[0], w.shape[1]))["codes"].shape, np.uint8)
+    inverse = reciprocal(half.astype(np.float32))
+    if scheme.name == "int6":
+        _int6_codes(w, scheme.group_size, inverse, packed)
+    elif scheme.name == "int4":
+        _int4_codes(w, scheme.group_size, inverse, packed)
+    else:
+        _nf4_codes(w, scheme.group_size, inverse, NF4_MIDPOINTS, packed)
+    return {"codes": packed, "scales": half}
 
 
 def all_finite(raw: Array, dtype: str) -> bool:
@@ -150,7 +155,8 @@ def _peak_of_group(block, peak, magnitude):  # type: ignore[no-untyped-def]
 
 
 @_cached
-def _int4_scales(w, group, levels, scales):  # type: ignore[no-untyped-def]
+def _group_scales(w, group, levels, scales):  # type: ignore[no-untyped-def]
+    lowest, highest = levels[0], np.float32(-levels[0] - np.float32(1))
     block = np.empty((group, 16), np.float32)
     peak, magnitude = np.empty(16, np.float32), np.empty(16, np.float32)
     inverse, factor = np.empty(16, np.float32), np.empty(16, np.float32)
@@ -175,7 +181,7 @@ def _int4_scales(w, group, levels, scales):  # type: ignore[no-untyped-def]
                     for lane in range(16):
                         value = block[k, lane]
                         q = (value * factor[lane] + _ROUND) - _ROUND
-                        q = min(max(q, np.float32(-8)), np.float32(7))
+                        q = min(max(q, lowest), highest)
                         wq[lane] += value * q
                         qq[lane] += q * q
                 for lane in range(16):
@@ -209,6 +215,27 @@ def _int4_codes(w, group, inverse, codes):  # type: ignore[no-untyped-def]
                     low = min(max(low, np.float32(-8)), np.float32(7)) + np.float32(8)
                     high = min(max(high, np.float32(-8)), np.float32(7)) + np.float32(8)
                     codes[tile, k8, lane, j] = np.uint8(np.int32(low) | (np.int32(high) << 4))
+
+
+@_cached
+def _int6_codes(w, group, inverse, codes):  # type: ignore[no-untyped-def]
+    for tile in range(codes.shape[0]):
+        for lane in range(16):
+            row = tile * 16 + lane
+            for k16 in range(codes.shape[1] // 3):
+                factor = inverse[tile, k16 * 16 // group, lane]
+                for j in range(4):
+                    high = np.int32(0)
+                    for i in range(4):
+                        q = (w[row, 16 * k16 + 4 * i + j] * factor + _ROUND) - _ROUND
+                        code = np.int32(min(max(q, np.float32(-32)), np.float32(31))) + 32
+                        high |= (code >> 4) << (2 * i)
+                        at = 3 * k16 + i // 2
+                        if i % 2:
+                            codes[tile, at, lane, j] |= np.uint8((code & 15) << 4)
+                        else:
+                            codes[tile, at, lane, j] = np.uint8(code & 15)
+                    codes[tile, 3 * k16 + 2, lane, j] = np.uint8(high)
 
 
 @_cached

@@ -50,10 +50,12 @@ def source_weights(checkpoint: Path) -> dict[str, np.ndarray]:
 def expected_weights(checkpoint: Path, scheme: str = "f32") -> dict[str, np.ndarray]:
     """What a pack must hold: matrices through the scheme, vectors as they are, by our names."""
     config = BloomConfig.from_file(checkpoint / "config.json")
-    source, chosen, weights = source_weights(checkpoint), get_scheme(scheme), {}
+    source, weights = source_weights(checkpoint), {}
+    body, head = get_scheme(scheme), get_scheme("int6" if scheme in ("int4", "nf4") else scheme)
     for name in expected_tensors(config):
         array = source[huggingface_name(name)]
         if array.ndim == 2:
+            chosen = head if name in ("wte.weight", "lm_head.weight") else body
             weights[name.removesuffix(".weight")] = through(chosen, array)
         else:
             weights[name] = array
@@ -95,7 +97,7 @@ def refused(
 # -- what goes in comes out ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "f32", "bf16", "f16"])
+@pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nf4", "f32", "bf16", "f16"])
 def test_demo_pack_holds_the_checkpoints_weights(pack_of, demo_checkpoint, scheme):
     assert_holds(pack_of(scheme), expected_weights(demo_checkpoint, scheme))
 
@@ -260,7 +262,7 @@ def test_group_size_is_used_and_recorded(tmp_path, group_size):
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     convert(checkpoint, tmp_path / "pack", group_size=group_size)
     opened = Pack.open(tmp_path / "pack")
-    assert {scheme.label for scheme in opened.schemes.values()} == {f"int4-g{group_size}"}
+    assert {s.label for s in opened.schemes.values()} == {f"int4-g{group_size}", "int6"}
     entry = opened.manifest["weights"]["h.0.mlp.up"]
     assert entry == {"shape": [256, 64], "scheme": "int4", "group_size": group_size}
     w = source_weights(checkpoint)["h.0.mlp.dense_h_to_4h.weight"]
@@ -300,8 +302,8 @@ def test_schemes_are_chosen_for_matrices_only():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scheme": "int3"}, "unknown scheme 'int3', expected one of int8, int4, nf4, f32"),
-        ({"head_scheme": "q8"}, "unknown scheme 'q8', expected one of int8, int4"),
+        ({"scheme": "int3"}, "unknown scheme 'int3', expected one of int8, int6, int4, nf4, f32"),
+        ({"head_scheme": "q8"}, "unknown scheme 'q8', expected one of int8, int6"),
         ({"group_size": 16}, "group size 16, expected one of (32, 64, 128)"),
         ({"group_size": -32}, "group size -32, expected one of (32, 64, 128)"),
         ({"scheme": "int8", "group_size": 64}, "scheme int8 has no group size to choose"),
@@ -324,7 +326,7 @@ def test_conversion_reports_what_it_did(pack_of, demo_checkpoint, tmp_path):
     assert done.pack == tmp_path / "pack"
     assert done.source_bytes == 2 * opened.parameters  # bf16
     assert (done.pack_bytes, done.bits_per_weight) == (opened.nbytes, opened.bits_per_weight)
-    assert 4 < done.bits_per_weight < 5
+    assert 4 < done.bits_per_weight < 6  # int4, with the embedding in int6
     assert done.seconds > 0
     assert done.notes == ()
 
@@ -366,7 +368,7 @@ def test_provenance_names_the_checkpoint(tmp_path):
     assert provenance.pop("bloomq")
     assert provenance == {
         "format": "huggingface", "name": "my bloom", "architectures": ["BloomForCausalLM"],
-        "dtype": "F16", "scheme": "nf4", "head_scheme": "nf4",
+        "dtype": "F16", "scheme": "nf4", "head_scheme": "int6",
     }  # fmt: skip
 
 
@@ -710,7 +712,7 @@ def test_existing_pack_is_kept_without_force(tmp_path):
     assert found == f"{tmp_path / 'pack'}: already exists: --force replaces a pack"
     assert (tmp_path / "pack" / "manifest.json").read_bytes() == before
     convert(checkpoint, tmp_path / "pack", scheme="int4", force=True)
-    assert Pack.open(tmp_path / "pack").schemes["wte"].name == "int4"
+    assert Pack.open(tmp_path / "pack").schemes["wte"].name == "int6"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint", "pack"]
 
 

@@ -1,15 +1,19 @@
 """The Numba kernels against their NumPy twins: every scheme, tier, odd size, batch and extreme.
 
+Attention has a file of its own, test_attention.py.
+
 Bounds are derived: `EPS` is float32's unit in the last place of 1, and sums are bounded by the
 sum of their terms' magnitudes.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,11 +25,11 @@ from numba import float32, types, void
 from numba.extending import intrinsic
 
 from bloomq.backends import reference
+from bloomq.backends.numba_cpu import layers
 from bloomq.backends.numba_cpu.jit import best_tier, compiled, cpu_features
 from bloomq.backends.numba_cpu.layers import (
-    NumbaAttention,
     NumbaBackend,
-    NumbaCache,
+    NumbaEmbedding,
     NumbaLinear,
 )
 from bloomq.backends.numba_cpu.memory import address
@@ -36,33 +40,42 @@ from bloomq.backends.numba_cpu.threads import Pool, physical_cores
 from bloomq.config import BloomConfig
 from bloomq.errors import CapacityError, UsageError
 from bloomq.layers import Span, slopes
-from bloomq.schemes import Scheme, get_scheme, round_up
+from bloomq.schemes import TILE, Scheme, get_scheme, round_up
 from bloomq.weights import Matrix, Norm
 
 EPS = float(np.finfo(np.float32).eps)  # 2^-23
 BEST = best_tier(cpu_features())
 TIERS_HERE = [tier for tier, needs in TIERS.items() if cpu_features().issuperset(needs)]
 SCHEMES = [
-    get_scheme("int4", 32), get_scheme("int4", 64), get_scheme("int4", 128), get_scheme("int8"),
-    get_scheme("nf4"), get_scheme("f32"), get_scheme("f16"), get_scheme("bf16"),
+    get_scheme("int4", 32), get_scheme("int4", 64), get_scheme("int4", 128), get_scheme("int6"),
+    get_scheme("int8"), get_scheme("nf4"), get_scheme("f32"), get_scheme("f16"), get_scheme("bf16"),
 ]  # fmt: skip
 # A kernel takes some 5 s to compile, so every scheme runs on the best tier only. On AVX2, the most
 # common one, those that differ in how they unpack; elsewhere the default.
-ON_OTHER_TIERS = {"avx2": ("int4-g64", "int8", "nf4")}
+ON_OTHER_TIERS = {"avx2": ("int4-g64", "int6", "int8", "nf4")}
 CASES = [
     pytest.param(scheme, tier, id=f"{scheme.label}-{tier}")
     for scheme in SCHEMES
     for tier in TIERS_HERE
     if tier == BEST or scheme.label in ON_OTHER_TIERS.get(tier, ("int4-g64",))
 ]
-HEAD_DIMS = (8, 16, 64, 128)  # 8 is padded to 16, and shares its kernel
-ATTENTION_CASES = [(dim, "f16", BEST) for dim in HEAD_DIMS]
-ATTENTION_CASES += [(dim, "f32", BEST) for dim in HEAD_DIMS[:3]]
-ATTENTION_CASES += [(16, "f16", tier) for tier in TIERS_HERE if tier != BEST]
 ON_BEST = [pytest.param(scheme, id=scheme.label) for scheme in SCHEMES]
 # One weight; less than a tile and a group; over a pair of tiles and a group by one; whole pairs.
 SIZES = [(1, 1), (15, 31), (33, 65), (47, 129), (16, 32), (100, 200), (96, 256)]
-BATCHES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17]  # one, four and eight tokens' kernels, and the panel's
+BATCHES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17]  # one, four and eight tokens' kernels, and their blocks
+# Columns that no group size divides, three shares of linear._COLUMNS; batches of more blocks than
+# linear._FEW_BLOCKS: 40 tokens of 8 (avx512-vnni), 17 of 4 (the other tiers).
+LONG, LONG_BATCHES = (47, 1100), (1, 2, 4, 5, 8, 9, 17, 40)
+LONG_CASES = [
+    pytest.param(scheme, tier, id=f"{scheme.label}-{tier}")
+    for tier in TIERS_HERE
+    for scheme in SCHEMES
+    if tier == BEST or not scheme.is_float
+]
+# The head of the largest BLOOM: 3.6e9 weights, so its last row begins beyond 2^31 of them; in int8
+# beyond 2^31 bytes too, in f16 beyond 2^32.
+HUGE = (250_880, 14_336)
+HUGE_SCHEMES = ["int4", "int8", "nf4", "f16"]
 
 
 AVX2_SCRIPT = """
@@ -86,9 +99,13 @@ AVX2_FEATURES = "+64bit,+avx,+avx2,+bmi,+bmi2,+cx16,+cx8,+f16c,+fma,+fxsr,+lzcnt
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_ahead() -> Iterator[None]:
-    """A second process compiles, from the other end, what these tests will ask for: with an empty
-    cache compiling takes nearly all of their time, and a process compiles on one core."""
-    code = "import test_kernels; test_kernels.compile_from_the_end()"
+    yield from compiling_ahead("test_kernels")
+
+
+def compiling_ahead(module: str) -> Iterator[None]:
+    """A second process compiles, from the other end, what a module's tests will ask for: with an
+    empty cache compiling takes nearly all of their time, and a process compiles on one core."""
+    code = f"import {module}; {module}.compile_from_the_end()"
     helper = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
     yield
     helper.terminate()
@@ -96,12 +113,10 @@ def _compiled_ahead() -> Iterator[None]:
 
 
 def compile_from_the_end() -> None:
-    """Attention first, since the tests of linears, which come in the order of CASES, take long."""
-    for head_dim, dtype, tier in ATTENTION_CASES:
-        NumbaAttention(POOLS[1], tier, dtype, 0, 1, head_dim)
+    """What the tests ask for in the order of CASES, and then on every tier."""
     if "avx2" in TIERS_HERE:
         run_lowered_to_avx2(os.devnull)
-    for case in reversed(CASES):
+    for case in [*reversed(LONG_CASES), *reversed(CASES)]:
         scheme, tier = case.values
         linear(tier, random_matrix(scheme, (16, 32)))
 
@@ -277,6 +292,23 @@ def test_a_row_has_the_same_bits_in_any_batch_and_with_any_number_of_threads(sch
             assert same_bits(run(case.x[:batch], threads), singles[:batch]), (batch, threads)
 
 
+@pytest.mark.parametrize(("scheme", "tier"), LONG_CASES)
+def test_long_rows_equal_their_twin_in_blocks_of_columns_too(scheme, tier):
+    for batch in LONG_BATCHES:
+        case = random_case(scheme, LONG, batch)
+        expected, bound = twin(case)
+        assert (np.abs(product(case, tier) - expected) <= bound).all(), batch
+
+
+@pytest.mark.parametrize(("scheme", "tier"), LONG_CASES)
+def test_a_long_row_has_the_same_bits_in_any_batch(scheme, tier):
+    case = random_case(scheme, LONG, max(LONG_BATCHES))
+    layer = linear(tier, case.weight, case.bias, case.norm, "gelu", threads=1)
+    singles = np.concatenate([layer(case.x[i : i + 1], case.add[i : i + 1]) for i in range(40)])
+    for batch in LONG_BATCHES:
+        assert same_bits(layer(case.x[:batch], case.add[:batch]), singles[:batch]), batch
+
+
 @pytest.mark.parametrize("scheme", ON_BEST)
 def test_more_threads_than_tiles_leave_no_output_unwritten(scheme):
     for shape in ((17, 64), (17, 131072)):  # two tiles; the second is above _ALONE_BYTES
@@ -355,6 +387,47 @@ def test_every_tier_gives_the_same_bits_for_one_integer_group(tier):
     scheme = get_scheme("int4", 64)  # one group: no float sum whose order could differ
     case = random_case(scheme, (33, 64), 9)
     assert same_bits(product(case, tier), product(case, "portable"))
+
+
+# -- matrices of more than 2^31 weights ------------------------------------------------------------
+
+
+def huge_and_its_last_rows(name: str) -> tuple[Matrix, Matrix]:
+    """A matrix of HUGE size, zeros but for its last pair of tiles, and that pair alone. The system
+    backs zeros that nobody writes with one page."""
+    scheme = get_scheme(name)
+    last = random_matrix(scheme, (2 * TILE, HUGE[1]))
+    parts = {}
+    for part, spec in scheme.parts(HUGE).items():
+        stored = np.asarray(last.parts[part])
+        try:
+            parts[part] = np.zeros(spec.shape, stored.dtype)
+        except MemoryError:
+            pytest.skip("this system gives out no more memory than it has")
+        parts[part][-len(stored) :] = stored
+    return Matrix("huge", scheme, HUGE, parts), last
+
+
+@pytest.mark.parametrize("name", HUGE_SCHEMES)
+def test_the_last_rows_of_a_matrix_of_more_than_2_31_weights_are_the_right_ones(name):
+    huge, last = huge_and_its_last_rows(name)
+    layer, alone = linear(BEST, huge), linear(BEST, last)
+    for batch in (1, 9, 40):  # each number of tokens of a block, and blocks of columns
+        x = np.random.default_rng(batch).standard_normal((batch, HUGE[1])).astype(np.float32)
+        y = layer(x)
+        assert same_bits(np.ascontiguousarray(y[:, -2 * TILE :]), alone(x)), batch
+        assert not y[:, : -2 * TILE].any(), batch
+
+
+@pytest.mark.parametrize("name", HUGE_SCHEMES)
+def test_the_last_ids_of_a_table_of_more_than_2_31_weights_find_their_rows(name):
+    huge, last = huge_and_its_last_rows(name)
+    ones = np.ones(HUGE[1], np.float32)
+    norm = Norm("ln", ones, ones, 1e-5)  # zeros become ones, so that nothing is left unwritten
+    lanes = np.array([0, 15, 16, 31])
+    found = NumbaEmbedding(POOLS[2], huge, norm)(np.concatenate([HUGE[0] - 2 * TILE + lanes, [0]]))
+    assert same_bits(found[:4], NumbaEmbedding(POOLS[2], last, norm)(lanes))
+    assert (found[4] == 1).all()
 
 
 # -- exp, gelu, norm -------------------------------------------------------------------------------
@@ -456,109 +529,6 @@ def test_norm_equals_its_twin(width):
     assert (np.abs(reference.layer_norm(case.x, case.norm) - exact) <= bound).all()
 
 
-# -- attention -------------------------------------------------------------------------------------
-
-CONFIG_OF = {
-    dim: BloomConfig(hidden_size=3 * dim, n_layer=2, n_head=3, vocab_size=16) for dim in HEAD_DIMS
-}
-CHUNKY = [(250, 15, 1), (6, 1, 15), (1, 1, 240), (9, 17, 1), (300, 2, 16), (1, 1, 1)]
-
-
-def attention_steps(
-    config: BloomConfig, dtype: str, cuts, threads: int = 2, tier: str = BEST
-) -> list[np.ndarray]:
-    """The outputs of feeding `cuts`, new tokens of each row step by step, to a fresh cache."""
-    layer = NumbaAttention(POOLS[threads], tier, dtype, 1, config.n_head, config.head_dim)
-    return feed(layer, NumbaCache(config, 3, 700, dtype), config, cuts)
-
-
-def feed(layer, cache, config: BloomConfig, cuts, round_to=np.float32) -> list[np.ndarray]:
-    stream = token_stream(config)
-    if round_to is not np.float32:  # as a float16 cache keeps them
-        split = stream.reshape(3, 700, config.n_head, 3, config.head_dim)
-        split[:, :, :, 1:] = split[:, :, :, 1:].astype(round_to)
-    outputs = []
-    for counts in cuts:
-        rows = [row for row in range(3) if counts[row]]
-        span = Span.of(rows, [counts[row] for row in rows])
-        at = [int(cache.lengths[row]) for row in rows]
-        qkv = [stream[r, a : a + counts[r]] for r, a in zip(rows, at, strict=True)]
-        outputs.append(layer(np.concatenate(qkv), cache, span))
-        cache.advance(span)
-    return outputs
-
-
-def token_stream(config: BloomConfig) -> np.ndarray:
-    """qkv of 700 tokens for each of 3 rows, [3, 700, H * 3 * D]."""
-    rng = np.random.default_rng(5)
-    return rng.standard_normal((3, 700, 3 * config.hidden_size)).astype(np.float32)
-
-
-@pytest.mark.parametrize(("head_dim", "dtype", "tier"), ATTENTION_CASES)
-def test_attention_equals_the_reference_across_block_and_chunk_edges(head_dim, dtype, tier):
-    config = CONFIG_OF[head_dim]
-    backend = reference.ReferenceBackend()
-    expected = feed(
-        backend.attention(1, config.n_head, head_dim), backend.cache(config, 3, 700), config,
-        CHUNKY, np.float16 if dtype == "f16" else np.float32,
-    )  # fmt: skip
-    found = attention_steps(config, dtype, CHUNKY, tier=tier)
-    # Scores are sums of D products: at most 2 sqrt(D) EPS |q||k| off on both sides, and the ALiBi
-    # term 300 EPS; a weight is off by that share. |q||k| is near D, so D^1.5 EPS / sqrt(D) = D EPS.
-    bound = (4 * head_dim + 600) * EPS * 5  # |v| is at most 5
-    for step, (y, want) in enumerate(zip(found, expected, strict=True)):
-        assert np.abs(y - want).max() <= bound, step
-
-
-@pytest.mark.parametrize("dtype", ["f32", "f16", "int8"])
-def test_attention_has_the_same_bits_however_the_tokens_are_cut(dtype):
-    config = CONFIG_OF[8]
-    total = np.array(CHUNKY).sum(axis=0)
-    whole = attention_steps(config, dtype, [tuple(total)])[0]
-    starts = np.concatenate([[0], np.cumsum(total)])
-    for threads in (1, 2):
-        pieces: list[list[np.ndarray]] = [[], [], []]
-        for counts, y in zip(CHUNKY, attention_steps(config, dtype, CHUNKY, threads), strict=True):
-            for row, piece in enumerate(np.split(y, np.cumsum(counts)[:-1])):
-                pieces[row].append(piece)
-        for row in range(3):
-            joined = np.concatenate(pieces[row])
-            assert same_bits(joined, whole[starts[row] : starts[row + 1]]), (row, threads)
-
-
-@pytest.mark.parametrize("dtype", ["f32", "f16", "int8"])
-def test_attention_hides_nan_of_forgotten_tokens_and_shows_nan_of_held_ones(dtype):
-    config = CONFIG_OF[16]
-    backend = NumbaBackend(2, dtype)
-    layer, cache = backend.attention(0, 3, 16), backend.cache(config, 1, 64)
-    stream = token_stream(config)[0]
-    ten = Span.of([0], [10])
-    y = layer(stream[:10], cache, ten)
-    cache.advance(ten)
-    assert np.isfinite(y).all()
-    assert np.isnan(layer(np.full_like(stream[:10], np.nan), cache, ten)).all()
-    cache.advance(ten)
-    assert np.isnan(layer(stream[20:21], cache, Span.of([0], [1]))).all()
-    cache.truncate(0, 10)
-    again = layer(stream[10:11], cache, Span.of([0], [1]))
-    fresh_cache = backend.cache(config, 1, 64)
-    fresh = layer(stream[:11], fresh_cache, Span.of([0], [11]))
-    assert same_bits(again[0], fresh[10])
-
-
-def test_keys_beyond_float16_end_as_nan_not_as_a_number():
-    config = CONFIG_OF[16]
-    backend = NumbaBackend(2, "f16")
-    layer, cache = backend.attention(0, 3, 16), backend.cache(config, 1, 64)
-    qkv = np.abs(token_stream(config)[0, :4])
-    qkv.reshape(4, 3, 3, 16)[1, :, 1:, 3] = 70000.0  # keys and values beyond 65,504
-    first = layer(qkv[:1], cache, Span.of([0], [1]))
-    cache.advance(Span.of([0], [1]))
-    rest = layer(qkv[1:], cache, Span.of([0], [3]))
-    assert np.isfinite(first).all()
-    assert not np.isfinite(rest.reshape(3, 3, 16)[:, :, 3]).any()
-
-
 # -- top, slopes -----------------------------------------------------------------------------------
 
 
@@ -642,10 +612,40 @@ def test_a_description_says_tier_threads_and_cache():
 
 
 def test_a_cache_that_memory_cannot_hold_says_its_size():
+    config = BloomConfig(hidden_size=384, n_layer=2, n_head=3, vocab_size=16)
     with pytest.raises(
         CapacityError, match=r"^no memory for a cache of \d{6,}\.\d GB: ask for fewer"
     ):
-        NumbaBackend().cache(CONFIG_OF[128], 1, 10**13)
+        NumbaBackend().cache(config, 1, 10**13)
+
+
+def test_a_step_no_longer_kept_for_replay_gives_its_memory_back_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    made: list[weakref.ref[Program]] = []
+
+    class Watched(Program):
+        def __init__(self, inputs: int = 0) -> None:
+            super().__init__(inputs)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(layers, "Program", Watched)
+    backend, ones = NumbaBackend(1), np.ones(40, np.float32)
+    table = random_matrix(get_scheme("int4"), (50, 40))
+    embedding = backend.embedding(table, Norm("ln", ones, ones, 1e-5))
+    step = backend.compile(lambda ids, cache, span, wanted: backend.take(embedding(ids), wanted))
+    config = BloomConfig(hidden_size=40, n_layer=1, n_head=1, vocab_size=50)
+    cache = backend.cache(config, 1, 64)
+    gc.collect()
+    gc.disable()  # Python looks for cycles rarely, and a prompt's step may hold 100 MB
+    try:
+        for count in range(1, 20):
+            step(np.arange(count), cache, Span.of([0], [count]), np.array([0]))
+        alive = sum(program() is not None for program in made)
+    finally:
+        gc.enable()
+    assert len(made) == 19
+    assert alive <= layers._PROGRAMS
 
 
 @pytest.mark.skipif("avx2" not in TIERS_HERE, reason="this processor has no AVX2")

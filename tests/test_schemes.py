@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from bloomq.errors import UsageError
 from bloomq.schemes import (
+    INT4_LEVELS,
     NF4_CODEBOOK,
     NF4_INT8_CODEBOOK,
     NF4_MIDPOINTS,
@@ -16,7 +17,7 @@ from bloomq.schemes import (
     bf16_to_f32,
     f32_to_bf16,
     get_scheme,
-    int4_scales,
+    group_scales,
     round_up,
     untile_nibbles,
     untile_rows,
@@ -306,7 +307,7 @@ def test_int4_scale_never_errs_more_than_round_to_nearest(w, group):
     padded = np.zeros((w.shape[0], round_up(w.shape[1], group)), np.float32)
     padded[:, : w.shape[1]] = w
     plain = group_errors(padded, plain_scales(padded, group), group)
-    found = group_errors(padded, int4_scales(padded, group), group)
+    found = group_errors(padded, group_scales(padded, group, INT4_LEVELS), group)
     energy = (padded.reshape(w.shape[0], -1, group).astype(np.float64) ** 2).sum(axis=2)
     assert np.all(found <= plain + 1e-5 * energy)  # 1e-5: sums in float32
 
@@ -453,7 +454,7 @@ def test_the_largest_finite_values_count_as_finite():
 def test_schemes_know_their_group_and_label():
     found = {scheme.label: scheme.group_size for scheme in SCHEMES}
     assert found == {
-        "int8": 128, "nf4": 64, "f32": 64, "bf16": 64, "f16": 64,
+        "int8": 128, "int6": 64, "nf4": 64, "f32": 64, "bf16": 64, "f16": 64,
         "int4-g32": 32, "int4-g64": 64, "int4-g128": 128,
     }  # fmt: skip
     assert get_scheme("int4").group_size in (32, 64, 128)
@@ -465,7 +466,7 @@ def test_schemes_know_their_group_and_label():
         (
             "int5",
             None,
-            "unknown scheme 'int5', expected one of int8, int4, nf4, f32, bf16, f16",
+            "unknown scheme 'int5', expected one of int8, int6, int4, nf4, f32, bf16, f16",
         ),
         ("nf4", 64, "scheme nf4 has no group size to choose: drop it, or use int4"),
         ("f32", 32, "scheme f32 has no group size to choose: drop it, or use int4"),

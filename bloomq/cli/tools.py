@@ -32,7 +32,7 @@ from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
 @click.option(
     "--head-scheme",
     type=click.Choice(SCHEME_NAMES),
-    help="For the embedding and the head.  [default: as --scheme]",
+    help="For the embedding and the head.  [default: int6 for int4 and nf4, else as --scheme]",
 )
 @click.option("-t", "--threads", type=int, help="Worker threads.  [default: all cores]")
 @click.option("--force", is_flag=True, help="Replace a pack that is there.")

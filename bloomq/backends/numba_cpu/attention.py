@@ -314,8 +314,9 @@ def store(dtype: str, width: int, tier: str) -> Any:
                 source = qkv + token * stride + 4 * (3 * head + 1) * head_dim
                 lone[:head_dim] = floats(source, head_dim)
                 length = _length(lone)
-                if position % CHUNK == 0 or not longest[position // CHUNK] > length:
-                    longest[position // CHUNK] = length  # NaN too
+                so_far = longest[position // CHUNK]  # NaN stays: a chunk with it is always read
+                if position % CHUNK == 0 or not (np.isnan(so_far) or so_far > length):
+                    longest[position // CHUNK] = length
                 block = keys + (position // 16 * (16 * width) + position % 16) * size
                 store_vector(spec, address(lone), block, key_step, key_scales + 4 * position)
                 lone[:head_dim] = floats(source + 4 * head_dim, head_dim)

@@ -40,7 +40,7 @@ def look_up(scheme: str, group: int) -> Any:
     """
     entries = tuple(NF4_CODEBOOK.tolist())
     is_float, wide, two_bytes = scheme in ("f32", "f16", "bf16"), scheme == "f32", scheme
-    is_int8, is_nf4 = scheme == "int8", scheme == "nf4"
+    is_int8, is_int6, is_nf4 = scheme == "int8", scheme == "int6", scheme == "nf4"
 
     @kernel
     def look_up(arguments, first, last):  # type: ignore[no-untyped-def]
@@ -62,6 +62,15 @@ def look_up(scheme: str, group: int) -> Any:
                 for column in range(columns):
                     code = row[(column // 4 * TILE + lane) * 4 + column % 4]
                     target[column] = np.float32(code) * scale
+            elif is_int6:
+                row = octets(codes + tile * k * 12, k * 12)
+                for column in range(columns):
+                    at = scales + 2 * ((tile * (k // group) + column // group) * TILE + lane)
+                    block, i, j = column // 16 * 3, column // 4 % 4, column % 4
+                    low = np.int64(row[((block + i // 2) * TILE + lane) * 4 + j])
+                    high = np.int64(row[((block + 2) * TILE + lane) * 4 + j])
+                    code = (low >> (4 * (i % 2)) & 15) | (high >> (2 * i) & 3) << 4
+                    target[column] = np.float32(code - 32) * _half("f16", at)
             else:
                 row = octets(codes + tile * k * TILE // 2, k * TILE // 2)
                 for column in range(columns):

@@ -131,32 +131,33 @@ class _Replay:
 
     def __init__(self, pool: Pool, step: Step) -> None:
         self._pool, self._step = pool, step
-        self._programs: OrderedDict[tuple[int, int, int], Program] = OrderedDict()
+        self._recorded: OrderedDict[tuple[int, int, int], tuple[Program, F32]] = OrderedDict()
 
     def __call__(self, ids: I64, cache: NumbaCache, span: Span, wanted: I64) -> F32:
         shape = (len(ids), len(span.rows), len(wanted))
         # Taken out while it runs: another thread's step of this shape gets a program of its own.
-        program = self._programs.pop(shape, None) or self._record(shape, cache, span)
+        program, result = self._recorded.pop(shape, None) or self._record(shape, cache, span)
         ids, wanted = np.ascontiguousarray(ids), np.ascontiguousarray(wanted)
-        past = cache.bind(program, span)
+        held = cache.bind(program, span)
         program.inputs[_IDS] = ids.ctypes.data
         program.inputs[_WANTED] = wanted.ctypes.data
         self._pool.run(program)
-        del past
-        assert program.result is not None
-        result = program.result.values().copy()
-        self._programs[shape] = program
-        while len(self._programs) > _PROGRAMS:
-            self._programs.popitem(last=False)
-        return result
+        del held
+        kept = result.copy()
+        self._recorded[shape] = (program, result)
+        while len(self._recorded) > _PROGRAMS:
+            self._recorded.popitem(last=False)
+        return kept
 
-    def _record(self, shape: tuple[int, int, int], cache: NumbaCache, span: Span) -> Program:
+    def _record(
+        self, shape: tuple[int, int, int], cache: NumbaCache, span: Span
+    ) -> tuple[Program, F32]:
+        """A program and a view of its result."""
         program = Program(_INPUTS)
         tokens, _, results = shape
         ids = Buffer(program, np.zeros(0, np.int64), tokens, 1)
         wanted = Buffer(program, np.zeros(0, np.int64), results, 1)
-        program.result = self._step(ids, cache, span, wanted)
-        return program
+        return program, self._step(ids, cache, span, wanted).values()
 
 
 def _held(program: Program, array: F32) -> Buffer:
@@ -269,9 +270,9 @@ class NumbaAttention:
             return self.record(qkv, cache, span)
         program = Program(_INPUTS)
         out = self.record(_held(program, qkv), cache, span)
-        past = cache.bind(program, span)
+        held = cache.bind(program, span)
         self._pool.run(program)
-        del past
+        del held
         return np.array(out.values())
 
     def record(self, qkv: Buffer, cache: NumbaCache, span: Span) -> Buffer:
@@ -322,6 +323,8 @@ class NumbaCache:
     def bind(self, program: Program, span: Span) -> object:
         """Tell a program where this cache lies and what a step does to it. Returns what must live
         until the program has run."""
+        tokens = int(self.lengths[span.rows].sum() + span.starts[-1])
+        program.cache_bytes = tokens * self.nbytes // (self.batch * self.capacity)
         held = [np.ascontiguousarray(a) for a in (span.rows, span.starts, self.lengths[span.rows])]
         program.inputs[:_IDS] = (
             self.data.ctypes.data, self.scales.ctypes.data, self.key_lengths.ctypes.data,

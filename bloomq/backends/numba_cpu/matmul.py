@@ -29,6 +29,7 @@ from bloomq.backends.numba_cpu.simd import F32, I32, I64, LANES, V16F, V16H, V64
 
 # Weights are asked for so far ahead: some 100 ns at full bandwidth.
 _AHEAD_BYTES = 2048
+_STEP = 16  # columns of an iteration
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,8 @@ class Spec:
 
     @property
     def signed(self) -> bool:
-        """Are the weight bytes signed (int8, and nf4's code book), or nibbles 0..15?"""
-        return self.scheme != "int4"
+        """Are the weight bytes signed (int8, and nf4's code book), or codes from 0?"""
+        return self.scheme not in ("int4", "int6")
 
     @property
     def is_float(self) -> bool:
@@ -66,7 +67,7 @@ class Spec:
     @property
     def bytes_per_k4(self) -> int:
         """Code bytes of 16 rows x 4 columns."""
-        return 64 if self.scheme == "int8" else 32
+        return {"int8": 64, "int6": 48}.get(self.scheme, 32)
 
 
 def token_blocks(tier: str) -> tuple[int, ...]:
@@ -78,8 +79,8 @@ def token_blocks(tier: str) -> tuple[int, ...]:
 def weight_offset(scheme: str, tier: str) -> int:
     """What a weight byte is too large by, as the dot product sees it: the driver takes
     offset * sum(activations of the group) off again."""
-    if scheme == "int4":
-        return 8
+    if scheme in ("int4", "int6"):
+        return 8 if scheme == "int4" else 32
     return 128 if tier in ("avx512-vnni", "avx-vnni") else 0
 
 
@@ -181,7 +182,7 @@ def _emit_finish(
 
 
 def _load_scales(v: Vectors, spec: Spec, scales: ir.Value, g: ir.Value) -> ir.Value:
-    """The 16 rows' scales of group g: one per row for int8, float16 per group for int4 and nf4."""
+    """The 16 rows' scales of group g: one per row for int8, float16 per group for the others."""
     if spec.scheme == "int8":
         return v.load(scales, V16F)
     half = v.load(v.at(scales, v.b.mul(g, I64(2 * LANES))), V16H)
@@ -191,12 +192,17 @@ def _load_scales(v: Vectors, spec: Spec, scales: ir.Value, g: ir.Value) -> ir.Va
 
 
 def _weight_bytes(v: Vectors, spec: Spec, codes: ir.Value) -> list[ir.Value]:
-    """64 code bytes as prepared vectors of 16 rows x 4 columns: one (int8) or two (nibbles)."""
-    loaded = v.load(codes, V64B)
+    """The codes of 16 columns as four prepared vectors of 16 rows x 4 columns."""
+    loaded = []
+    for at in range(0, _STEP // 4 * spec.bytes_per_k4, 64):
+        v.prefetch(v.at(codes, at + _AHEAD_BYTES))
+        loaded.append(v.load(v.at(codes, at), V64B))
     if spec.scheme == "int8":
-        return [v.prepare(loaded, signed=True)]
-    nibbles = v.nibbles(loaded)
-    return [v.nf4_bytes(n) for n in nibbles] if spec.scheme == "nf4" else list(nibbles)
+        return [v.prepare(part, signed=True) for part in loaded]
+    nibbles = [half for part in loaded[:2] for half in v.nibbles(part)]
+    if spec.scheme == "int6":
+        return [v.b.or_(low, v.high_pair(loaded[2], i)) for i, low in enumerate(nibbles)]
+    return [v.nf4_bytes(n) for n in nibbles] if spec.scheme == "nf4" else nibbles
 
 
 def _accumulate(
@@ -226,27 +232,21 @@ def _group_int(
     """int32 sums [tokens][tiles][16 rows] over one group, 16 columns to an iteration: with 32 of
     them LLVM loads ahead of the accumulators, and spills."""
     k_base = v.b.mul(g, I64(spec.group))
-    columns = 16
-    step_bytes = columns // 4 * spec.bytes_per_k4
 
     def body(step: ir.Value, sums: list[ir.Value]) -> None:
-        k = v.at(k_base, v.b.mul(step, I64(columns)))
-        offset = v.b.mul(k, I64(spec.bytes_per_k4 // 4))
-        source = [v.at(tile, offset) for tile in tiles]
+        k = v.at(k_base, v.b.mul(step, I64(_STEP)))
+        offset = v.b.udiv(v.b.mul(k, I64(spec.bytes_per_k4)), I64(4))
         block = v.at(acts, v.b.mul(k, I64(spec.tokens)))
-        for chunk in range(0, step_bytes, 64):
-            for at in source:
-                v.prefetch(v.at(at, chunk + _AHEAD_BYTES))
-            unpacked = zip(*(_weight_bytes(v, spec, v.at(at, chunk)) for at in source), strict=True)
-            for weights in unpacked:  # 4 columns of each tile
-                for t in range(spec.tokens):
-                    four = v.broadcast4(v.at(block, 4 * t))
-                    for tile, bytes_ in enumerate(weights):
-                        i = spec.tiles * t + tile
-                        sums[i] = v.dot4(sums[i], bytes_, four, spec.signed)
-                block = v.at(block, 4 * spec.tokens)
+        unpacked = zip(*(_weight_bytes(v, spec, v.at(at, offset)) for at in tiles), strict=True)
+        for weights in unpacked:  # 4 columns of each tile
+            for t in range(spec.tokens):
+                four = v.broadcast4(v.at(block, 4 * t))
+                for tile, bytes_ in enumerate(weights):
+                    i = spec.tiles * t + tile
+                    sums[i] = v.dot4(sums[i], bytes_, four, spec.signed)
+            block = v.at(block, 4 * spec.tokens)
 
-    return _accumulate(v, start, spec.group // columns, body)
+    return _accumulate(v, start, spec.group // _STEP, body)
 
 
 def _group_float(

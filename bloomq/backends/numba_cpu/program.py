@@ -76,8 +76,8 @@ class Program:
 
     def __init__(self, inputs: int = 0) -> None:
         self.inputs: Array = np.zeros(inputs, np.int64)
-        self.result: Buffer | None = None
-        self.bytes_touched = 0
+        self.bytes_touched = 0  # weights, counted when recorded
+        self.cache_bytes = 0  # keys and values, known when it runs
         self._operations: list[tuple[int, int, int, int]] = []
         self._table: Array | None = None
         self._free: dict[int, list[Array]] = defaultdict(list)
@@ -102,7 +102,7 @@ class Program:
         self, kernel: Any, units: int, chunk: int, *arguments: Number, touched: int = 0
     ) -> None:
         """Append an operation. chunk: units that one thread takes at a time; touched: bytes of
-        weights and cache that it reads, by which `Pool` decides whether to wake helpers."""
+        weights that it reads, by which `Pool` decides whether to wake helpers."""
         if units == 0:
             return
         block = np.array([_bits(argument) for argument in arguments], np.int64)

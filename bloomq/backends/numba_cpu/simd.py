@@ -199,6 +199,16 @@ class Vectors:
         words = self.b.lshr(self.b.bitcast(codes, halves), self.constant(halves, 4))
         return low, self.b.and_(self.b.bitcast(words, V64B), self.constant(V64B, 15))
 
+    def high_pair(self, packed: ir.Value, i: int) -> ir.Value:
+        """Bits 2 i and 2 i + 1 of 64 bytes, as bits 4 and 5."""
+        halves = ir.VectorType(I16, 32)  # shifted as words: the mask drops what crossed over
+        words = self.b.bitcast(packed, halves)
+        if i < 2:
+            words = self.b.shl(words, self.constant(halves, 4 - 2 * i))
+        elif i > 2:
+            words = self.b.lshr(words, self.constant(halves, 2 * i - 4))
+        return self.b.and_(self.b.bitcast(words, V64B), self.constant(V64B, 0x30))
+
     def nf4_bytes(self, index: ir.Value) -> ir.Value:
         """The int8 code-book entry of each of 64 indices 0..15, prepared for `dot4`."""
         entries = [_int8(entry + self.offset(signed=True)) for entry in NF4_INT8_CODEBOOK]

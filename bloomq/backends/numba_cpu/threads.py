@@ -58,7 +58,8 @@ class Pool:
         """Run a program to its end."""
         job = program.job()
         try:
-            if self.threads > 1 and program.bytes_touched >= _ALONE_BYTES:
+            touched = program.bytes_touched + program.cache_bytes
+            if self.threads > 1 and touched >= _ALONE_BYTES:
                 self._running().publish(job)
             job.work()
         except BaseException:  # Ctrl-C: helpers may be at it, and must not outlive the call
