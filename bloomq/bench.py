@@ -27,7 +27,7 @@ I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class Workload:
     """A prompt of `prompt` tokens, or `generated` tokens one by one, in each of `batch` rows that
     hold `depth` tokens already."""
 
@@ -52,7 +52,7 @@ class Result:
     """The samples of a test. sample_s: seconds of each run; step_s: of each decode step of all
     runs; bandwidth_gb_s, dot_gmac_s: the ceilings before each run."""
 
-    test: Test
+    test: Workload
     sample_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     bandwidth_gb_s: list[float] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Bench:
         reads = [self._ceilings.read_gb_s() for _ in range(samples)]
         return median(reads), median(self._ceilings.dot_gmac_s() for _ in range(samples))
 
-    def run(self, tests: Sequence[Test], repeat: int) -> Iterator[Result]:
+    def run(self, tests: Sequence[Workload], repeat: int) -> Iterator[Result]:
         """Results as they are ready: each test once unmeasured, then `repeat` times."""
         if repeat < 1:
             raise UsageError(f"repetitions {repeat}, expected at least 1")
@@ -101,7 +101,7 @@ class Bench:
         for test in tests:
             yield self._measure(test, repeat)
 
-    def _measure(self, test: Test, repeat: int) -> Result:
+    def _measure(self, test: Workload, repeat: int) -> Result:
         cache = self._lm.cache(test.batch, test.depth + max(test.prompt, test.generated))
         self._fill(cache, test.depth)
         result = Result(test)
@@ -112,7 +112,7 @@ class Bench:
             self._once(test, cache, result)
         return result
 
-    def _once(self, test: Test, cache: Cache, result: Result) -> None:
+    def _once(self, test: Workload, cache: Cache, result: Result) -> None:
         for row in range(test.batch):
             cache.truncate(row, test.depth)
         if test.prompt:
@@ -139,7 +139,7 @@ class Bench:
             last = np.arange(len(part))[-1:] if start + len(part) == tokens else np.arange(0)
             self._lm.step(part, cache, Span.of([row], [len(part)]), last)
 
-    def _decode(self, cache: Cache, test: Test) -> list[float]:
+    def _decode(self, cache: Cache, test: Workload) -> list[float]:
         """Seconds of each greedy step."""
         ids, rows = self._random_ids(test.batch), list(range(test.batch))
         span, wanted = Span.of(rows, [1] * test.batch), np.arange(test.batch)
@@ -186,13 +186,13 @@ class Bench:
             if name not in ("wte", "lm_head")
         )  # fmt: skip
 
-    def _cache_bytes(self, test: Test) -> float:
+    def _cache_bytes(self, test: Workload) -> float:
         """Keys and values of a row, in the middle of the test."""
         probe = self._lm.cache(1, 64)
         return probe.nbytes / probe.capacity * (test.depth + test.generated / 2)
 
 
-def _check(test: Test) -> None:
+def _check(test: Workload) -> None:
     for name in ("prompt", "generated", "depth"):
         if not 0 <= getattr(test, name) <= 1 << 20:
             raise UsageError(f"{name} of {getattr(test, name)} tokens, expected 0 to 1048576")
@@ -202,14 +202,14 @@ def _check(test: Test) -> None:
 
 def plan(
     prompts: Sequence[int], generated: Sequence[int], depths: Sequence[int], batches: Sequence[int]
-) -> list[Test]:
+) -> list[Workload]:
     """Every prompt length and every number of generated tokens, at every depth, in every batch;
     0 leaves that kind of test out. Raises: UsageError for what cannot be."""
     tests = []
     for depth in depths:
         for batch in batches:
-            tests += [Test(prompt=p, depth=depth, batch=batch) for p in prompts if p]
-            tests += [Test(generated=n, depth=depth, batch=batch) for n in generated if n]
+            tests += [Workload(prompt=p, depth=depth, batch=batch) for p in prompts if p]
+            tests += [Workload(generated=n, depth=depth, batch=batch) for n in generated if n]
     for test in tests:
         _check(test)
     if not tests:

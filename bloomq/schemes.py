@@ -225,7 +225,7 @@ def untile_nibbles(tiled: Array) -> NDArray[np.uint8]:
 def tile_sixes(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """[N, K] of 0..63 -> [N/16, K/16 * 3, 16, 4]."""
     n, k = codes.shape
-    low = tile_nibbles(codes & 15).reshape(n // TILE, k // 16, 2, TILE, 4)
+    low = tile_nibbles(np.asarray(codes & 15, np.uint8)).reshape(n // TILE, k // 16, 2, TILE, 4)
     high = (codes >> 4).reshape(n // TILE, TILE, k // 16, 4, 4)  # i in the fourth place
     shifted = high << np.array([0, 2, 4, 6], np.uint8)[:, None]
     packed = np.bitwise_or.reduce(shifted, axis=3).transpose(0, 2, 1, 3)  # [N/16, K/16, 16, 4]
@@ -240,7 +240,7 @@ def untile_sixes(tiled: Array) -> NDArray[np.uint8]:
     low = untile_nibbles(split[:, :, :2].reshape(tiles, blocks // 3 * 2, TILE, 4))
     packed = split[:, :, 2].transpose(0, 2, 1, 3)[:, :, :, None]  # [N/16, 16, K/16, 1, 4]
     high = (packed >> np.array([0, 2, 4, 6], np.uint8)[:, None]) & 3
-    return low | (high.reshape(low.shape) << 4)
+    return np.asarray(low | (high.reshape(low.shape) << 4), np.uint8)
 
 
 # -- float ----------------------------------------------------------------------------------------

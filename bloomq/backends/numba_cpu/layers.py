@@ -136,7 +136,10 @@ class _Replay:
     def __call__(self, ids: I64, cache: NumbaCache, span: Span, wanted: I64) -> F32:
         shape = (len(ids), len(span.rows), len(wanted))
         # Taken out while it runs: another thread's step of this shape gets a program of its own.
-        program, result = self._recorded.pop(shape, None) or self._record(shape, cache, span)
+        try:
+            program, result = self._recorded.pop(shape)
+        except KeyError:
+            program, result = self._record(shape, cache, span)
         ids, wanted = np.ascontiguousarray(ids), np.ascontiguousarray(wanted)
         held = cache.bind(program, span)
         program.inputs[_IDS] = ids.ctypes.data
