@@ -3,10 +3,9 @@
     python benchmarks/speed.py --work DIR [--models bloom-560m bloom-7b1] [--schemes int4 int8]
                                [--threads N] [--repeat 5] [--json FILE]
 
-First the ceiling: the bandwidth at which this machine's threads read memory, measured between the
-samples of every row, so that both drift together. Decode reads every weight once a token, so its
-ceiling is bandwidth / bytes a token. `--work` keeps checkpoints and packs (7b1: 14 + 4 GB) for the
-next run. Conversion runs in a process of its own, whose peak memory is the system's figure.
+Makes checkpoints and packs, then does what `bloomq bench` does on each pack: the machine's ceilings
+are measured before every sample. `--work` keeps checkpoints and packs (7b1: 14 + 4 GB) for the next
+run. Conversion runs in a process of its own, whose peak memory is the system's figure.
 """
 
 from __future__ import annotations
@@ -15,39 +14,15 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numba
-import numpy as np
-
 import bloomq
+from bloomq.bench import Bench, peak_rss_mb, plan
 
 HERE = Path(__file__).resolve().parent
-BANDWIDTH_BYTES = 1 << 30
-PROMPT, OUTPUT = 512, 64
-
-
-@numba.njit(parallel=True, nogil=True)
-def read_all(data, threads):  # type: ignore[no-untyped-def]
-    """Four streams a thread, which keeps more reads in flight than one does."""
-    sums = np.zeros(threads * 8, np.int64)  # a cache line each
-    for share in numba.prange(threads):
-        quarter = len(data) // (4 * threads)
-        first = share * 4 * quarter
-        a, b = data[first : first + quarter], data[first + quarter : first + 2 * quarter]
-        c = data[first + 2 * quarter : first + 3 * quarter]
-        d = data[first + 3 * quarter : first + 4 * quarter]
-        total = np.int64(0)
-        for i in range(quarter):
-            total += a[i] + b[i] + c[i] + d[i]
-        sums[8 * share] = total
-    return sums
 
 
 def cpu_name() -> str:
@@ -57,25 +32,6 @@ def cpu_name() -> str:
         return text.split("model name")[1].split(":")[1].splitlines()[0].strip()
     except (OSError, IndexError):
         return platform.processor() or platform.machine()
-
-
-class Bandwidth:
-    """Read bandwidth of `threads` threads over memory far larger than the caches."""
-
-    def __init__(self, threads: int) -> None:
-        self.threads, self.samples = threads, []
-        self.data = np.ones(BANDWIDTH_BYTES // 8, np.int64)
-        read_all(self.data, threads)
-
-    def sample(self) -> None:
-        started = time.perf_counter()
-        read_all(self.data, self.threads)
-        self.samples.append(self.data.nbytes / (time.perf_counter() - started) / 1e9)
-
-    def take_gb_s(self) -> float:
-        """The median since the last call."""
-        result, self.samples = median(self.samples), []
-        return result
 
 
 def main() -> None:
@@ -135,59 +91,28 @@ def convert(checkpoint: Path, pack: Path, scheme: str) -> dict[str, float]:
 
 
 def measure(pack: Path, threads: int | None, repeat: int) -> dict[str, Any]:
-    model = bloomq.load(pack, threads=threads)
-    rng = np.random.default_rng(0)
-    prompt = rng.integers(10, 200_000, PROMPT).tolist()
-    model.generate(prompt[:16], max_new_tokens=4)  # pages in, kernels ready
-    bandwidth = Bandwidth(model.backend.threads)
-    prefill, decode = [], []
-    for _ in range(repeat):
-        bandwidth.sample()
-        decode.append(model.generate(prompt[:4], max_new_tokens=OUTPUT).stats)
-        bandwidth.sample()
-        prefill.append(model.generate(prompt, max_new_tokens=1).stats)
-    reloaded = bloomq.load(pack, threads=threads).load_s
-    per_s = median(s.generated_tokens_per_s for s in decode)
-    gb_s = bandwidth.take_gb_s()
-    weights = sum(matrix_size(model, name) for name in model.pack.schemes)
-    return {
-        "threads": model.backend.threads,
-        "bandwidth_gb_s": gb_s,
-        "decode_tok_s": per_s,
-        "decode_samples": [round(s.generated_tokens_per_s, 2) for s in decode],
-        "decode_gb_s": per_s * model.pack.bytes_per_token / 1e9,
-        "decode_percent": 100 * per_s * model.pack.bytes_per_token / 1e9 / gb_s,
-        "prefill_samples": [round(s.prompt_tokens_per_s, 1) for s in prefill],
-        "prefill_tok_s": median(s.prompt_tokens_per_s for s in prefill),
-        "prefill_gmac_s": median(s.prompt_tokens_per_s for s in prefill) * weights / 1e9,
-        "load_s": reloaded,
-        "rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
-        "pack_mb": model.pack.nbytes / 1e6,
-    }
-
-
-def matrix_size(model: bloomq.LanguageModel, name: str) -> int:
-    """Products a prompt token costs in this matrix: none in the table, read for one token only."""
-    if name in ("wte", "lm_head"):
-        return 0
-    n, k = model.pack.matrix(name).shape
-    return n * k
+    model = bloomq.load(pack, backend="numba", threads=threads)
+    bench = Bench(model.causal_lm, model.pack)
+    rows = [bench.row(result) for result in bench.run(plan([512], [64], [0], [1]), repeat)]
+    reloaded = bloomq.load(pack, backend="numba", threads=threads).load_s
+    facts = {"backend": model.backend.description, "load_s": reloaded, "tests": rows}
+    memory = {"rss_mb": peak_rss_mb() - bench.measuring_mb, "pack_mb": model.pack.nbytes / 1e6}
+    return facts | memory
 
 
 def report(row: dict[str, Any]) -> None:
     print(
         f"\n{row['model']} {row['scheme']}: {row['pack_mb']:.0f} MB, "
-        f"{row['bits_per_weight']:.2f} bits per weight, {row['threads']} threads\n"
+        f"{row['bits_per_weight']:.2f} bits per weight, {row['backend']}\n"
         f"  convert     {row['convert_mb_s']:7.0f} MB/s of source, {row['convert_s']:.1f} s, "
         f"peak RSS {row['convert_rss_mb']:.0f} MB\n"
-        f"  load        {row['load_s']:7.2f} s\n"
-        f"  bandwidth   {row['bandwidth_gb_s']:7.1f} GB/s read, measured between the samples\n"
-        f"  tg{OUTPUT}        {row['decode_tok_s']:7.1f} tok/s = {row['decode_gb_s']:.1f} GB/s = "
-        f"{row['decode_percent']:.0f} % of it\n"
-        f"  pp{PROMPT}       {row['prefill_tok_s']:7.0f} tok/s = "
-        f"{row['prefill_gmac_s']:.0f} GMAC/s",
-        flush=True,
+        f"  load        {row['load_s']:7.2f} s; peak RSS of the process so far "
+        f"{row['rss_mb']:.0f} MB"
     )
+    for test in row["tests"]:
+        rate = f"{test['gb_s']} GB/s" if "gb_s" in test else f"{test['gmac_s']} GMAC/s"
+        print(f"  {test['test']:<11} {test['tokens_per_s']:7.1f} tok/s = {rate} = "
+              f"{test['percent']:.0f} % of the ceiling in this run", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
