@@ -7,7 +7,6 @@ test follows a sample of the ceilings, because machines drift by far more than k
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -218,6 +217,11 @@ def plan(
 
 
 def peak_rss_mb() -> float:
-    """The largest memory this process has had, mapped files included, in 10^6 bytes."""
+    """The largest memory this process has had, mapped files included, in 10^6 bytes; NaN where the
+    system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -18,7 +18,7 @@ from bloomq.errors import CapacityError, UsageError
 from bloomq.heads import STEP_TOKENS, CausalLM
 from bloomq.layers import Cache, Span, Top, X
 from bloomq.sampling import Sampling, draw, generator, is_whole, penalise, top_of
-from bloomq.speculation import Guesser, Pace
+from bloomq.speculation import MOST_GUESSES, Guesser, Pace
 
 I64 = NDArray[np.int64]
 FinishReason = Literal["length", "stop", "eos", "interrupted"]
@@ -143,7 +143,9 @@ class Batch:
 
     def _guess(self, sequence: Row) -> list[int]:
         """Tokens that may come next; the last one that is produced need not be guessed."""
-        most = min(sequence.pace.most(), self._most - len(sequence.ids) - 1)
+        # A step of more than one block of tokens is paid for, right or wrong.
+        share = (MOST_GUESSES + 1) // len(self._active) - 1
+        most = min(sequence.pace.most(), share, self._most - len(sequence.ids) - 1)
         if sequence.guesser is None or most < 1:
             return []
         return sequence.guesser.guess([*sequence.prompt.tolist(), *sequence.ids], most)

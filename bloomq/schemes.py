@@ -140,9 +140,9 @@ def get_scheme(name: str, group_size: int | None = None) -> Scheme:
     return Scheme("int4", group_size or DEFAULT_INT4_GROUP)
 
 
-DEFAULT_INT4_GROUP = 64
+DEFAULT_INT4_GROUP = 32  # at 64 it loses a quarter more (docs/experiments.md)
 # float: columns are summed in blocks of 64, which keeps float32 sums short; int8: the columns of
-# one activation scale; int6: int4's default; nf4: the block of bitsandbytes.
+# one activation scale; int6, nf4: the block of bitsandbytes.
 _FIXED_GROUP = {"f32": 64, "f16": 64, "bf16": 64, "int8": 128, "int6": 64, "nf4": 64}
 SCHEME_NAMES = ("int8", "int6", "int4", "nf4", "f32", "bf16", "f16")
 

@@ -44,8 +44,9 @@ class Lookup:
         self._known = len(ids)
         for n in _NGRAMS:
             at = self._after.get(tuple(ids[-n:])) if len(ids) >= n else None
-            if at is not None:
-                return list(ids[at : at + most])
+            if at is not None:  # what followed may go on into its own repetition
+                period = len(ids) - at
+                return [ids[at + i % period] for i in range(most)]
         return []
 
 
@@ -70,21 +71,26 @@ class DraftModel:
             same += 1
         self._cache.truncate(0, same)
         del self._held[same:]
-        token = self._feed(list(ids[same:]))
-        guesses = [token]
+        guesses: list[int] = []
+        fresh = list(ids[same:])
         while len(guesses) < most:
-            guesses.append(self._feed(guesses[-1:]))
+            token = self._feed(fresh)
+            if token is None:
+                break
+            guesses.append(token)
+            fresh = [token]
         return guesses
 
-    def _feed(self, ids: list[int]) -> int:
-        """Run tokens; the likeliest next one."""
+    def _feed(self, ids: list[int]) -> int | None:
+        """Run tokens; the likeliest next one, None where the logits are no numbers."""
         for start in range(0, len(ids), STEP_TOKENS):
             part = np.array(ids[start : start + STEP_TOKENS], np.int64)
             logits = self._lm.step(
                 part, self._cache, Span.of([0], [len(part)]), np.array([len(part) - 1])
             )
         self._held += ids
-        return int(self._lm.backend.top(logits, 1).ids[0, 0])
+        best = self._lm.backend.top(logits, 1)
+        return int(best.ids[0, 0]) if np.isfinite(best.logsumexp[0]) else None
 
 
 class Pace:

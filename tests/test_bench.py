@@ -63,7 +63,7 @@ def test_a_row_counts_products_of_prompts_and_bytes_of_decode(bench: Bench):
     assert row["ms_p50"] <= row["ms_p90"]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 6])
 def test_ceilings_are_those_of_a_machine(threads: int):
     """A processor of this century: no figure is judged, only that something was measured."""
     ceilings = Ceilings(best_tier(cpu_features()), threads)

@@ -411,6 +411,13 @@ def test_a_numba_that_does_not_say_why_is_passed_over_too(monkeypatch: pytest.Mo
         assert isinstance(backends.why_not("numba"), str)
 
 
+def test_the_reference_has_no_other_cache_than_float32(opened: Pack):
+    assert backends.choose("reference", opened, None, "f32").backend.name == "reference"
+    with pytest.raises(UsageError) as caught:
+        backends.choose("reference", opened, None, "int8")
+    assert str(caught.value) == "cache_dtype is 'int8', the reference backend has f32 alone"
+
+
 @pytest.mark.parametrize("cache_dtype", ["f64", "", None, "F16", 16], ids=str)
 def test_an_impossible_cache_dtype_is_refused(opened: Pack, name: str, cache_dtype):
     with pytest.raises(UsageError) as caught:

@@ -193,14 +193,14 @@ def test_pack_says_what_it_holds(tiny_pack):
     c, v = 64, 70
     layer = 12 * c * c + 13 * c
     assert opened.parameters == 2 * v * c + layer + 4 * c
-    int4_table = 96 * 64 // 2 + 96 * 2  # 70 rows padded to 96, one group of 64
+    int4_table = 96 * 64 // 2 + 96 * 2 * 2  # 70 rows padded to 96, two groups of 32
     int8_row = 128 + 4  # 64 columns padded to 128
     rows = 3 * c + c + 4 * c
     linears = rows * int8_row + c * (256 + 4) + (rows + c) * 4
     assert opened.nbytes == 2 * int4_table + linears + 8 * c * 4
     assert opened.bytes_per_token == opened.nbytes - int4_table
     assert opened.bits_per_weight == 8 * opened.nbytes / opened.parameters
-    assert opened.schemes["lm_head"].label == "int4-g64"
+    assert opened.schemes["lm_head"].label == "int4-g32"
     assert opened.schemes["h.0.mlp.up"].label == "int8"
     assert opened.tokenizer_bytes() == b'{"sham": true}'
 
@@ -424,8 +424,8 @@ def renamed(name: str) -> Edit:
             "manifest.json: wte: scheme int8 has no group size to choose: drop it, or use int4",
         ),
         (
-            weight("wte", {"shape": [70, 64], "scheme": "int4", "group_size": 32}),
-            f"{SHARD}: wte.scales is F16 [6, 1, 16], expected F16 [6, 2, 16]: convert again",
+            weight("wte", {"shape": [70, 64], "scheme": "int4", "group_size": 64}),
+            f"{SHARD}: wte.scales is F16 [6, 2, 16], expected F16 [6, 1, 16]: convert again",
         ),
         (
             weight("wte", {"shape": [70, 64], "scheme": "int8"}),
@@ -572,7 +572,7 @@ def test_missing_array_is_named(pack):
         ("ln_f.bias", "F32", (64, 1), "ln_f.bias is F32 [64, 1], expected F32 [64]"),
         ("ln_f.bias", "I32", (64,), "ln_f.bias is I32 [64], expected F32 [64]"),
         ("ln_f.bias", "F32", (0,), "ln_f.bias is F32 [0], expected F32 [64]"),
-        ("wte.scales", "BF16", (6, 1, 16), "wte.scales is BF16 [6, 1, 16], expected F16 [6, 1"),
+        ("wte.scales", "BF16", (6, 2, 16), "wte.scales is BF16 [6, 2, 16], expected F16 [6, 2"),
         ("wte.codes", "U8", (6, 16, 8, 4), "wte.codes is U8 [6, 16, 8, 4], expected U8 [6, 8, 16"),
         ("h.0.attn.out.scales", "F64", (64,), "h.0.attn.out.scales is F64 [64], expected F32 [64"),
     ],

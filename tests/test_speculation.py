@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from models import Tiny, pack
 
@@ -96,6 +97,25 @@ def test_right_guesses_save_steps(demo, monkeypatch):
     assert sizes == [len(prompt), 4, block, block, block, block, 3]  # 1 + 4 + 4 * 8 + 3 = 40
 
 
+def test_rows_of_a_batch_share_one_block_of_guesses(demo, monkeypatch):
+    sizes, step = [], demo.causal_lm.step
+    monkeypatch.setattr(
+        demo.causal_lm, "step", lambda ids, *rest: sizes.append(len(ids)) or step(ids, *rest)
+    )
+    demo.generate([[5, 6, 5, 6, 5, 6]] * 3, max_new_tokens=20, draft=demo)
+    assert max(sizes[1:]) <= 1 + MOST_GUESSES + 2  # the draft's own steps are of one token
+
+
+def test_a_draft_whose_logits_are_no_numbers_guesses_nothing(demo, monkeypatch):
+    def no_numbers(logits, k, temperature=1.0):
+        best = top(logits, k, temperature)
+        return type(best)(best.ids, best.logits, best.logsumexp * np.nan)
+
+    drafter, top = DraftModel(demo.causal_lm, 50), demo.backend.top
+    monkeypatch.setattr(demo.backend, "top", no_numbers)
+    assert drafter.guess([5, 6, 7], 4) == []
+
+
 def test_wrong_guesses_leave_no_trace_in_the_cache(demo):
     """A guesser that is always wrong: every step is cut back, and the text is the plain one."""
 
@@ -126,6 +146,10 @@ def test_lookup_says_what_followed_the_last_time():
     assert lookup.guess([1, 2, 3, 4, 9, 2, 3, 7, 8, 2, 3, 5], 2) == []
 
 
+def test_lookup_goes_on_with_a_repetition():
+    assert Lookup().guess([7, 8, 9, 7, 8, 9, 7, 8], 7) == [9, 7, 8, 9, 7, 8, 9]
+
+
 def test_lookup_prefers_the_longer_context():
     assert Lookup().guess([1, 2, 3, 7, 5, 2, 3, 8, 1, 2, 3], 1) == [7]
 
@@ -134,7 +158,7 @@ def test_lookup_needs_two_tokens():
     assert Lookup().guess([], 3) == []
     assert Lookup().guess([1], 3) == []
     assert Lookup().guess([1, 1], 3) == []
-    assert Lookup().guess([1, 1, 1], 3) == [1]
+    assert Lookup().guess([1, 1, 1], 3) == [1, 1, 1]
 
 
 def test_a_draft_model_follows_the_text_wherever_it_went(demo):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -132,10 +133,39 @@ def test_ctrl_c_before_the_work_leaves_no_helper_at_it(monkeypatch: pytest.Monke
             raise KeyboardInterrupt
 
     monkeypatch.setattr(numba_threads._Helpers, "publish", interrupted)
+    for _ in range(20):
+        with pytest.raises(KeyboardInterrupt):
+            pool.run(program)
+        then = numbers.copy()
+        time.sleep(0.01)
+        assert (numbers == then).all()
+
+
+def test_ctrl_c_ends_a_long_step_long_before_its_end():
+    """Between slices of operations Python sees the signal; what was begun is finished, no more."""
+    program, numbers = counting(units=2000, operations=4000)
+    pool = Pool(2)
+
+    def for_a_long_time() -> None:
+        for _ in range(1000):
+            pool.run(program)
+
+    threading.Timer(0.2, lambda: signal.raise_signal(signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        pool.run(program)
-    assert (numbers == 20).all()
-    time.sleep(0.05)
+        for_a_long_time()
+    then = numbers.copy()
+    time.sleep(0.02)
+    assert (numbers == then).all()
+    assert numbers.max() < 1000 * 4000
+
+
+def test_a_system_without_more_threads_has_fewer_helpers(monkeypatch: pytest.MonkeyPatch):
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(numba_threads.threading.Thread, "start", refuse)
+    program, numbers = counting()
+    Pool(3).run(program)
     assert (numbers == 20).all()
 
 

@@ -69,6 +69,8 @@ def choose(name: str, pack: Pack, threads: int | None, cache_dtype: str = "auto"
         raise BackendError(f"backend {name} is not available: {problem}: use one of {available()}")
     if cache_dtype not in ("auto", "f16", "f32", "int8"):
         raise UsageError(f"cache_dtype is {cache_dtype!r}, expected auto, f16, f32 or int8")
+    if name == "reference" and cache_dtype not in ("auto", "f32"):
+        raise UsageError(f"cache_dtype is {cache_dtype!r}, the reference backend has f32 alone")
     if cache_dtype == "auto":
         # Unquantized packs are the yardstick, so nothing of theirs is rounded to float16.
         exact = all(scheme.is_float for scheme in pack.schemes.values())
@@ -84,7 +86,7 @@ def _numba(threads: int | None, cache_dtype: str) -> Backend:
 
 
 def _reference(threads: int | None, cache_dtype: str) -> Backend:
-    """NumPy has its own threads, and the reference its float32 cache."""
+    """NumPy has its own threads, and the reference its float32 cache: see `choose`."""
     from bloomq.backends.reference import ReferenceBackend
 
     return ReferenceBackend()

@@ -53,6 +53,3 @@ def commands() -> None:
 
 for _command in (generate, chat, convert, info, verify, warmup, bench):
     commands.add_command(_command)
-
-if __name__ == "__main__":
-    main()

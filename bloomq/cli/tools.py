@@ -27,7 +27,7 @@ from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
 @click.option(
     "--group-size",
     type=click.Choice([str(g) for g in GROUP_SIZES]),
-    help="Columns that share a scale, for int4.  [default: 64]",
+    help="Columns that share a scale, for int4.  [default: 32]",
 )
 @click.option(
     "--head-scheme",

@@ -37,9 +37,6 @@ from bloomq.backends.numba_cpu.simd import F32, I32, I64, LANES, V16B, V16F, V16
 CHUNK = 256  # keys between two rescalings of the running sum
 QUERIES = 8  # queries that share each loaded key and value in prefill
 _FAINT = 40.0  # weights below e^-40 of the largest are 0
-# Of |q||k| as computed from unrounded keys: float16 and int8 move a key's length by at most 5 %
-# (sqrt(128) half steps of 1/127 of its largest component).
-_NORM_SLACK = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +344,9 @@ def attend(dtype: str, width: int, tier: str, queries: int) -> Any:
             inputs, 10
         )
         norm = np.float32(1.0 / math.sqrt(head_dim))
+        # Lengths are of unrounded keys: int8 moves each component by at most 1/254 of the largest,
+        # float16 by 1/2048 of itself; 1.005 covers that and the roundings of the sums.
+        slack = np.float32(1.005 + math.sqrt(width) / 254)
         chunks = (capacity + CHUNK - 1) // CHUNK
         q = np.zeros((queries, width), np.float32)
         scores = np.zeros((queries, CHUNK), np.float32)
@@ -380,7 +380,7 @@ def attend(dtype: str, width: int, tier: str, queries: int) -> Any:
                 source = floats(qkv + (token + i) * stride + 12 * head * head_dim, head_dim)
                 for d in range(head_dim):
                     q[i, d] = source[d] * norm
-                far[i] = _length(q[i]) * np.float32(_NORM_SLACK)
+                far[i] = _length(q[i]) * slack
             mixed[:] = np.float32(0)
             shape[:] = np.float32(0)
             shape[:, 2] = np.float32(minus_infinity)

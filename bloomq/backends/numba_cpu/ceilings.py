@@ -107,14 +107,13 @@ class Ceilings:
     def __init__(self, tier: str, threads: int) -> None:
         self._pool, self._tier = Pool(threads), tier
         self._memory = np.ones(_READ_BYTES // 4, np.int32)
-        units = _READ_BYTES // _UNIT_BYTES
-        self._scratch = np.zeros(units * 1024, np.uint8)
+        units, self._dots = _READ_BYTES // _UNIT_BYTES, 64 * threads
+        self._scratch = np.zeros(max(units, self._dots) * 1024, np.uint8)  # 1024 for each unit
         self._reading, self._multiplying = Program(), Program()
         self._reading.add(
             _read_units(tier), units, 1, self._memory.ctypes.data, self._scratch.ctypes.data,
             touched=_READ_BYTES,
         )  # fmt: skip
-        self._dots = 64 * threads
         self._multiplying.add(
             _dot_units(tier), self._dots, 1, self._scratch.ctypes.data, touched=_READ_BYTES
         )

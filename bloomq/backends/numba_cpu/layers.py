@@ -37,7 +37,9 @@ I64 = NDArray[np.int64]
 # wanted rows.
 _IDS, _WANTED, _INPUTS = 10, 11, 12
 _ATTENTION_CHUNKS = 64  # of a step: enough to share evenly, each worth its scratch memory
-_PROGRAMS = 4  # kept for replay: decode, a prompt's full steps, its last one, and one more
+# Programs kept for replay: decode in several shapes, a prompt's steps. Those with much memory, as a
+# prompt's on a large model, or one whose every logit was asked for, are kept as long as they fit.
+_PROGRAMS, _KEPT_BYTES = 16, 128 << 20
 
 
 class NumbaBackend:
@@ -119,6 +121,7 @@ class NumbaBackend:
             parts, factor, part_k, *found, touched=logits.nbytes,
         )  # fmt: skip
         program.add(top_merge(), batch, 1, parts, factor, part_k, *found, k, *best)
+        program.keep(logits, part_values, part_ids, peaks, sums, values, ids, logsumexp)
         self.pool.run(program)
         return Top(ids, values, logsumexp)
 
@@ -140,17 +143,23 @@ class _Replay:
             program, result = self._recorded.pop(shape)
         except KeyError:
             program, result = self._record(shape, cache, span)
-        ids, wanted = np.ascontiguousarray(ids), np.ascontiguousarray(wanted)
-        held = cache.bind(program, span)
+        ids, wanted = (np.ascontiguousarray(index, np.int64) for index in (ids, wanted))
+        cache.bind(program, span, ids, wanted)
         program.inputs[_IDS] = ids.ctypes.data
         program.inputs[_WANTED] = wanted.ctypes.data
         self._pool.run(program)
-        del held
-        kept = result.copy()
+        program.held = None
+        mine = result.copy()
         self._recorded[shape] = (program, result)
-        while len(self._recorded) > _PROGRAMS:
-            self._recorded.popitem(last=False)
-        return kept
+        self._forget()
+        return mine
+
+    def _forget(self) -> None:
+        """Drop the programs used longest ago until the others are few and small enough."""
+        total = sum(program.nbytes for program, _ in self._recorded.values())
+        while self._recorded and (len(self._recorded) > _PROGRAMS or total > _KEPT_BYTES):
+            program, _ = self._recorded.popitem(last=False)[1]
+            total -= program.nbytes
 
     def _record(
         self, shape: tuple[int, int, int], cache: NumbaCache, span: Span
@@ -231,7 +240,7 @@ class NumbaEmbedding:
         if isinstance(ids, Buffer):
             return self.record(ids)
         program = Program(_INPUTS)
-        ids = np.ascontiguousarray(ids)
+        ids = np.ascontiguousarray(ids, np.int64)
         program.inputs[_IDS] = ids.ctypes.data
         out = self.record(Buffer(program, np.zeros(0, np.int64), len(ids), 1))
         self._pool.run(program)
@@ -273,9 +282,8 @@ class NumbaAttention:
             return self.record(qkv, cache, span)
         program = Program(_INPUTS)
         out = self.record(_held(program, qkv), cache, span)
-        held = cache.bind(program, span)
+        cache.bind(program, span)
         self._pool.run(program)
-        del held
         return np.array(out.values())
 
     def record(self, qkv: Buffer, cache: NumbaCache, span: Span) -> Buffer:
@@ -323,9 +331,9 @@ class NumbaCache:
     def nbytes(self) -> int:
         return int(self.data.nbytes + self.scales.nbytes + self.key_lengths.nbytes)
 
-    def bind(self, program: Program, span: Span) -> object:
-        """Tell a program where this cache lies and what a step does to it. Returns what must live
-        until the program has run."""
+    def bind(self, program: Program, span: Span, *others: I64) -> None:
+        """Tell a program where this cache lies and what a step does to it; the program holds these
+        arrays, and `others`, while it runs."""
         tokens = int(self.lengths[span.rows].sum() + span.starts[-1])
         program.cache_bytes = tokens * self.nbytes // (self.batch * self.capacity)
         held = [np.ascontiguousarray(a) for a in (span.rows, span.starts, self.lengths[span.rows])]
@@ -334,7 +342,7 @@ class NumbaCache:
             self._heads, self.capacity, self._heads * self.data.shape[1], len(span.rows),
             *(array.ctypes.data for array in held),
         )  # fmt: skip
-        return held
+        program.held = (self.data, self.scales, self.key_lengths, *held, *others)
 
     def advance(self, span: Span) -> None:
         self.lengths[span.rows] += span.counts

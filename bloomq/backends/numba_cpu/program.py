@@ -16,6 +16,7 @@ import os
 import struct
 from collections import defaultdict
 from functools import lru_cache
+from time import sleep
 from typing import Any
 
 import llvmlite.ir as ir
@@ -35,6 +36,8 @@ _ROWS = 8  # buffers of several rows have whole blocks of tokens
 _ROW = 2 * LINE  # rows of a buffer are padded to this: a pair of weight tiles writes as much
 _OPERATION = 4  # int64 of an operation: kernel, arguments, units, units of a chunk
 _COUNTERS = 2 * LINE // 8  # int64 of an operation's counters, a cache line each: taken, done
+_STOP, _WORKING = 0, LINE // 8  # in the first pair of lines: shall all stop? how many are at work?
+_SLICE = 16  # operations between two looks at signals: 0.4 s of a prompt's step on bloom-7b1
 _SPINS = 2_000  # looks at a counter before the core is offered to others: some 50 us
 I64 = ir.IntType(64)
 
@@ -78,6 +81,8 @@ class Program:
         self.inputs: Array = np.zeros(inputs, np.int64)
         self.bytes_touched = 0  # weights, counted when recorded
         self.cache_bytes = 0  # keys and values, known when it runs
+        self.held: object = None  # what `inputs` point into, of the latest run
+        self.nbytes = 0  # of buffers
         self._operations: list[tuple[int, int, int, int]] = []
         self._table: Array | None = None
         self._free: dict[int, list[Array]] = defaultdict(list)
@@ -91,7 +96,11 @@ class Program:
         )
         stride = -(-columns * size // _ROW) * _ROW
         count = padded_rows * stride
-        memory = self._free[count].pop() if self._free[count] else _aligned(count)
+        if self._free[count]:
+            memory = self._free[count].pop()
+        else:
+            memory = _aligned(count)
+            self.nbytes += count
         array = memory.view(dtype).reshape(padded_rows, stride // size)
         return Buffer(self, array, rows, columns)
 
@@ -126,18 +135,29 @@ class Job:
     """One run of a program, with counters of its own: a helper that comes after the end finds
     everything taken, even if the program is already running again."""
 
-    __slots__ = ("_arguments", "_owners")
+    __slots__ = ("_counters", "_operations", "_owners", "_table")
 
     def __init__(self, program: Program, table: Array) -> None:
-        count = len(table)
-        counters = np.zeros(count * _COUNTERS + LINE // 8, np.int64)
-        first = -(-counters.ctypes.data // LINE) * LINE
-        self._owners = (program, table, counters)
-        self._arguments = (table.ctypes.data, count, first, offer_core())
+        self._operations = len(table)
+        memory = np.zeros((self._operations + 1) * _COUNTERS + LINE // 8, np.int64)
+        first = -memory.ctypes.data % LINE // 8
+        self._counters = memory[first : first + (self._operations + 1) * _COUNTERS]
+        self._table = table.ctypes.data
+        self._owners = (program, program.held, table)  # what kernels of late helpers may still use
 
     def work(self) -> None:
-        """Take chunks until all are taken; returns when all are done."""
-        runner()(*self._arguments)
+        """Take chunks until all are taken; returns when all are done, or when the run is stopped.
+        Between slices Python looks at signals."""
+        run, counters = runner(), self._counters.ctypes.data
+        for first in range(0, self._operations, _SLICE):
+            last = min(first + _SLICE, self._operations)
+            run(self._table, first, last, counters, offer_core())
+
+    def stop(self) -> None:
+        """Let nobody take another chunk; returns when those who are at one have finished it."""
+        self._counters[_STOP] = 1
+        while self._counters[_WORKING]:
+            sleep(1e-4)
 
 
 def _bits(value: Number) -> int:
@@ -223,17 +243,20 @@ def pause(typingctx: Any, offer: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def runner() -> Any:
-    """One thread's way through a program: runner(table, operations, counters, offer_core)."""
+    """One thread's way through some operations of a program:
+    runner(table, first, last, counters, offer_core)."""
+    working = 8 * _WORKING
 
-    @compiled(void(int64, int64, int64, int64))
-    def run_program(table, count, counters, offer):  # type: ignore[no-untyped-def]
-        for i in range(count):
+    @compiled(void(int64, int64, int64, int64, int64))
+    def run_program(table, first_operation, last_operation, counters, offer):  # type: ignore[no-untyped-def]
+        _add(counters + working, 1)
+        for i in range(first_operation, last_operation):
             operation = table + 8 * _OPERATION * i
             function, arguments = read(operation), read(operation + 8)
             units, chunk = read(operation + 16), read(operation + 24)
-            taken = counters + 8 * _COUNTERS * i
+            taken = counters + 8 * _COUNTERS * (i + 1)
             done = taken + LINE
-            while read(taken) < units:
+            while read(taken) < units and not read(counters):
                 first = _add(taken, chunk)
                 if first >= units:
                     break
@@ -241,8 +264,9 @@ def runner() -> Any:
                 _call(function, arguments, first, last)
                 _add(done, last - first)
             looks = 0
-            while read(done) < units:
+            while read(done) < units and not read(counters):
                 looks += 1
                 pause(offer if looks > _SPINS else 0)
+        _add(counters + working, -1)
 
     return run_program

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -62,8 +63,8 @@ class Pool:
             if self.threads > 1 and touched >= _ALONE_BYTES:
                 self._running().publish(job)
             job.work()
-        except BaseException:  # Ctrl-C: helpers may be at it, and must not outlive the call
-            job.work()
+        except BaseException:  # Ctrl-C: no helper may outlive the call
+            job.stop()
             raise
 
     def _running(self) -> _Helpers:
@@ -92,7 +93,9 @@ class _Helpers:
         self._publishing = threading.Lock()
         for bell in self._bells:
             bell.acquire()
-            threading.Thread(target=self._help, args=(bell,), name="bloomq", daemon=True).start()
+            thread = threading.Thread(target=self._help, args=(bell,), name="bloomq", daemon=True)
+            with suppress(RuntimeError):  # the system gives no more threads: fewer help
+                thread.start()
 
     def publish(self, job: Any) -> None:
         with self._publishing:
@@ -111,7 +114,7 @@ class _Helpers:
         at, look_out = self._epoch.ctypes.data, _look_out()
         while True:
             bell.acquire()
-            job, seen = self._job, int(self._epoch[0])
+            seen, job = int(self._epoch[0]), self._job
             if job is _END:
                 return
             job.work()
