@@ -29,8 +29,8 @@ VARIANTS: tuple[tuple[str, dict[str, object]], ...] = (
     ("int4-g32", {"scheme": "int4", "group_size": 32}),
     ("int4-g64", {"scheme": "int4", "group_size": 64}),
     ("int4-g128", {"scheme": "int4", "group_size": 128}),
-    ("int4-g64, head int8", {"scheme": "int4", "group_size": 64, "head_scheme": "int8"}),
-    ("int4-g64, head int4", {"scheme": "int4", "group_size": 64, "head_scheme": "int4"}),
+    ("int4-g32, head int8", {"scheme": "int4", "group_size": 32, "head_scheme": "int8"}),
+    ("int4-g32, head int4", {"scheme": "int4", "group_size": 32, "head_scheme": "int4"}),
     ("nf4", {"scheme": "nf4"}),
     ("nf4, head nf4", {"scheme": "nf4", "head_scheme": "nf4"}),
 )
