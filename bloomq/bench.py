@@ -1,8 +1,9 @@
 """Speed of a pack here: prefill and decode beside the machine's ceilings, measured in turn.
 
 Tests bear llama-bench's names: `pp512` is a prompt of 512 tokens, `tg128` 128 tokens produced one
-after another, `@ d2048` behind 2,048 tokens of context, `x 8` in 8 rows at once. Every sample of a
-test follows a sample of the ceilings, because machines drift by far more than kernels differ.
+after another, `@ d2048` behind 2,048 tokens of context, `x 8` in 8 rows: prompts one after another,
+tokens in one step. Every sample of a test follows a sample of the ceilings, because machines drift
+by far more than kernels differ.
 """
 
 from __future__ import annotations

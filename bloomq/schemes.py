@@ -33,7 +33,7 @@ F32 = NDArray[np.float32]
 Parts = Mapping[str, Array]
 
 TILE = 16  # rows of a tile: the 32-bit lanes of a 512-bit register
-ROW_MULTIPLE = 2 * TILE  # the prefill kernels work on pairs of tiles
+ROW_MULTIPLE = 2 * TILE  # products work on pairs of tiles
 GROUP_SIZES = (32, 64, 128)
 
 # NF4: the 16 quantiles of a normal distribution that bitsandbytes computes with.

@@ -137,7 +137,7 @@ class _Numbers(click.ParamType[list[int]]):
     help="Tokens to produce; 0: none.  [64]",
 )
 @click.option("-d", "--depth", type=_Numbers(), default="0", help="Tokens of context before.  [0]")
-@click.option("-b", "--batch", type=_Numbers(), default="1", help="Rows at once.  [1]")
+@click.option("-b", "--batch", type=_Numbers(), default="1", help="Rows.  [1]")
 @click.option("-t", "--threads", type=int, help="CPU threads.  [default: physical cores]")
 @click.option(
     "-r", "--repetitions", type=int, default=5, show_default=True, help="Samples of each."
@@ -150,9 +150,9 @@ def bench(
 ) -> None:  # fmt: skip
     """Measure prefill and decode beside this machine's ceilings.
 
-    pp512: a prompt of 512 tokens; tg64: 64 tokens produced; @ d2048: behind so many; x 8: in 8
-    rows. Ceilings are measured before every sample; %: of memory bandwidth for tg, of int8 products
-    for pp.
+    pp512: a prompt of 512 tokens; tg64: 64 tokens produced; @ d2048: behind so many; x 8: in 8 rows
+    (prompts one after another, tokens in one step). Ceilings are measured before every sample; %:
+    of memory bandwidth for tg, of int8 products for pp.
     """
     from bloomq.bench import Bench, peak_rss_mb, plan
 
