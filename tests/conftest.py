@@ -7,6 +7,7 @@ that what the converter reads is not what the same library wrote.
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ import pytest
 from bloomq.converters.convert import convert
 
 from bloomq.pack import Pack
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell's background job: tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEMO = Path(__file__).parent / "data" / "bloom-demo"
 Tensors = dict[str, tuple[str, np.ndarray]]  # foreign name -> (dtype, array; bf16 as uint16)

@@ -33,11 +33,11 @@ PROMPTS = ["Once upon a time", "Il était une fois", "def main(", "La ciudad de"
 # float16 cache. The worst product is always h.1.mlp.down, whose inputs after gelu are the most
 # uneven.
 MEASURED = {
-    ("int4", 32): (4.05e-5, 1.83e-5),
-    ("int4", 64): (6.98e-5, 2.54e-5),
-    ("int4", 128): (1.13e-4, 4.49e-5),
-    ("int8", None): (1.15e-4, 3.94e-5),
-    ("nf4", None): (9.23e-5, 4.04e-5),
+    ("int4", 32): (5.64e-5, 5.11e-5),
+    ("int4", 64): (9.71e-5, 7.41e-5),
+    ("int4", 128): (1.57e-4, 8.61e-5),
+    ("int8", None): (1.55e-4, 9.28e-5),
+    ("nf4", None): (1.28e-4, 7.22e-5),
 }
 TEXTS = [
     "The old man sat by the window and watched the rain fall over the quiet street below him. " * 4,
