@@ -142,7 +142,7 @@ def get_scheme(name: str, group_size: int | None = None) -> Scheme:
 
 DEFAULT_INT4_GROUP = 32  # at 64 it loses a quarter more (docs/experiments.md)
 # float: columns are summed in blocks of 64, which keeps float32 sums short; int8: the columns of
-# one activation scale; int6, nf4: the block of bitsandbytes.
+# one activation scale; int6 as bitsandbytes' blocks, which are nf4's.
 _FIXED_GROUP = {"f32": 64, "f16": 64, "bf16": 64, "int8": 128, "int6": 64, "nf4": 64}
 SCHEME_NAMES = ("int8", "int6", "int4", "nf4", "f32", "bf16", "f16")
 
@@ -296,6 +296,7 @@ def reciprocal(scales: F32) -> F32:
 # (docs/experiments.md).
 INT4_LEVELS = (-8.0, -8.5, -7.5, -7.0, -6.5, -9.0)
 INT6_LEVELS = (-32.0, -33.0, -31.0)
+GROUP_LEVELS = {"int4": INT4_LEVELS, "int6": INT6_LEVELS}
 
 
 def group_scales(w: F32, group_size: int, levels: tuple[float, ...]) -> F32:
@@ -326,7 +327,7 @@ def group_scales(w: F32, group_size: int, levels: tuple[float, ...]) -> F32:
 
 
 def _quantize_groups(w: F32, scheme: Scheme) -> dict[str, Array]:
-    levels = INT6_LEVELS if scheme.name == "int6" else INT4_LEVELS
+    levels = GROUP_LEVELS[scheme.name]
     scales = to_half(group_scales(w, scheme.group_size, levels))
     inverse = reciprocal(scales.astype(np.float32))
     q = np.rint(w.reshape(*scales.shape, -1) * inverse[..., None]).reshape(w.shape)

@@ -62,8 +62,6 @@ class DraftModel:
         self._held: list[int] = []  # tokens whose keys and values the cache holds
 
     def guess(self, ids: Sequence[int], most: int) -> list[int]:
-        if not most:
-            return []
         same = 0
         for ours, theirs in zip(self._held, ids[:-1], strict=False):  # the last is fed anew
             if ours != theirs:

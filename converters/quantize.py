@@ -14,8 +14,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from bloomq.schemes import (
-    INT4_LEVELS,
-    INT6_LEVELS,
+    GROUP_LEVELS,
     NF4_MIDPOINTS,
     TILE,
     Array,
@@ -36,9 +35,6 @@ def _cached(function: Callable[..., Any]) -> Any:
         return njit(nogil=True, error_model="numpy")(function)
 
 
-_LEVELS = {
-    "int4": np.array(INT4_LEVELS, np.float32), "int6": np.array(INT6_LEVELS, np.float32)
-}  # fmt: skip
 _ROUND = np.float32(12582912)  # 1.5 x 2^23: adding and subtracting it rounds, half to even
 
 
@@ -61,7 +57,8 @@ def quantize_block(raw: Array, dtype: str, scheme: Scheme) -> dict[str, Array]:
     if scheme.name == "nf4":
         _group_peaks(w, scheme.group_size, wide)
     else:
-        _group_scales(w, scheme.group_size, _LEVELS[scheme.name], wide)
+        levels = np.array(GROUP_LEVELS[scheme.name], np.float32)
+        _group_scales(w, scheme.group_size, levels, wide)
     half = to_half(wide)
     packed = np.empty(scheme.parts((w.shape[0], w.shape[1]))["codes"].shape, np.uint8)
     inverse = reciprocal(half.astype(np.float32))

@@ -269,6 +269,26 @@ def _emit_mix_values(
 # addresses of their numbers, starts and past lengths.
 
 
+@njit
+def _step_inputs(inputs):  # type: ignore[no-untyped-def]
+    """Rows of the step, and the addresses of their numbers, starts and past lengths."""
+    return fields(inputs, 10)[6:]
+
+
+@njit
+def _head_of_cache(inputs, layer, head, vector_bytes):  # type: ignore[no-untyped-def]
+    """Where one head of one row lies (`head` counts through the rows of a layer): addresses of its
+    keys, values and their scales, and its key lengths as a view."""
+    data, scales, lengths, layer_heads, capacity, total, _, _, _, _ = fields(inputs, 10)
+    place, chunks = layer * layer_heads + head, (capacity + CHUNK - 1) // CHUNK
+    keys = data + place * capacity * vector_bytes
+    key_scales = scales + 4 * place * capacity
+    return (
+        keys, keys + total * capacity * vector_bytes, key_scales,
+        key_scales + 4 * total * capacity, floats(lengths + 4 * place * chunks, chunks),
+    )  # fmt: skip
+
+
 @njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
 def _length(x):  # type: ignore[no-untyped-def]
     """|x|, float32."""
@@ -291,21 +311,15 @@ def store(dtype: str, width: int, tier: str) -> Any:
     @kernel
     def store(arguments, first, last):  # type: ignore[no-untyped-def]
         inputs, layer, qkv, stride, n_head, head_dim = fields(arguments, 6)
-        data, scales, lengths, layer_heads, capacity, total, n_rows, rows, starts, past = fields(
-            inputs, 10
-        )
+        n_rows, rows, starts, past = _step_inputs(inputs)
         lone = np.zeros(width, np.float32)
-        chunks = (capacity + CHUNK - 1) // CHUNK
         for unit in range(first, last):
             r, head = unit // n_head, unit % n_head
             row = longs(rows, n_rows)[r]
             begin, end = longs(starts, n_rows + 1)[r], longs(starts, n_rows + 1)[r + 1]
-            place = layer * layer_heads + row * n_head + head  # of this row's head among all
-            keys = data + place * capacity * width * size
-            values = keys + total * capacity * width * size
-            key_scales = scales + 4 * place * capacity
-            value_scales = key_scales + 4 * total * capacity
-            longest = floats(lengths + 4 * place * chunks, chunks)
+            keys, values, key_scales, value_scales, longest = _head_of_cache(
+                inputs, layer, row * n_head + head, width * size
+            )
             for token in range(begin, end):
                 position = longs(past, n_rows)[r] + token - begin
                 source = qkv + token * stride + 4 * (3 * head + 1) * head_dim
@@ -335,19 +349,15 @@ def attend(dtype: str, width: int, tier: str, queries: int) -> Any:
     spec = str(AttentionSpec(dtype, width, tier, queries))
     single = str(replace(AttentionSpec.parse(spec), queries=1))
     size = AttentionSpec.parse(spec).size
-    minus_infinity = float("-inf")
 
     @kernel
     def attend(arguments, first, last):  # type: ignore[no-untyped-def]
         inputs, layer, qkv, stride, n_head, head_dim, slopes, out, out_stride = fields(arguments, 9)
-        data, scales, lengths, layer_heads, capacity, total, n_rows, rows, starts, past = fields(
-            inputs, 10
-        )
+        n_rows, rows, starts, past = _step_inputs(inputs)
         norm = np.float32(1.0 / math.sqrt(head_dim))
         # Lengths are of unrounded keys: int8 moves each component by at most 1/254 of the largest,
         # float16 by 1/2048 of itself; 1.005 covers that and the roundings of the sums.
         slack = np.float32(1.005 + math.sqrt(width) / 254)
-        chunks = (capacity + CHUNK - 1) // CHUNK
         q = np.zeros((queries, width), np.float32)
         scores = np.zeros((queries, CHUNK), np.float32)
         mixed = np.zeros((queries, width), np.float32)
@@ -366,12 +376,9 @@ def attend(dtype: str, width: int, tier: str, queries: int) -> Any:
             if r == n_rows:
                 continue
             row, before = longs(rows, n_rows)[r], longs(past, n_rows)[r]
-            place = layer * layer_heads + row * n_head + head
-            keys = data + place * capacity * width * size
-            values = keys + total * capacity * width * size
-            key_scales = scales + 4 * place * capacity
-            value_scales = key_scales + 4 * total * capacity
-            longest = floats(lengths + 4 * place * chunks, chunks)
+            keys, values, key_scales, value_scales, longest = _head_of_cache(
+                inputs, layer, row * n_head + head, width * size
+            )
             slope = floats(slopes, n_head)[head]
             token = begin[r] + block * queries
             count = min(queries, begin[r + 1] - token)
@@ -383,7 +390,7 @@ def attend(dtype: str, width: int, tier: str, queries: int) -> Any:
                 far[i] = _length(q[i]) * slack
             mixed[:] = np.float32(0)
             shape[:] = np.float32(0)
-            shape[:, 2] = np.float32(minus_infinity)
+            shape[:, 2] = np.float32(-np.inf)
             end = position + count  # keys that the last of these queries sees
             for chunk in range((end - 1) // CHUNK, -1, -1):
                 at = chunk * CHUNK

@@ -60,7 +60,9 @@ def as_float(typingctx: Any, bits: Any) -> Any:
     return types.float32(types.int64), codegen
 
 
-def _pointer_to(dtype: Any) -> Any:
+def _view(dtype: Any) -> Any:
+    """view(address, count): the values of this type at an address, as an array."""
+
     @intrinsic
     def pointer(typingctx: Any, at: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -68,39 +70,12 @@ def _pointer_to(dtype: Any) -> Any:
 
         return types.CPointer(dtype)(types.int64), codegen
 
-    return pointer
+    @njit
+    def view(at, count):  # type: ignore[no-untyped-def]
+        return carray(pointer(at), count)
+
+    return view
 
 
-_pointer_f32, _pointer_f64 = _pointer_to(types.float32), _pointer_to(types.float64)
-_pointer_i8, _pointer_i64 = _pointer_to(types.int8), _pointer_to(types.int64)
-_pointer_u8 = _pointer_to(types.uint8)
-
-
-@njit
-def floats(at, count):  # type: ignore[no-untyped-def]
-    """The float32 [count] at an address, as a view."""
-    return carray(_pointer_f32(at), count)
-
-
-@njit
-def doubles(at, count):  # type: ignore[no-untyped-def]
-    """The float64 [count] at an address, as a view."""
-    return carray(_pointer_f64(at), count)
-
-
-@njit
-def longs(at, count):  # type: ignore[no-untyped-def]
-    """The int64 [count] at an address, as a view."""
-    return carray(_pointer_i64(at), count)
-
-
-@njit
-def codes(at, count):  # type: ignore[no-untyped-def]
-    """The int8 [count] at an address, as a view."""
-    return carray(_pointer_i8(at), count)
-
-
-@njit
-def octets(at, count):  # type: ignore[no-untyped-def]
-    """The uint8 [count] at an address, as a view."""
-    return carray(_pointer_u8(at), count)
+floats, doubles = _view(types.float32), _view(types.float64)
+codes, octets, longs = _view(types.int8), _view(types.uint8), _view(types.int64)
