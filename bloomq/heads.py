@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from bloomq.errors import UsageError
 from bloomq.layers import Backend, Cache, Span, X
-from bloomq.model import BloomModel
+from bloomq.model import Transformer
 from bloomq.pack import Pack
 
 F32 = NDArray[np.float32]
@@ -30,7 +30,7 @@ class CausalLM:
     def __init__(self, weights: Pack, backend: Backend) -> None:
         self.config = weights.config
         self.backend = backend
-        self.model = BloomModel(weights, backend)
+        self.model = Transformer(weights, backend)
         head = backend.linear(weights.matrix("lm_head"), norm=weights.norm("ln_f"))
         self._step = self.model.compile(lambda x, wanted: head(backend.take(x, wanted)))
 
@@ -40,7 +40,7 @@ class CausalLM:
 
     def step(self, ids: I64, cache: Cache, span: Span, wanted: I64) -> X:
         """Run the tokens of a step; logits [W, V] of those at the indices `wanted` [W] alone (512
-        positions of 250,880 logits would be 514 MB). Raises: see `BloomModel.compile`."""
+        positions of 250,880 logits would be 514 MB). Raises: see `Transformer.compile`."""
         return self._step(ids, cache, span, wanted)
 
     def __call__(

@@ -1,9 +1,9 @@
 """The layer interface: what a backend is, as the model and the generation loop see it.
 
-Every matrix product of BLOOM has one form, y = act(norm(x) @ W.T + b) + add, so every fusion worth
-having is a prologue or an epilogue of one `Linear`. Tokens of a step lie one after another, [M,
-C], M the tokens of all rows together: a `Span` says which belong to which row of the cache, so
-rows of different length cost nothing and never see each other.
+Every matrix product of BLOOM has one form, y = act(norm(x) @ W.T + b + delta) + add, so every
+fusion worth having is a prologue or an epilogue of one `Linear`. Tokens of a step lie one after
+another, [M, C], M the tokens of all rows together: a `Span` says which belong to which row of the
+cache, so rows of different length cost nothing and never see each other.
 
 The contract, which one test suite checks on every backend:
 - decisions are made at construction: a scheme that a backend cannot run fails there;
@@ -84,7 +84,21 @@ class Cache(Protocol):
         ...
 
     @property
+    def gates(self) -> F32:
+        """How much each row takes of each rank of the loaded adapters, [batch, ranks]: see
+        `Backend.gate`. The caller's to fill; no row takes any at first."""
+        ...
+
+    @property
     def nbytes(self) -> int: ...
+    def keys(self, layer: int, row: int, count: int) -> F32:
+        """The first `count` keys of a row, [count, H, D], as attention reads them."""
+        ...
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens in every row, keeping what is there."""
+        ...
+
     def advance(self, span: Span) -> None:
         """Count the tokens that every layer has now stored."""
         ...
@@ -94,19 +108,25 @@ class Cache(Protocol):
         ...
 
     def copy(self, source: int, target: int) -> None:
-        """Make row `target` hold what row `source` holds."""
+        """Make row `target` hold what row `source` holds, its gates too."""
         ...
 
 
 class Linear(Protocol):
-    def __call__(self, x: X, add: X | None = None) -> X:
-        """x [M, K] -> act(norm(x) @ W.T + b) + add, [M, N]."""
+    def __call__(self, x: X, add: X | None = None, delta: X | None = None) -> X:
+        """x [M, K] -> act(norm(x) @ W.T + b + delta) + add, [M, N]. delta: what adapters add."""
         ...
 
 
 class Embedding(Protocol):
     def __call__(self, ids: I64) -> X:
-        """ids [M] -> norm(table[ids]), [M, C]."""
+        """ids [M] -> table[ids], [M, C]."""
+        ...
+
+
+class LayerNorm(Protocol):
+    def __call__(self, x: X) -> X:
+        """x [M, C] -> norm(x), [M, C]."""
         ...
 
 
@@ -129,7 +149,8 @@ class Backend(Protocol):
         """What was chosen: instruction tier, threads and the like, in a line."""
         ...
 
-    def embedding(self, table: Matrix, norm: Norm) -> Embedding: ...
+    def embedding(self, table: Matrix) -> Embedding: ...
+    def norm(self, norm: Norm) -> LayerNorm: ...
     def linear(
         self,
         weight: Matrix,
@@ -139,7 +160,14 @@ class Backend(Protocol):
         act: Activation | None = None,
     ) -> Linear: ...
     def attention(self, layer: int, n_head: int, head_dim: int) -> Attention: ...
-    def cache(self, config: BloomConfig, batch: int, capacity: int) -> Cache: ...
+    def cache(self, config: BloomConfig, batch: int, capacity: int, ranks: int = 0) -> Cache:
+        """An empty cache; ranks: of all adapters that the model has loaded."""
+        ...
+
+    def gate(self, x: X, cache: Any, span: Span) -> X:
+        """x [M, ranks] times the gates of the row that each token belongs to."""
+        ...
+
     def compile(self, step: Step) -> Step:
         """The same step, as fast as the backend can replay it; the identity is legal. A step may
         use its ids and `wanted` through `embedding` and `take` alone."""

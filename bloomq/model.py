@@ -11,27 +11,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.errors import CapacityError, NumericError, UsageError
-from bloomq.layers import Backend, Cache, Span, Step, X
-from bloomq.pack import Pack
+from bloomq.layers import Backend, Cache, LayerNorm, Linear, Span, Step, X
+from bloomq.weights import Weights
 
 I64 = NDArray[np.int64]
 
 
 class Block:
-    """One transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
-    def __init__(self, weights: Pack, backend: Backend, layer: int) -> None:
+    Norms are prologues of the products that read them; or layers of their own where the config has
+    residuals taken behind the norm.
+    """
+
+    def __init__(self, weights: Weights, backend: Backend, layer: int) -> None:
         config, h = weights.config, f"h.{layer}"
-        c = config.hidden_size
+        c, post = config.hidden_size, config.apply_residual_connection_post_layernorm
 
-        def linear(name: str, n: int, norm: str | None = None, gelu: bool = False):  # type: ignore[no-untyped-def]
+        def linear(name: str, n: int, norm: str | None = None, gelu: bool = False) -> Linear:
             return backend.linear(
                 weights.matrix(f"{h}.{name}"),
                 weights.vector(f"{h}.{name}.bias", n),
-                norm=None if norm is None else weights.norm(f"{h}.{norm}"),
+                norm=None if norm is None or post else weights.norm(f"{h}.{norm}"),
                 act="gelu" if gelu else None,
             )
 
+        def norm(name: str) -> LayerNorm:
+            return backend.norm(weights.norm(f"{h}.{name}")) if post else _unchanged
+
+        self.ln_1, self.ln_2 = norm("ln_1"), norm("ln_2")
         self.qkv = linear("attn.qkv", 3 * c, norm="ln_1")  # rows lie as [H, 3, D]
         self.attention = backend.attention(layer, config.n_head, config.head_dim)
         self.out = linear("attn.out", c)
@@ -40,21 +48,27 @@ class Block:
 
     def __call__(self, x: X, cache: Cache, span: Span) -> X:
         """x [M, C] -> [M, C]."""
+        x = self.ln_1(x)
         mixed = self.attention(self.qkv(x), cache, span)  # [M, C]
-        x = self.out(mixed, add=x)
+        x = self.ln_2(self.out(mixed, add=x))
         return self.down(self.up(x), add=x)  # through [M, 4C]
 
 
-class BloomModel:
+def _unchanged(x: X) -> X:
+    return x
+
+
+class Transformer:
     """ids -> hidden states before the last norm, on one backend.
 
     The backend says how a step runs; the model says what it is.
     """
 
-    def __init__(self, weights: Pack, backend: Backend) -> None:
+    def __init__(self, weights: Weights, backend: Backend) -> None:
         self.config = weights.config
         self.backend = backend
-        self.embedding = backend.embedding(weights.matrix("wte"), weights.norm("emb_ln"))
+        self.wte = backend.embedding(weights.matrix("wte"))
+        self.emb_ln = backend.norm(weights.norm("emb_ln"))
         self.blocks = [Block(weights, backend, i) for i in range(self.config.n_layer)]
 
     def compile(self, read: Callable[[X, X], X]) -> Step:
@@ -77,7 +91,7 @@ class BloomModel:
         return step
 
     def _forward(self, ids: X, cache: Cache, span: Span) -> X:
-        x = self.embedding(ids)  # [M, C]
+        x = self.emb_ln(self.wte(ids))  # [M, C]
         for block in self.blocks:
             x = block(x, cache, span)
         return x
@@ -98,7 +112,7 @@ class BloomModel:
 
         The cache must be as it was before the step.
         """
-        x = self.embedding(ids)
+        x = self.emb_ln(self.wte(ids))
         name = "emb_ln"
         for i, block in enumerate(self.blocks):
             if not np.isfinite(self.backend.numpy(x)).all():

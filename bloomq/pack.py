@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ class Pack:
 
     def matrix(self, name: str) -> Matrix:
         """The matrix of a weight: `lm_head` is `wte` where they are tied."""
-        if name == "lm_head" and self.config.tie_word_embeddings:
+        if name == "lm_head" and self.config.head_is_embedding:
             name = "wte"
         n, k = self._specs[name].shape
         scheme = self.schemes[name]
@@ -149,20 +150,15 @@ class Pack:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that decoding one token reads: all but the embedding's own table, of
-        which a look-up reads one row, unless the head is tied to it."""
-        total = self.nbytes
-        if not self.config.tie_word_embeddings:
-            total -= self.matrix("wte").nbytes
-        return total
+        """Bytes of weights that a step of one token reads: all but the embedding's own table, of
+        which a look-up reads one row, unless the language model's head is tied to it."""
+        return self.nbytes - (0 if self.config.head_is_embedding else self.matrix("wte").nbytes)
 
     @property
     def parameters(self) -> int:
         """Weights of the model, as published (padding not counted)."""
         specs = self._specs.values()
-        matrices = sum(s.shape[0] * s.shape[1] for s in specs if s.quantized)
-        vectors = sum(2 * s.shape[0] for s in specs if s.kind == "norm")
-        return matrices + vectors + sum(s.shape[0] for s in specs if s.kind == "linear")
+        return sum(math.prod(s.shape) + (s.shape[0] if s.has_bias else 0) for s in specs)
 
     @property
     def bits_per_weight(self) -> float:
@@ -247,7 +243,7 @@ def _read_schemes(
         if not isinstance(entry, dict):
             raise PackError(f"{where}: weights has no {spec.name}: convert again")
         try:
-            if spec.quantized:
+            if spec.is_matrix:
                 schemes[spec.name] = get_scheme(str(entry.get("scheme")), entry.get("group_size"))
         except (UsageError, TypeError) as error:
             raise PackError(f"{where}: {spec.name}: {error}") from None

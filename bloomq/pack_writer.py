@@ -109,7 +109,7 @@ class PackWriter:
 
     def _describe(self, spec: WeightSpec) -> dict[str, Any]:
         entry: dict[str, Any] = {"shape": list(spec.shape)}
-        if spec.quantized:
+        if spec.is_matrix:
             scheme = self._schemes[spec.name]
             entry["scheme"] = scheme.name
             if scheme.name == "int4":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bloomq.config import BloomConfig
 from bloomq.schemes import Array, Scheme
 
 F32 = NDArray[np.float32]
@@ -46,3 +48,19 @@ class Norm:
     gain: F32
     bias: F32
     epsilon: float
+
+
+class Weights(Protocol):
+    """Where a model's layers come from: a pack, or anything with the same weights."""
+
+    @property
+    def config(self) -> BloomConfig: ...
+    def matrix(self, name: str) -> Matrix:
+        """The matrix of a weight: `lm_head` is `wte` where they are tied."""
+        ...
+
+    def vector(self, key: str, length: int) -> F32:
+        """A bias, by its key: `h.0.attn.qkv.bias`."""
+        ...
+
+    def norm(self, name: str) -> Norm: ...

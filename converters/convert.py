@@ -136,12 +136,12 @@ def _workers(threads: int | None) -> int:
 
 
 def choose_schemes(config: BloomConfig, body: Scheme, head: Scheme) -> dict[str, Scheme]:
-    """The scheme of every matrix: `head` for the embedding and the language model's head."""
-    return {
-        spec.name: head if spec.kind in ("embedding", "head") else body
-        for spec in weight_specs(config)
-        if spec.quantized
-    }
+    """The scheme of every matrix: `head` for the embedding and the language model's head; a
+    classifier's few rows stay as they are."""
+    scheme_of = {
+        "embedding": head, "head": head, "linear": body, "classifier": get_scheme("f32")
+    }  # fmt: skip
+    return {s.name: scheme_of[s.kind] for s in weight_specs(config) if s.is_matrix}
 
 
 def _quantized(

@@ -26,7 +26,6 @@ from bloomq.schemes import Array
 from bloomq.tensorfile import DTYPES, Entry, TensorFile
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_ARCHITECTURES = ("BloomForCausalLM", "BloomModel")
 _READABLE = ("F32", "F16", "BF16")
 _COMPARE_BYTES = 16 << 20
 _TOKENIZER_LIMIT_BYTES = 256 << 20
@@ -42,7 +41,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     raw = _read_config(path)
     config = BloomConfig.from_dict(raw, str(path / "config.json"))
     found = _find_tensors(path)
-    config, notes = _settle_tie(path, config, found)
+    notes: tuple[str, ...] = ()
+    if config.architecture == "BloomForCausalLM":
+        config, notes = _settle_tie(path, config, found)
     tensors = {}
     for name, shape in expected_tensors(config).items():
         foreign = huggingface_name(name)
@@ -55,7 +56,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(
             f"{path}: unexpected tensor {shown(extra[0])}{others}: "
-            "not part of a BLOOM language model (merge adapters first)"
+            f"not part of a {config.architecture} (merge adapters first)"
         )
     tokenizer = _read_tokenizer(path / TOKENIZER)
     if tokenizer is None:
@@ -85,12 +86,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     if "quantization_config" in raw:
         raise CheckpointError(
             f"{path}: is quantized already (quantization_config): convert the original checkpoint"
-        )
-    architectures = raw.get("architectures") or ["BloomForCausalLM"]
-    if not isinstance(architectures, list) or any(a not in _ARCHITECTURES for a in architectures):
-        raise CheckpointError(
-            f"{path / 'config.json'}: architectures {architectures}, expected one of "
-            f"{', '.join(_ARCHITECTURES)}"
         )
     return raw
 

@@ -18,6 +18,9 @@ _HUGGINGFACE = {
     "mlp.down": "mlp.dense_4h_to_h",
     "ln_f": "ln_f",
     "lm_head": "lm_head",
+    "score": "score",
+    "classifier": "classifier",
+    "qa_outputs": "qa_outputs",
 }
 _LAYER = re.compile(r"(h\.\d+)\.(.+)")
 PREFIX = "transformer."

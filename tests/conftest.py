@@ -163,7 +163,7 @@ def dequantized(pack: Path) -> dict[str, np.ndarray]:
     opened = Pack.open(pack)
     weights = {}
     for spec in weight_specs(opened.config):
-        if spec.quantized:
+        if spec.is_matrix:
             weights[spec.name] = opened.matrix(spec.name).dequantize()
         for leaf in ("weight", "bias"):
             if spec.kind == "norm" or (leaf == "bias" and spec.has_bias):

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 import bloomq
 from bloomq.backends.numba_cpu.ceilings import Ceilings
 from bloomq.backends.numba_cpu.jit import best_tier, cpu_features
+from bloomq.backends.numba_cpu.threads import Pool
 from bloomq.bench import Bench, Workload, peak_rss_mb, plan
 from bloomq.cli import commands
 from bloomq.errors import UsageError
@@ -66,7 +67,7 @@ def test_a_row_counts_products_of_prompts_and_bytes_of_decode(bench: Bench):
 @pytest.mark.parametrize("threads", [1, 2, 6])
 def test_ceilings_are_those_of_a_machine(threads: int):
     """A processor of this century: no figure is judged, only that something was measured."""
-    ceilings = Ceilings(best_tier(cpu_features()), threads)
+    ceilings = Ceilings(best_tier(cpu_features()), Pool(threads))
     assert 0.1 < ceilings.read_gb_s() < 10_000
     assert 0.1 < ceilings.dot_gmac_s() < 100_000
     assert ceilings.nbytes > 1 << 28

@@ -32,7 +32,9 @@ def test_published_bloom_560m_is_read():
         "apply_residual_connection_post_layernorm": False, "pretraining_tp": 1,
     }  # fmt: skip
     config = BloomConfig.from_dict(raw)
-    assert config == BloomConfig(hidden_size=1024, n_layer=24, n_head=16, vocab_size=250880)
+    assert config == BloomConfig(
+        hidden_size=1024, n_layer=24, n_head=16, vocab_size=250880, pad_token_id=3
+    )
     assert config.head_dim == 64
 
 
@@ -55,6 +57,61 @@ def test_null_is_as_good_as_absent():
 
 def test_null_token_id_stays_null():
     assert BloomConfig.from_dict({**SIZES, "pad_token_id": None}).pad_token_id is None
+
+
+def test_labels_are_read_in_the_order_of_their_ids():
+    config = BloomConfig.from_dict({**SIZES, "id2label": {"1": "bad", "0": "good"}})
+    assert config.labels == ("good", "bad")
+    assert config.id2label == {0: "good", 1: "bad"}
+    assert config.label2id == {"good": 0, "bad": 1}
+    assert BloomConfig.from_dict({**SIZES, "num_labels": 3}).labels[2] == "LABEL_2"
+    assert BloomConfig(**SIZES).num_labels == 2
+
+
+def test_a_bare_model_counts_as_the_language_model_whose_head_it_shares():
+    config = BloomConfig.from_dict({**SIZES, "architectures": ["BloomModel"]})
+    assert config.architecture == "BloomForCausalLM"
+    assert config.head_is_embedding
+
+
+def test_an_unknown_head_is_refused():
+    with pytest.raises(ConfigError, match=r"^architecture is 'BloomForChess', expected one of"):
+        BloomConfig(architecture="BloomForChess")
+
+
+def test_what_to_dict_writes_from_dict_reads():
+    config = BloomConfig(
+        **SIZES, architecture="BloomForTokenClassification", labels=("a", "b", "c"),
+        problem_type="regression", pad_token_id=3,
+    )  # fmt: skip
+    assert BloomConfig.from_dict(config.to_dict()) == config
+
+
+def test_transformers_names_and_defaults():
+    config = BloomConfig()
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (64, 2, 8)
+    assert (config.vocab_size, config.pad_token_id) == (250880, None)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("BloomForSequenceClassification", ("score", (3, 64), False)),
+        ("BloomForTokenClassification", ("classifier", (3, 64), True)),
+        ("BloomForQuestionAnswering", ("qa_outputs", (2, 64), True)),
+    ],
+)
+def test_a_classifier_has_its_head_last(architecture, expected):
+    labels = ("a", "b", "c")
+    for tied in (True, False):
+        config = BloomConfig(
+            **SIZES, architecture=architecture, labels=labels, tie_word_embeddings=tied
+        )
+        last = weight_specs(config)[-1]
+        assert (last.name, last.shape, last.has_bias) == expected
+        assert last.kind == "classifier"
+        assert "lm_head" not in {spec.name for spec in weight_specs(config)}
+        assert not config.head_is_embedding
 
 
 def test_whole_number_epsilon_is_refused():
@@ -105,10 +162,19 @@ def test_demo_config_is_read_from_its_file(demo_checkpoint):
         ({"eos_token_id": [2]}, "eos_token_id is [2], expected a whole number from 0 to 95"),
         ({"pad_token_id": -1}, "pad_token_id is -1, expected a whole number from 0 to 95"),
         (
-            {"apply_residual_connection_post_layernorm": True},
-            "apply_residual_connection_post_layernorm is true, which this version does not "
-            "compute: no published BLOOM uses it",
+            {"apply_residual_connection_post_layernorm": "yes"},
+            "apply_residual_connection_post_layernorm is 'yes', expected true or false",
         ),
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            "architectures ['LlamaForCausalLM'], expected one of BloomModel, BloomForCausalLM, ",
+        ),
+        ({"architectures": "BloomModel"}, "architectures BloomModel, expected one of"),
+        ({"id2label": {"0": "a", "2": "b"}}, "id2label does not name the labels 0, 1, ... in turn"),
+        ({"id2label": {"0": 5}}, "labels are (5,), expected 1 to 65536 names"),
+        ({"id2label": {}}, "labels are (), expected 1 to 65536 names"),
+        ({"num_labels": 0}, "num_labels is 0, expected a whole number from 1 to 65536"),
+        ({"problem_type": "ranking"}, "problem_type is 'ranking', expected null or one of regress"),
         ({"n_inner": 128}, "n_inner is 128, expected null or 4 x hidden_size = 256"),
         ({"n_inner": "256"}, "n_inner is '256', expected null or 4 x hidden_size = 256"),
     ],
@@ -227,7 +293,7 @@ def test_untied_model_has_a_head_without_bias():
     config = BloomConfig(**SIZES, tie_word_embeddings=False)
     head = weight_specs(config)[-1]
     assert (head.name, head.kind, head.shape) == ("lm_head", "head", (96, 64))
-    assert (head.quantized, head.has_bias) == (True, False)
+    assert (head.is_matrix, head.has_bias) == (True, False)
 
 
 def test_path_is_taken_as_given():

@@ -45,6 +45,11 @@ def build(name: str, tmp_path_factory: pytest.TempPathFactory) -> Build:
     return make
 
 
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Pack:
+    return Pack.open(pack(tmp_path_factory.getbasetemp(), TINY, "int4"))
+
+
 def run(lm: CausalLM, cache, rows: list[int], pieces: list[np.ndarray]) -> list[np.ndarray]:
     """Feed `pieces` to `rows` in one step; the logits [T, V] of each row's new tokens."""
     span = Span.of(rows, [len(piece) for piece in pieces])
@@ -63,7 +68,7 @@ def close(found: np.ndarray, expected: np.ndarray, name: str) -> bool:
 def stored(lm: CausalLM, cache) -> tuple[np.ndarray, np.ndarray]:
     """The bytes of a cache's keys and values, each [layer, B, S, ...]."""
     if lm.backend.name == "reference":
-        return cache.keys, cache.values
+        return tuple(cache.data)
     if lm.backend.name != "numba":
         pytest.skip("how this backend's cache lies is not known here")
     keys, values = cache.data
@@ -137,7 +142,7 @@ def test_layers_do_not_change_what_they_are_given(build: Build):
     kept_x, kept_qkv, kept_ids = x.copy(), qkv.copy(), IDS[:3].copy()
     block.attention(qkv, cache, span)
     block.out(x, add=x)
-    lm.model.embedding(IDS[:3])
+    lm.model.emb_ln(lm.model.wte(IDS[:3]))
     lm.backend.top(x, 2)
     for now, then in ((x, kept_x), (qkv, kept_qkv), (IDS[:3], kept_ids)):
         assert now.tobytes() == then.tobytes()
@@ -318,24 +323,86 @@ def test_top_is_stable_and_its_logsumexp_is_of_the_scaled_logits(build: Build):
     assert top.logsumexp == pytest.approx(np.log(np.exp(logits / 2.0).sum(axis=1)), rel=1e-6)
 
 
-def test_an_embedding_reads_and_norms_the_rows_asked_for(build: Build, tmp_path_factory):
-    opened = Pack.open(pack(tmp_path_factory.getbasetemp(), TINY, "int4"))
-    backend = build().backend
-    norm = opened.norm("emb_ln")
-    layer = backend.embedding(opened.matrix("wte"), norm)
+def test_an_embedding_reads_the_rows_asked_for(build: Build, opened: Pack):
+    backend, table = build().backend, opened.matrix("wte")
     ids = np.array([130, 0, 17, 17])
-    rows = opened.matrix("wte").dequantize()[ids].astype(np.float64)
-    rows -= rows.mean(axis=1, keepdims=True)
-    rows /= np.sqrt(np.square(rows).mean(axis=1, keepdims=True) + norm.epsilon)
-    assert backend.numpy(layer(ids)) == pytest.approx(rows * norm.gain + norm.bias, abs=1e-5)
+    found = backend.numpy(backend.embedding(table)(ids))
+    assert found.tolist() == table.dequantize()[ids].tolist()
+
+
+def test_a_norm_centres_scales_and_shifts(build: Build, opened: Pack):
+    backend, norm = build().backend, opened.norm("emb_ln")
+    x = np.random.default_rng(0).standard_normal((5, 60)).astype(np.float32)
+    wide = x.astype(np.float64) - x.mean(axis=1, keepdims=True, dtype=np.float64)
+    wide /= np.sqrt(np.square(wide).mean(axis=1, keepdims=True) + norm.epsilon)
+    found = backend.numpy(backend.norm(norm)(x))
+    assert found == pytest.approx(wide * norm.gain + norm.bias, abs=1e-5)
+
+
+def test_delta_is_added_before_the_activation_and_add_behind_it(build: Build):
+    backend, rng = build().backend, np.random.default_rng(0)
+    w, x = (rng.standard_normal((9, n)).astype(np.float32) for n in (30, 30))
+    delta, add = rng.standard_normal((2, 9, 9)).astype(np.float32)
+    kind = get_scheme("f32")
+    weight = Matrix("w", kind, w.shape, kind.quantize(w))
+    z = (x @ w.T + delta).astype(np.float64)
+    gelu = 0.5 * z * (1 + np.tanh(0.79788456 * z * (1 + 0.044715 * z * z)))
+    found = backend.numpy(backend.linear(weight, act="gelu")(x, add=add, delta=delta))
+    assert found == pytest.approx(gelu + add, abs=2e-5)
+    assert backend.numpy(backend.linear(weight)(x, delta=delta)) == pytest.approx(z, abs=2e-5)
+
+
+def test_gates_are_those_of_the_row_that_a_token_belongs_to(build: Build):
+    backend = build().backend
+    cache, span = backend.cache(TINY.config, 3, 16, 5), Span.of([2, 0], [3, 4])
+    x = np.random.default_rng(0).standard_normal((7, 5)).astype(np.float32)
+    assert not cache.gates.any()
+    assert not np.any(backend.numpy(backend.gate(x, cache, span)))
+    cache.gates[:] = np.random.default_rng(1).standard_normal((3, 5))
+    expected = x * cache.gates[[2, 2, 2, 0, 0, 0, 0]]
+    assert backend.numpy(backend.gate(x, cache, span)).tolist() == expected.tolist()
+    step = backend.compile(
+        lambda ids, cache, span, wanted: backend.take(
+            backend.gate(backend.embedding(weight)(ids), cache, span), wanted
+        )
+    )
+    kind = get_scheme("f32")
+    weight = Matrix("w", kind, x.shape, kind.quantize(x))
+    for _ in range(2):  # recorded, then replayed
+        found = backend.numpy(step(np.arange(7), cache, span, np.arange(7)))
+        assert found.tolist() == expected.tolist()
+        cache.gates[:] *= 2
+        expected = expected * 2
+
+
+def test_keys_are_those_that_were_stored(build: Build, name: str):
+    lm = build("f32")
+    cache, n_head, head_dim = lm.cache(2, 64), TINY.n_head, TINY.head_dim
+    qkv = np.random.default_rng(0).standard_normal((40, 3 * n_head * head_dim)).astype(np.float32)
+    lm.model.blocks[1].attention(qkv[:4], cache, Span.of([0], [4]))
+    lm.model.blocks[1].attention(qkv[4:], cache, Span.of([1], [36]))
+    split = qkv.reshape(-1, n_head, 3, head_dim)[:, :, 1]
+    assert cache.keys(1, 0, 4).tolist() == split[:4].tolist()
+    assert cache.keys(1, 1, 36).tolist() == split[4:].tolist()
+    assert cache.keys(1, 1, 0).shape == (0, n_head, head_dim)
+
+
+def test_a_cache_that_has_grown_holds_what_it_held(build: Build, name: str):
+    lm = build()
+    small, large = lm.cache(2, 24), lm.cache(2, 300)
+    for cache in (small, large):
+        run(lm, cache, [0, 1], [IDS[:20], IDS[20:25]])
+    small.grow(10)
+    assert small.capacity >= 24
+    small.grow(280)
+    assert small.capacity >= 280
+    tail = np.random.default_rng(5).integers(0, TINY.vocab_size, 250)
+    found, expected = (run(lm, cache, [1, 0], [tail, IDS[:3]]) for cache in (small, large))
+    for one, other in zip(found, expected, strict=True):
+        assert close(one, other, name)
 
 
 # -- choosing --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Pack:
-    return Pack.open(pack(tmp_path_factory.getbasetemp(), TINY, "int4"))
 
 
 def test_auto_takes_the_first_available_and_says_so(opened: Pack):

@@ -74,7 +74,7 @@ def test_pack_of_one_small_model_written_by_hand(tmp_path):
     )  # fmt: skip
     f32 = get_scheme("f32")
     specs = weight_specs(config)
-    schemes = {spec.name: f32 for spec in specs if spec.quantized}
+    schemes = {spec.name: f32 for spec in specs if spec.is_matrix}
     with writing_pack(tmp_path / "pack", config, schemes) as writer:
         for number, spec in enumerate(specs, 1):
             for key, part in stored_arrays(spec, schemes.get(spec.name)).items():
@@ -660,7 +660,7 @@ def test_pack_without_tokenizer_opens(pack):
 # -- writing ---------------------------------------------------------------------------------------
 
 CONFIG = BloomConfig(hidden_size=4, n_layer=1, n_head=1, vocab_size=8)
-F32_SCHEMES = {s.name: get_scheme("f32") for s in weight_specs(CONFIG) if s.quantized}
+F32_SCHEMES = {s.name: get_scheme("f32") for s in weight_specs(CONFIG) if s.is_matrix}
 
 
 def write_zeros(target: Path, **options: Any) -> None:

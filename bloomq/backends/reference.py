@@ -32,8 +32,11 @@ class ReferenceBackend:
     def description(self) -> str:
         return f"NumPy float32, {self.activations} activations"
 
-    def embedding(self, table: Matrix, norm: Norm) -> Any:
-        return lambda ids: layer_norm(table.rows(ids), norm)
+    def embedding(self, table: Matrix) -> Any:
+        return table.rows
+
+    def norm(self, norm: Norm) -> Any:
+        return lambda x: layer_norm(x, norm)
 
     def linear(
         self,
@@ -49,8 +52,13 @@ class ReferenceBackend:
     def attention(self, layer: int, n_head: int, head_dim: int) -> ReferenceAttention:
         return ReferenceAttention(layer, n_head, head_dim)
 
-    def cache(self, config: BloomConfig, batch: int, capacity: int) -> ReferenceCache:
-        return ReferenceCache(config, batch, capacity)
+    def cache(
+        self, config: BloomConfig, batch: int, capacity: int, ranks: int = 0
+    ) -> ReferenceCache:
+        return ReferenceCache(config, batch, capacity, ranks)
+
+    def gate(self, x: F32, cache: ReferenceCache, span: Span) -> F32:
+        return x * np.repeat(cache.gates[span.rows], span.counts, axis=0)
 
     def compile(self, step: Step) -> Step:
         return step
@@ -112,7 +120,7 @@ def _nf4_scales(scales: Any, shape: tuple[int, int], scheme: Scheme) -> F32:
 
 
 class ReferenceLinear:
-    """act(norm(x) @ W.T + bias) + add."""
+    """act(norm(x) @ W.T + bias + delta) + add."""
 
     def __init__(
         self,
@@ -125,7 +133,7 @@ class ReferenceLinear:
         self._weight, self._bias, self._norm, self._act = weight, bias, norm, act
         self._rounded = rounded
 
-    def __call__(self, x: F32, add: F32 | None = None) -> F32:
+    def __call__(self, x: F32, add: F32 | None = None, delta: F32 | None = None) -> F32:
         if self._norm is not None:
             x = layer_norm(x, self._norm)
         if self._rounded:
@@ -135,6 +143,8 @@ class ReferenceLinear:
             y = x @ self._weight.dequantize().T  # [M, N]
         if self._bias is not None:
             y = y + self._bias
+        if delta is not None:
+            y = y + delta
         if self._act == "gelu":
             y = gelu(y)
         return y if add is None else y + add
@@ -153,10 +163,8 @@ class ReferenceAttention:
         for row, start, stop in zip(span.rows, span.starts[:-1], span.starts[1:], strict=True):
             past = int(cache.lengths[row])
             total = past + int(stop - start)
-            cache.keys[self._layer, row, past:total] = split[start:stop, :, 1]
-            cache.values[self._layer, row, past:total] = split[start:stop, :, 2]
-            keys = cache.keys[self._layer, row, :total]  # [S, H, D]
-            values = cache.values[self._layer, row, :total]
+            keys, values = cache.data[:, self._layer, row, :total]  # [S, H, D]
+            keys[past:], values[past:] = split[start:stop, :, 1], split[start:stop, :, 2]
             out[start:stop] = self._attend(split[start:stop, :, 0], keys, values, past)
         return out.reshape(len(qkv), -1)
 
@@ -175,18 +183,28 @@ class ReferenceAttention:
 
 
 class ReferenceCache:
-    """Keys and values [layer, B, S, H, D], float32."""
+    """Keys and values: `data` [2, layer, B, S, H, D], float32."""
 
-    def __init__(self, config: BloomConfig, batch: int, capacity: int) -> None:
-        shape = (config.n_layer, batch, capacity, config.n_head, config.head_dim)
+    def __init__(self, config: BloomConfig, batch: int, capacity: int, ranks: int) -> None:
         self.batch, self.capacity = batch, capacity
         self.lengths: I64 = np.zeros(batch, np.int64)
-        self.keys: F32 = zeros(shape, np.float32)
-        self.values: F32 = zeros(shape, np.float32)
+        self.gates: F32 = np.zeros((batch, ranks), np.float32)
+        shape = (2, config.n_layer, batch, capacity, config.n_head, config.head_dim)
+        self.data: F32 = zeros(shape, np.float32)
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return self.data.nbytes
+
+    def keys(self, layer: int, row: int, count: int) -> F32:
+        return self.data[0, layer, row, :count]
+
+    def grow(self, capacity: int) -> None:
+        if capacity > self.capacity:
+            old, places = self.data, self.data.shape
+            self.data = zeros((*places[:3], capacity, *places[4:]), np.float32)
+            self.data[:, :, :, : self.capacity] = old
+            self.capacity = capacity
 
     def advance(self, span: Span) -> None:
         self.lengths[span.rows] += span.counts
@@ -195,6 +213,6 @@ class ReferenceCache:
         self.lengths[row] = min(length, int(self.lengths[row]))
 
     def copy(self, source: int, target: int) -> None:
-        self.keys[:, target] = self.keys[:, source]
-        self.values[:, target] = self.values[:, source]
+        self.data[:, :, target] = self.data[:, :, source]
+        self.gates[target] = self.gates[source]
         self.lengths[target] = self.lengths[source]

@@ -102,12 +102,12 @@ def _dot_units(tier: str) -> Any:
 
 
 class Ceilings:
-    """The limits of `threads` threads; each call measures anew, since machines drift."""
+    """The limits of a pool of threads; each call measures anew, since machines drift."""
 
-    def __init__(self, tier: str, threads: int) -> None:
-        self._pool, self._tier = Pool(threads), tier
+    def __init__(self, tier: str, pool: Pool) -> None:
+        self._pool, self._tier = pool, tier
         self._memory = np.ones(_READ_BYTES // 4, np.int32)
-        units, self._dots = _READ_BYTES // _UNIT_BYTES, 64 * threads
+        units, self._dots = _READ_BYTES // _UNIT_BYTES, 64 * pool.threads
         self._scratch = np.zeros(max(units, self._dots) * 1024, np.uint8)  # 1024 for each unit
         self._reading, self._multiplying = Program(), Program()
         self._reading.add(

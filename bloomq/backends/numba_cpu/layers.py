@@ -20,8 +20,8 @@ from bloomq.backends.numba_cpu.ceilings import Ceilings
 from bloomq.backends.numba_cpu.embedding import look_up, take_rows
 from bloomq.backends.numba_cpu.jit import best_tier, cpu_features
 from bloomq.backends.numba_cpu.linear import Product
-from bloomq.backends.numba_cpu.program import Buffer, Program
-from bloomq.backends.numba_cpu.prologue import norm_rows
+from bloomq.backends.numba_cpu.program import Buffer, Input, Program
+from bloomq.backends.numba_cpu.prologue import gate_rows, norm_rows
 from bloomq.backends.numba_cpu.threads import Pool, physical_cores
 from bloomq.backends.numba_cpu.top import PART, top_merge, top_parts
 from bloomq.config import BloomConfig
@@ -35,7 +35,7 @@ I64 = NDArray[np.int64]
 
 # A program's inputs: what `NumbaCache.bind` writes, then the addresses of ids and of the index of
 # wanted rows.
-_IDS, _WANTED, _INPUTS = 10, 11, 12
+_IDS, _WANTED, _INPUTS = 11, 12, 13
 _ATTENTION_CHUNKS = 64  # of a step: enough to share evenly, each worth its scratch memory
 # Programs kept for replay: decode in several shapes, a prompt's steps. Those with much memory, as a
 # prompt's on a large model, or one whose every logit was asked for, are kept as long as they fit.
@@ -62,14 +62,19 @@ class NumbaBackend:
         top_parts(self.tier)
         top_merge()
         take_rows()
+        norm_rows()
+        gate_rows()
 
     @property
     def description(self) -> str:
         count = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return f"{self.tier}, {count}, {self.cache_dtype} cache"
 
-    def embedding(self, table: Matrix, norm: Norm) -> NumbaEmbedding:
-        return NumbaEmbedding(self.pool, table, norm)
+    def embedding(self, table: Matrix) -> NumbaEmbedding:
+        return NumbaEmbedding(self.pool, table)
+
+    def norm(self, norm: Norm) -> NumbaNorm:
+        return NumbaNorm(self.pool, norm)
 
     def linear(
         self,
@@ -84,12 +89,24 @@ class NumbaBackend:
     def attention(self, layer: int, n_head: int, head_dim: int) -> NumbaAttention:
         return NumbaAttention(self.pool, self.tier, self.cache_dtype, layer, n_head, head_dim)
 
-    def cache(self, config: BloomConfig, batch: int, capacity: int) -> NumbaCache:
-        return NumbaCache(config, batch, capacity, self.cache_dtype)
+    def cache(self, config: BloomConfig, batch: int, capacity: int, ranks: int = 0) -> NumbaCache:
+        return NumbaCache(config, batch, capacity, ranks, self.cache_dtype)
+
+    def gate(self, x: Any, cache: NumbaCache, span: Span) -> Any:
+        if isinstance(x, Buffer):
+            out = x.program.buffer(x.rows, x.columns, np.float32)
+            x.program.add(
+                gate_rows(), len(span.rows), 1, x.program.inputs.ctypes.data, x.address,
+                x.stride_bytes, x.columns, out.address, out.stride_bytes,
+            )  # fmt: skip
+            return out
+        program = Program(_INPUTS)
+        cache.bind(program, span)
+        return _run_alone(self.pool, self.gate(_held(program, x), cache, span))
 
     def ceilings(self) -> Ceilings:
         """What the machine can do at best with these threads and instructions."""
-        return Ceilings(self.tier, self.threads)
+        return Ceilings(self.tier, self.pool)
 
     def compile(self, step: Step) -> Step:
         return _Replay(self.pool, step)
@@ -99,7 +116,7 @@ class NumbaBackend:
             return x[index]
         out = x.program.buffer(index.rows, x.columns, np.float32)
         x.program.add(
-            take_rows(), index.rows, 8, x.program.inputs.ctypes.data, _WANTED, x.address,
+            take_rows(), index.rows, 8, x.program.inputs.ctypes.data, index.at, x.address,
             x.stride_bytes, x.columns, out.address, out.stride_bytes,
         )  # fmt: skip
         return out
@@ -167,8 +184,7 @@ class _Replay:
         """A program and a view of its result."""
         program = Program(_INPUTS)
         tokens, _, results = shape
-        ids = Buffer(program, np.zeros(0, np.int64), tokens, 1)
-        wanted = Buffer(program, np.zeros(0, np.int64), results, 1)
+        ids, wanted = Input(program, tokens, _IDS), Input(program, results, _WANTED)
         return program, self._step(ids, cache, span, wanted).values()
 
 
@@ -180,16 +196,14 @@ def _held(program: Program, array: F32) -> Buffer:
     return buffer
 
 
-def _at_once(pool: Pool, layer: Any, arrays: list[F32 | None]) -> F32:
-    """What a layer makes of NumPy arrays, by a program of its own."""
-    program = Program(_INPUTS)
-    out = layer.record(*(None if array is None else _held(program, array) for array in arrays))
-    pool.run(program)
+def _run_alone(pool: Pool, out: Buffer) -> F32:
+    """The values of a buffer, by running its program now."""
+    pool.run(out.program)
     return np.array(out.values())
 
 
 class NumbaLinear:
-    """y = act(norm(x) @ W.T + bias) + add over one mapped matrix."""
+    """y = act(norm(x) @ W.T + bias + delta) + add over one mapped matrix."""
 
     def __init__(
         self,
@@ -215,53 +229,57 @@ class NumbaLinear:
         )  # fmt: skip
         self._product.compile()
 
-    def __call__(self, x: Any, add: Any = None) -> Any:
+    def __call__(self, x: Any, add: Any = None, delta: Any = None) -> Any:
         if isinstance(x, Buffer):
-            return self.record(x, add)
-        return _at_once(self._pool, self, [x, add])
-
-    def record(self, x: Buffer, add: Buffer | None) -> Buffer:
-        x.program.keep(self._alive)
-        return self._product.record(x, add)
+            x.program.keep(self._alive)
+            return self._product.record(x, add, delta)
+        program = Program()
+        given = [None if array is None else _held(program, array) for array in (x, add, delta)]
+        return _run_alone(self._pool, self(*given))
 
 
 class NumbaEmbedding:
-    """norm(table[ids])."""
+    """Rows of a table."""
 
-    def __init__(self, pool: Pool, table: Matrix, norm: Norm) -> None:
-        self._pool, self._columns, self._epsilon = pool, table.shape[1], norm.epsilon
+    def __init__(self, pool: Pool, table: Matrix) -> None:
+        self._pool, self._columns = pool, table.shape[1]
         self._stored_k = table.scheme.padded(table.shape)[1]
         self._parts = list(table.parts.values())
-        self._gain, self._shift = _padded(norm.gain), _padded(norm.bias)
         self._look_up = look_up(table.scheme.name, table.scheme.group_size)
-        norm_rows()
 
     def __call__(self, ids: Any) -> Any:
-        if isinstance(ids, Buffer):
-            return self.record(ids)
-        program = Program(_INPUTS)
-        ids = np.ascontiguousarray(ids, np.int64)
-        program.inputs[_IDS] = ids.ctypes.data
-        out = self.record(Buffer(program, np.zeros(0, np.int64), len(ids), 1))
-        self._pool.run(program)
-        return np.array(out.values())
+        if isinstance(ids, Input):
+            program = ids.program
+            out = program.buffer(ids.rows, self._columns, np.float32)
+            program.keep(self._parts)
+            program.add(
+                self._look_up, ids.rows, 1, program.inputs.ctypes.data, ids.at,
+                self._parts[0].ctypes.data, self._parts[-1].ctypes.data, self._stored_k,
+                self._columns, out.address, out.stride_bytes,
+            )  # fmt: skip
+            return out
+        program, ids = Program(1), np.ascontiguousarray(ids, np.int64)
+        program.inputs[0], program.held = ids.ctypes.data, ids
+        return _run_alone(self._pool, self(Input(program, len(ids), 0)))
 
-    def record(self, ids: Buffer) -> Buffer:
-        program = ids.program
-        x = program.buffer(ids.rows, self._columns, np.float32)
-        y = program.buffer(ids.rows, self._columns, np.float32)
-        program.keep(self._parts, self._gain, self._shift)
-        program.add(
-            self._look_up, ids.rows, 1, program.inputs.ctypes.data, _IDS,
-            self._parts[0].ctypes.data, self._parts[-1].ctypes.data, self._stored_k, self._columns,
-            x.address, x.stride_bytes,
+
+class NumbaNorm:
+    """A layer norm on its own."""
+
+    def __init__(self, pool: Pool, norm: Norm) -> None:
+        self._pool, self._epsilon = pool, norm.epsilon
+        self._gain, self._shift = _padded(norm.gain), _padded(norm.bias)
+
+    def __call__(self, x: Any) -> Any:
+        if not isinstance(x, Buffer):
+            return _run_alone(self._pool, self(_held(Program(), x)))
+        out = x.program.buffer(x.rows, x.columns, np.float32)
+        x.program.keep(self._gain, self._shift)
+        x.program.add(
+            norm_rows(), x.rows, 1, x.address, x.stride_bytes, x.columns, self._gain.ctypes.data,
+            self._shift.ctypes.data, self._epsilon, out.address, out.stride_bytes,
         )  # fmt: skip
-        program.add(
-            norm_rows(), ids.rows, 1, x.address, x.stride_bytes, self._columns,
-            self._gain.ctypes.data, self._shift.ctypes.data, self._epsilon, y.address,
-            y.stride_bytes,
-        )  # fmt: skip
-        return y
+        return out
 
 
 class NumbaAttention:
@@ -278,17 +296,12 @@ class NumbaAttention:
         self._several = attend(dtype, width, tier, QUERIES)
 
     def __call__(self, qkv: Any, cache: NumbaCache, span: Span) -> Any:
-        if isinstance(qkv, Buffer):
-            return self.record(qkv, cache, span)
-        program = Program(_INPUTS)
-        out = self.record(_held(program, qkv), cache, span)
-        cache.bind(program, span)
-        self._pool.run(program)
-        return np.array(out.values())
-
-    def record(self, qkv: Buffer, cache: NumbaCache, span: Span) -> Buffer:
         """Of the cache and the span, only the number of rows is recorded: programs bind the rest
         when they run."""
+        if not isinstance(qkv, Buffer):
+            program = Program(_INPUTS)
+            cache.bind(program, span)
+            return _run_alone(self._pool, self(_held(program, qkv), cache, span))
         program, n_head, tokens = qkv.program, len(self._slopes), qkv.rows
         c = n_head * self._head_dim
         out = program.buffer(tokens, c, np.float32)
@@ -316,33 +329,56 @@ class NumbaCache:
     chunk. Memory comes from the system as it is first touched.
     """
 
-    def __init__(self, config: BloomConfig, batch: int, capacity: int, dtype: CacheDtype) -> None:
+    def __init__(
+        self, config: BloomConfig, batch: int, capacity: int, ranks: int, dtype: CacheDtype
+    ) -> None:
         self.batch, self.dtype = batch, dtype
-        self.capacity = round_up(capacity, 64)  # keys are scored up to 64 at a time
         self.lengths: I64 = np.zeros(batch, np.int64)
-        self._heads = batch * config.n_head  # of a layer
-        places = (config.n_layer, batch, config.n_head)
-        element = _ELEMENTS[dtype]
-        self.data = zeros((2, *places, self.capacity * _width(config.head_dim)), element)
-        self.scales = zeros((2, *places, self.capacity if dtype == "int8" else 0), np.float32)
-        self.key_lengths = zeros((*places, -(-self.capacity // CHUNK)), np.float32)
+        self.gates: F32 = np.zeros((batch, ranks), np.float32)
+        self._places = (config.n_layer, batch, config.n_head)
+        self._head_dim = config.head_dim
+        self._allocate(capacity)
+
+    def _allocate(self, capacity: int) -> None:
+        self.capacity = round_up(capacity, 64)  # keys are scored up to 64 at a time
+        width, scaled = _width(self._head_dim), self.dtype == "int8"
+        self.data = zeros((2, *self._places, self.capacity * width), _ELEMENTS[self.dtype])
+        self.scales = zeros((2, *self._places, self.capacity if scaled else 0), np.float32)
+        self.key_lengths = zeros((*self._places, -(-self.capacity // CHUNK)), np.float32)
 
     @property
     def nbytes(self) -> int:
         return int(self.data.nbytes + self.scales.nbytes + self.key_lengths.nbytes)
+
+    def keys(self, layer: int, row: int, count: int) -> F32:
+        tiles, width = -(-count // 16), _width(self._head_dim)
+        stored = self.data[0, layer, row].reshape(self._places[2], -1, width, 16)[:, :tiles]
+        keys = np.moveaxis(stored, 3, 2).reshape(self._places[2], -1, width)  # [H, S, D]
+        keys = keys[:, :count, : self._head_dim].astype(np.float32)
+        if self.dtype == "int8":
+            keys *= self.scales[0, layer, row, :, :count, None]
+        return np.asarray(keys.transpose(1, 0, 2), np.float32)
+
+    def grow(self, capacity: int) -> None:
+        if capacity > self.capacity:
+            old = (self.data, self.scales, self.key_lengths)
+            self._allocate(capacity)
+            for before, now in zip(old, (self.data, self.scales, self.key_lengths), strict=True):
+                now[..., : before.shape[-1]] = before  # positions lie outermost in a head's memory
 
     def bind(self, program: Program, span: Span, *others: I64) -> None:
         """Tell a program where this cache lies and what a step does to it; the program holds these
         arrays, and `others`, while it runs."""
         tokens = int(self.lengths[span.rows].sum() + span.starts[-1])
         program.cache_bytes = tokens * self.nbytes // (self.batch * self.capacity)
+        heads = self.batch * self._places[2]  # of a layer
         held = [np.ascontiguousarray(a) for a in (span.rows, span.starts, self.lengths[span.rows])]
         program.inputs[:_IDS] = (
-            self.data.ctypes.data, self.scales.ctypes.data, self.key_lengths.ctypes.data,
-            self._heads, self.capacity, self._heads * self.data.shape[1], len(span.rows),
-            *(array.ctypes.data for array in held),
+            self.data.ctypes.data, self.scales.ctypes.data, self.key_lengths.ctypes.data, heads,
+            self.capacity, heads * self._places[0], len(span.rows),
+            *(array.ctypes.data for array in held), self.gates.ctypes.data,
         )  # fmt: skip
-        program.held = (self.data, self.scales, self.key_lengths, *held, *others)
+        program.held = (self.data, self.scales, self.key_lengths, self.gates, *held, *others)
 
     def advance(self, span: Span) -> None:
         self.lengths[span.rows] += span.counts
@@ -354,6 +390,7 @@ class NumbaCache:
         self.data[:, :, target] = self.data[:, :, source]
         self.scales[:, :, target] = self.scales[:, :, source]
         self.key_lengths[:, target] = self.key_lengths[:, source]
+        self.gates[target] = self.gates[source]
         self.lengths[target] = self.lengths[source]
 
 

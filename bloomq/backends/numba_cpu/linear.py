@@ -1,4 +1,4 @@
-"""Linear layers as operations of a program: y = act(norm(x) @ W.T + bias) + add.
+"""Linear layers as operations of a program: y = act(norm(x) @ W.T + bias + delta) + add.
 
 x [M, K] -> y [M, N]: a prologue over rows (see `prologue`), then the product over tiles of W, which
 ends in the epilogue. Each weight byte is read from memory once, by one thread, and each y is
@@ -29,8 +29,6 @@ from bloomq.schemes import TILE, Scheme
 # Weights that one thread takes at a time: long enough for the memory's streams to get going, short
 # enough to share a matrix of 1 MB evenly.
 _CHUNK_BYTES = 64 << 10
-
-
 # A prompt's blocks of tokens meet so many columns at a time: 8 KB of two int4 tiles stay in the
 # level-1 cache, beside 4 KB of a block's activations. A few blocks read whole rows, which streams
 # from memory while it computes.
@@ -42,8 +40,8 @@ _FEW_BLOCKS = 4
 def multiply(spec_text: str) -> Any:
     """The product of blocks of tokens with tiles of quantized weights. Units: pairs of tiles.
 
-    Arguments: codes, scales, K, acts, act scales, act sums, bias (0: none), gelu, add (0: none), y,
-    stride of y and add in bytes, blocks.
+    Arguments: codes, scales, K, acts, act scales, act sums, bias, delta, gelu, add (0: none), y,
+    stride of y, delta and add in bytes, blocks.
     """
     spec = Spec.parse(spec_text)
     text, group, k4_bytes, tokens = spec_text, spec.group, spec.bytes_per_k4, spec.tokens
@@ -51,9 +49,9 @@ def multiply(spec_text: str) -> Any:
 
     @kernel
     def multiply(arguments, first, last):  # type: ignore[no-untyped-def]
-        codes, scales, k, acts, act_scales, act_sums, bias, gelu, add, y, stride, blocks = fields(
-            arguments, 12
-        )
+        (
+            codes, scales, k, acts, act_scales, act_sums, bias, delta, gelu, add, y, stride, blocks,
+        ) = fields(arguments, 13)  # fmt: skip
         groups, tile_codes = k // group, k // 4 * k4_bytes
         tile_scales, group_scales = (64, 0) if row_scales else (groups * 32, 32)
         part = groups if blocks <= _FEW_BLOCKS else columns // group
@@ -78,8 +76,8 @@ def multiply(spec_text: str) -> Any:
             for block in range(blocks):
                 row = at + tokens * block * stride
                 finish_tiles(
-                    text, start, bias + at if bias else 0, gelu, add + row if add else 0, y + row,
-                    stride,
+                    text, start, bias + at if bias else 0, delta + row if delta else 0, gelu,
+                    add + row if add else 0, y + row, stride,
                 )  # fmt: skip
                 start += size
         keep(totals)
@@ -91,8 +89,8 @@ def multiply(spec_text: str) -> Any:
 def multiply_float(spec_text: str) -> Any:
     """The product of blocks of tokens with tiles of unquantized weights. Units: pairs of tiles.
 
-    Arguments: values, K, acts (float32 [blocks, K, tokens]), bias, gelu, add, y, stride of y and
-    add in bytes, blocks.
+    Arguments: values, K, acts (float32 [blocks, K, tokens]), bias, delta, gelu, add, y, stride
+    of y, delta and add in bytes, blocks.
     """
     spec = Spec.parse(spec_text)
     group, tokens, tiles, text = spec.group, spec.tokens, spec.tiles, spec_text
@@ -100,7 +98,7 @@ def multiply_float(spec_text: str) -> Any:
 
     @kernel
     def multiply_float(arguments, first, last):  # type: ignore[no-untyped-def]
-        values, k, acts, bias, gelu, add, y, stride, blocks = fields(arguments, 9)
+        values, k, acts, bias, delta, gelu, add, y, stride, blocks = fields(arguments, 10)
         size = k * column_bytes
         totals = np.empty((tokens, tiles, TILE), np.float32)
         for tile in range(2 * first, 2 * last, tiles):
@@ -113,8 +111,8 @@ def multiply_float(spec_text: str) -> Any:
                     k // group, address(totals),
                 )  # fmt: skip
                 finish_tiles(
-                    text, address(totals), bias + at if bias else 0, gelu, add + row if add else 0,
-                    y + row, stride,
+                    text, address(totals), bias + at if bias else 0, delta + row if delta else 0,
+                    gelu, add + row if add else 0, y + row, stride,
                 )  # fmt: skip
         keep(totals)
 
@@ -153,13 +151,13 @@ class Product:
     def _spec(self, tokens: int) -> str:
         return str(Spec(self.scheme.name, self.scheme.group_size, self.tier, tokens))
 
-    def record(self, x: Buffer, add: Buffer | None) -> Buffer:
+    def record(self, x: Buffer, add: Buffer | None, delta: Buffer | None) -> Buffer:
         """Append this layer to x's program; returns y."""
         y = x.program.buffer(x.rows, self.n, np.float32)
         if x.rows:
             tokens = block_of(x.rows, self.tier)
-            residual = 0 if add is None else add.address
-            end = (self.bias, self.gelu, residual, y.address, y.stride_bytes)
+            added, moved = (0 if other is None else other.address for other in (add, delta))
+            end = (self.bias, moved, self.gelu, added, y.address, y.stride_bytes)
             record = self._record_float if self.scheme.is_float else self._record_int
             record(x, tokens, -(-x.rows // tokens), end)
         return y

@@ -10,8 +10,8 @@ fused multiply-add, y = fma(float(sum), weight scale * activation scale, y). The
 the same with a float32 partial sum per group. So an element of y has the same bits whichever
 kernel, batch or thread computed it.
 
-All end in one epilogue, y = gelu(product + bias) + add, which writes whole lanes: rows of y are
-padded to pairs of tiles.
+All end in one epilogue, y = gelu(product + bias + delta) + add, which writes whole lanes: rows of y
+are padded to pairs of tiles.
 """
 
 from __future__ import annotations
@@ -150,19 +150,20 @@ def _fold(
 
 @intrinsic(prefer_literal=True)
 def finish_tiles(
-    typingctx: Any, spec: Any, totals: Any, bias: Any, gelu: Any, add: Any, y: Any, stride: Any
-) -> Any:
-    """y [tokens, 16 * tiles] = gelu(totals + bias) + add.
+    typingctx: Any, spec: Any, totals: Any, bias: Any, delta: Any, gelu: Any, add: Any, y: Any,
+    stride: Any,
+) -> Any:  # fmt: skip
+    """y [tokens, 16 * tiles] = gelu(totals + bias + delta) + add.
 
-    bias: address of the tiles' (0: none); gelu: 0 or 1; add: address of the first residual (0:
-    none); y: address of the first output; stride: of y and add, in bytes.
+    bias: address of the tiles' (0: none); gelu: 0 or 1; delta, add: address of the first token's
+    (0: none); y: address of the first output; stride: of y, delta and add, in bytes.
     """
-    return _emitter(_emit_finish, spec, (totals, bias, gelu, add, y, stride))
+    return _emitter(_emit_finish, spec, (totals, bias, delta, gelu, add, y, stride))
 
 
 def _emit_finish(
-    v: Vectors, spec: Spec, totals: ir.Value, bias: ir.Value, gelu: ir.Value, add: ir.Value,
-    y: ir.Value, stride: ir.Value,
+    v: Vectors, spec: Spec, totals: ir.Value, bias: ir.Value, delta: ir.Value, gelu: ir.Value,
+    add: ir.Value, y: ir.Value, stride: ir.Value,
 ) -> None:  # fmt: skip
     b = v.b
     with cgutils.for_range(b, I64(spec.tokens), intp=I64) as loop:  # a loop, since gelu is long
@@ -171,13 +172,17 @@ def _emit_finish(
         for tile in range(spec.tiles):
             at = 4 * LANES * tile
             slot = v.at(source, at)
-            with b.if_then(b.icmp_signed("!=", bias, I64(0))):
-                v.store(b.fadd(v.load(slot, V16F), v.load(v.at(bias, at), V16F)), slot)
+
+            def plus(first: ir.Value, offset: ir.Value, slot: ir.Value = slot) -> None:
+                with b.if_then(b.icmp_signed("!=", first, I64(0))):
+                    other = v.load(v.at(first, offset), V16F)
+                    v.store(b.fadd(v.load(slot, V16F), other), slot)
+
+            plus(bias, I64(at))
+            plus(delta, b.add(row, I64(at)))
             with b.if_then(b.icmp_signed("!=", gelu, I64(0))):
                 v.store(v.gelu(v.load(slot, V16F)), slot)
-            with b.if_then(b.icmp_signed("!=", add, I64(0))):
-                residual = v.load(v.at(v.at(add, row), at), V16F)
-                v.store(b.fadd(v.load(slot, V16F), residual), slot)
+            plus(add, b.add(row, I64(at)))
             v.store(v.load(slot, V16F), v.at(v.at(y, row), at))
 
 

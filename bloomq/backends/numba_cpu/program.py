@@ -15,6 +15,7 @@ import ctypes
 import os
 import struct
 from collections import defaultdict
+from dataclasses import dataclass
 from functools import lru_cache
 from time import sleep
 from typing import Any
@@ -69,6 +70,16 @@ class Buffer:
     def values(self) -> Array:
         """The rows and columns that mean something: a view."""
         return self.array[: self.rows, : self.columns]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """`rows` whole numbers that a program is given anew for each run: their address is
+    inputs[at]."""
+
+    program: Program
+    rows: int
+    at: int
 
 
 class Program:

@@ -17,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from bloomq.backends.numba_cpu.jit import kernel
-from bloomq.backends.numba_cpu.memory import address, as_float, fields, floats, keep
+from bloomq.backends.numba_cpu.memory import address, as_float, fields, floats, keep, longs
 from bloomq.backends.numba_cpu.simd import I32, I64, LANES, V16B, V16F, Vectors
 
 # Sums may be vectorised; NaN and infinity keep their meaning (fastmath=True would drop them).
@@ -153,7 +153,7 @@ def spread_rows() -> Any:
 
 @lru_cache(maxsize=1)
 def norm_rows() -> Any:
-    """A norm on its own, as the embedding needs it. Units: rows.
+    """A norm on its own, as behind the embedding. Units: rows.
 
     Arguments: x, stride of x in bytes, C, gain, shift, epsilon, out, stride of out in bytes.
     """
@@ -168,3 +168,26 @@ def norm_rows() -> Any:
             )  # fmt: skip
 
     return norm_rows
+
+
+@lru_cache(maxsize=1)
+def gate_rows() -> Any:
+    """out = x * gates of the cache row that a token belongs to. Units: cache rows of the step.
+
+    Arguments: inputs (see `NumbaCache.bind`), x, stride of x in bytes, ranks, out, stride of out in
+    bytes.
+    """
+
+    @kernel
+    def gate_rows(arguments, first, last):  # type: ignore[no-untyped-def]
+        inputs, x, stride, ranks, out, out_stride = fields(arguments, 6)
+        n_rows, rows, starts, _, gates = fields(inputs, 11)[6:]
+        for r in range(first, last):
+            gate = floats(gates + 4 * ranks * longs(rows, n_rows)[r], ranks)
+            for token in range(longs(starts, n_rows + 1)[r], longs(starts, n_rows + 1)[r + 1]):
+                source = floats(x + token * stride, ranks)
+                target = floats(out + token * out_stride, ranks)
+                for i in range(ranks):
+                    target[i] = source[i] * gate[i]
+
+    return gate_rows
