@@ -18,7 +18,7 @@ HEAVY = ("torch", "numba", "jax", "transformers", "tokenizers", "safetensors", "
 # Level of every module: imports of ours go to a lower level, or to one named here.
 LEVELS = {
     "errors": 0,
-    "files": 1, "config": 1, "schemes": 1, "weights": 1, "tokenizer": 1, "tensorfile": 1,
+    "files": 1, "outputs": 1, "config": 1, "schemes": 1, "weights": 1, "tokenizer": 1, "tensorfile": 1,
     "layers": 2, "pack": 2, "pack_writer": 2,
     "backends.reference": 3, "backends.numba_cpu": 3, "model": 3, "heads": 3,
     "sampling": 4, "speculation": 4, "text": 4, "generation": 4,
@@ -27,7 +27,7 @@ LEVELS = {
     "converters": 3, "": 8,
 }  # fmt: skip
 SAME_LEVEL = {
-    ("config", "files"), ("tensorfile", "files"), ("weights", "schemes"), ("tensorfile", "schemes"),
+    ("config", "files"), ("tensorfile", "files"), ("weights", "schemes"), ("weights", "config"), ("tensorfile", "schemes"),
     ("pack_writer", "pack"), ("heads", "model"),
     ("generation", "sampling"), ("generation", "speculation"),
     ("describe", "loading"), ("describe", "backends"), ("loading", "backends"),
