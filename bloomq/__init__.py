@@ -16,6 +16,11 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "BloomConfig": "config",
+    "BloomForCausalLM": "modeling",
+    "BloomForQuestionAnswering": "modeling",
+    "BloomForSequenceClassification": "modeling",
+    "BloomForTokenClassification": "modeling",
+    "BloomModel": "modeling",
     "BloomTokenizer": "tokenizer",
     "Generation": "generation",
     "LanguageModel": "loading",
@@ -39,6 +44,11 @@ if TYPE_CHECKING:
     from bloomq.generation import Generation as Generation
     from bloomq.loading import LanguageModel as LanguageModel
     from bloomq.loading import load as load
+    from bloomq.modeling import BloomForCausalLM as BloomForCausalLM
+    from bloomq.modeling import BloomForQuestionAnswering as BloomForQuestionAnswering
+    from bloomq.modeling import BloomForSequenceClassification as BloomForSequenceClassification
+    from bloomq.modeling import BloomForTokenClassification as BloomForTokenClassification
+    from bloomq.modeling import BloomModel as BloomModel
     from bloomq.pack import Pack as Pack
     from bloomq.tokenizer import BloomTokenizer as BloomTokenizer
 

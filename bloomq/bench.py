@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from bloomq.backends.numba_cpu.layers import NumbaBackend
 from bloomq.errors import UsageError
-from bloomq.heads import STEP_TOKENS, CausalLM
+from bloomq.forward import STEP_TOKENS
+from bloomq.heads import Head
 from bloomq.layers import Cache, Span
 from bloomq.pack import Pack
 
@@ -74,7 +75,7 @@ class Bench:
     Raises: UsageError for impossible tests, CapacityError where a cache does not fit.
     """
 
-    def __init__(self, lm: CausalLM, pack: Pack) -> None:
+    def __init__(self, lm: Head, pack: Pack) -> None:
         backend = lm.backend
         if not isinstance(backend, NumbaBackend):
             raise UsageError(f"bench measures the numba backend, not {backend.name}")

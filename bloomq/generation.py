@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.errors import CapacityError, UsageError
-from bloomq.heads import STEP_TOKENS, CausalLM
+from bloomq.forward import STEP_TOKENS, cut
+from bloomq.heads import Head
 from bloomq.layers import Cache, Span, Top, X
 from bloomq.sampling import Sampling, draw, generator, is_whole, penalise, top_of
 from bloomq.speculation import MOST_GUESSES, Guesser, Pace
@@ -95,7 +96,7 @@ class Batch:
 
     def __init__(
         self,
-        lm: CausalLM,
+        lm: Head,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         *,
@@ -155,7 +156,7 @@ class Batch:
         is through."""
         total = sum(len(s.prompt) for s in self.sequences)
         done = 0
-        for step in _cut([len(s.prompt) for s in self.sequences], STEP_TOKENS):
+        for step in cut([len(s.prompt) for s in self.sequences], STEP_TOKENS):
             ids = np.concatenate([self.sequences[row].prompt[a:b] for row, a, b in step])
             span = Span.of([row for row, _, _ in step], [b - a for _, a, b in step])
             ended = [row for row, _, b in step if b == len(self.sequences[row].prompt)]
@@ -252,24 +253,6 @@ def _check_prompt(prompt: Sequence[int], new_tokens: int, context: int) -> None:
             f"a prompt of {len(prompt)} tokens and {new_tokens} new ones exceed the context of "
             f"{context}: {remedy}, or load with a larger context"
         )
-
-
-def _cut(lengths: list[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Steps of (row, start, stop) pieces, in order, together at most `most` tokens each."""
-    step: list[tuple[int, int, int]] = []
-    room = most
-    for row, length in enumerate(lengths):
-        start = 0
-        while start < length:
-            stop = min(length, start + room)
-            step.append((row, start, stop))
-            room -= stop - start
-            start = stop
-            if room == 0:
-                yield step
-                step, room = [], most
-    if step:
-        yield step
 
 
 class Clock:

@@ -19,15 +19,11 @@ from numpy.typing import ArrayLike
 from bloomq import backends
 from bloomq.config import BloomConfig
 from bloomq.errors import PackError, TokenizerError, UsageError
-from bloomq.generation import (
-    Batch,
-    Clock,
-    FinishReason,
-    Generation,
-    PrefillProgress,
-)
-from bloomq.heads import CausalLM, CausalLMOutput
+from bloomq.generation import Batch, Clock, FinishReason, Generation, PrefillProgress
+from bloomq.heads import Head
 from bloomq.layers import Backend
+from bloomq.modeling import BloomForCausalLM
+from bloomq.outputs import CausalLMOutput
 from bloomq.pack import Pack
 from bloomq.sampling import Sampling, is_whole
 from bloomq.speculation import DraftModel, Guesser, Lookup
@@ -74,10 +70,8 @@ def load(
             f"{source}: {tokenizer.vocab_size} tokens, the model has {pack.config.vocab_size}: "
             "it belongs to another model"
         )
-    causal_lm = CausalLM(pack, choice.backend)
-    return LanguageModel(
-        causal_lm, tokenizer, pack, context, choice.reason, perf_counter() - started
-    )
+    model = BloomForCausalLM(pack, choice.backend)
+    return LanguageModel(model, tokenizer, context, choice.reason, perf_counter() - started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +172,13 @@ class LanguageModel:
 
     def __init__(
         self,
-        causal_lm: CausalLM,
+        model: BloomForCausalLM,
         tokenizer: BloomTokenizer | None,
-        pack: Pack,
         context: int,
         reason: str,
         load_s: float,
     ) -> None:
-        self.causal_lm, self.tokenizer, self.pack = causal_lm, tokenizer, pack
+        self.model, self.tokenizer, self.pack = model, tokenizer, model.pack
         self.context, self.load_s = int(context), load_s
         self.backend_reason = reason
 
@@ -195,13 +188,19 @@ class LanguageModel:
 
     @property
     def backend(self) -> Backend:
-        return self.causal_lm.backend
+        return self.model.backend
+
+    @property
+    def causal_lm(self) -> Head:
+        return self.model.head
 
     def __call__(
         self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None
     ) -> CausalLMOutput:
-        """Logits [B, T, V], float32: see `CausalLM`."""
-        output: CausalLMOutput = self.causal_lm(input_ids, attention_mask)
+        """Logits [B, T, V], float32: see `BloomForCausalLM`."""
+        output: CausalLMOutput = self.model(
+            input_ids, attention_mask=attention_mask, use_cache=False
+        )
         return output
 
     def generate(

@@ -24,7 +24,7 @@ class ModelOutput(Mapping[str, Any]):
         names = [field.name for field in dataclasses.fields(self)]  # type: ignore[arg-type]
         return {name: v for name in names if (v := getattr(self, name)) is not None}
 
-    def __getitem__(self, key: str | int | slice) -> Any:  # type: ignore[override]
+    def __getitem__(self, key: str | int | slice) -> Any:
         if not isinstance(key, str):
             return self.to_tuple()[key]
         if key not in self._present():

@@ -65,7 +65,7 @@ def manifest_checksum(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Pack:
     """An open pack. Arrays are read-only views of the mapped files."""
 

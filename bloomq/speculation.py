@@ -13,7 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from bloomq.heads import STEP_TOKENS, CausalLM
+from bloomq.forward import STEP_TOKENS
+from bloomq.heads import Head
 from bloomq.layers import Span
 
 MOST_GUESSES = 7  # with the token before them a block of eight, the largest of the CPU's kernels
@@ -56,7 +57,7 @@ _NGRAMS = (3, 2)  # longest first; single tokens recur too often to say anything
 class DraftModel:
     """What a smaller model of the same vocabulary would write."""
 
-    def __init__(self, lm: CausalLM, capacity: int) -> None:
+    def __init__(self, lm: Head, capacity: int) -> None:
         self._lm = lm
         self._cache = lm.cache(1, capacity)
         self._held: list[int] = []  # tokens whose keys and values the cache holds

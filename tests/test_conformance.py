@@ -14,7 +14,7 @@ from models import Tiny, pack
 
 from bloomq import backends
 from bloomq.errors import BackendError, CapacityError, UsageError
-from bloomq.heads import CausalLM
+from bloomq.heads import Head, causal_lm
 from bloomq.layers import Span
 from bloomq.pack import Pack
 from bloomq.schemes import SCHEME_NAMES, get_scheme
@@ -26,7 +26,7 @@ TINY = Tiny(n_head=3, head_dim=20, vocab_size=131, n_layer=2)
 CLOSE = {"numba": 0.0, "reference": 1e-5}
 IDS = np.random.default_rng(3).integers(0, TINY.vocab_size, 64)
 
-Build = Callable[..., CausalLM]
+Build = Callable[..., Head]
 
 
 @pytest.fixture(scope="module", params=backends.available())
@@ -38,9 +38,9 @@ def name(request: pytest.FixtureRequest) -> str:
 def build(name: str, tmp_path_factory: pytest.TempPathFactory) -> Build:
     """`build("int8", threads=1)`: the tiny model on the backend under test."""
 
-    def make(scheme: str = "int4", threads: int | None = None) -> CausalLM:
+    def make(scheme: str = "int4", threads: int | None = None) -> Head:
         opened = Pack.open(pack(tmp_path_factory.getbasetemp(), TINY, scheme))
-        return CausalLM(opened, backends.choose(name, opened, threads).backend)
+        return causal_lm(opened, backends.choose(name, opened, threads).backend)
 
     return make
 
@@ -50,7 +50,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Pack:
     return Pack.open(pack(tmp_path_factory.getbasetemp(), TINY, "int4"))
 
 
-def run(lm: CausalLM, cache, rows: list[int], pieces: list[np.ndarray]) -> list[np.ndarray]:
+def run(lm: Head, cache, rows: list[int], pieces: list[np.ndarray]) -> list[np.ndarray]:
     """Feed `pieces` to `rows` in one step; the logits [T, V] of each row's new tokens."""
     span = Span.of(rows, [len(piece) for piece in pieces])
     total = sum(len(piece) for piece in pieces)
@@ -65,7 +65,7 @@ def close(found: np.ndarray, expected: np.ndarray, name: str) -> bool:
     return bool(np.abs(found - expected).max() <= CLOSE.get(name, 1e-4) * np.abs(expected).max())
 
 
-def stored(lm: CausalLM, cache) -> tuple[np.ndarray, np.ndarray]:
+def stored(lm: Head, cache) -> tuple[np.ndarray, np.ndarray]:
     """The bytes of a cache's keys and values, each [layer, B, S, ...]."""
     if lm.backend.name == "reference":
         return tuple(cache.data)

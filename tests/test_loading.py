@@ -231,7 +231,7 @@ def test_an_id_outside_the_vocabulary_is_named(tiny: LanguageModel, wrong):
 @pytest.mark.parametrize("mask", [[1], [[1, 1, 1]], [[1], [1]], 1, [[[1, 1]]]], ids=str)
 def test_a_mask_of_another_shape_is_refused(tiny: LanguageModel, mask):
     shape = list(np.atleast_2d(np.asarray(mask)).shape)
-    expected = re.escape(f"attention_mask is {shape}, expected [1, 2] as ids")
+    expected = re.escape(f"attention_mask is {shape}, expected [1, 2] as the tokens")
     with pytest.raises(UsageError, match=f"^{expected}$"):
         tiny([1, 2], mask)
 

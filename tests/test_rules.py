@@ -18,17 +18,21 @@ HEAVY = ("torch", "numba", "jax", "transformers", "tokenizers", "safetensors", "
 # Level of every module: imports of ours go to a lower level, or to one named here.
 LEVELS = {
     "errors": 0,
-    "files": 1, "outputs": 1, "config": 1, "schemes": 1, "weights": 1, "tokenizer": 1, "tensorfile": 1,
+    "files": 1, "config": 1, "outputs": 1, "losses": 1, "schemes": 1, "weights": 1,
+    "tokenizer": 1, "tensorfile": 1,
     "layers": 2, "pack": 2, "pack_writer": 2,
-    "backends.reference": 3, "backends.numba_cpu": 3, "model": 3, "heads": 3,
+    "backends.reference": 3, "backends.numba_cpu": 3, "model": 3, "heads": 3, "forward": 3,
     "sampling": 4, "speculation": 4, "text": 4, "generation": 4,
-    "backends": 5, "loading": 5, "describe": 5, "console": 5, "bench": 5,
+    "backends": 5, "opening": 5, "modeling": 5, "loading": 5, "describe": 5, "console": 5,
+    "bench": 5,
     "cli": 6, "__main__": 7,
     "converters": 3, "": 8,
 }  # fmt: skip
 SAME_LEVEL = {
-    ("config", "files"), ("tensorfile", "files"), ("weights", "schemes"), ("weights", "config"), ("tensorfile", "schemes"),
-    ("pack_writer", "pack"), ("heads", "model"),
+    ("config", "files"), ("tensorfile", "files"), ("tensorfile", "schemes"),
+    ("weights", "schemes"), ("weights", "config"), ("losses", "config"),
+    ("pack_writer", "pack"), ("heads", "model"), ("forward", "heads"),
+    ("modeling", "backends"), ("modeling", "opening"), ("loading", "modeling"),
     ("generation", "sampling"), ("generation", "speculation"),
     ("describe", "loading"), ("describe", "backends"), ("loading", "backends"),
     ("converters", "cli"),  # `python -m bloomq.converters.hf` is the command `convert`

@@ -1,0 +1,67 @@
+"""From a path to a pack: a pack as it is, a checkpoint by converting it on the way in."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+from bloomq.errors import CheckpointError, InputNotFound, UsageError
+from bloomq.files import exists
+from bloomq.pack import MANIFEST, Pack
+
+
+def open_or_convert(
+    path: str | os.PathLike[str], scheme: str | None = None, save_pack: Path | None = None
+) -> Pack:
+    """The pack at `path`, or one of the checkpoint there.
+
+    scheme: how a checkpoint's matrices are quantized; None: stored as they are. A pack has its
+    scheme already; one that is asked for must be that. save_pack: where a checkpoint's pack is kept
+    for the next time, and taken from if it is there; None: a temporary folder, gone with the
+    `Pack`'s last user.
+
+    Raises: InputNotFound, PackError, UsageError, and those of `bloomq.convert`.
+    """
+    path = Path(path)
+    if exists(path / MANIFEST):
+        return _of_scheme(Pack.open(path), scheme)
+    if not exists(path):
+        raise InputNotFound(f"{path}: no such pack or checkpoint")
+    if not exists(path / "config.json"):
+        raise CheckpointError(f"{path}: neither a pack (manifest.json) nor a checkpoint")
+    from bloomq.converters.convert import convert
+    from bloomq.converters.hf import read_checkpoint
+
+    wanted = scheme or str(read_checkpoint(path).provenance["dtype"]).lower()
+    if save_pack is not None:
+        if not exists(save_pack):
+            convert(path, save_pack, scheme=wanted)
+        return _of_scheme(_made_from(Pack.open(save_pack), path), wanted)
+    folder = tempfile.TemporaryDirectory(prefix="bloomq-", ignore_cleanup_errors=True)
+    target = Path(folder.name) / path.resolve().name
+    convert(path, target, scheme=wanted)
+    pack = Pack.open(target)
+    weakref.finalize(pack, folder.cleanup)
+    return pack
+
+
+def _of_scheme(pack: Pack, scheme: str | None) -> Pack:
+    found = pack.schemes["h.0.attn.qkv"].name
+    if scheme not in (None, found):
+        raise UsageError(
+            f"{pack.path}: is {found} already, expected {scheme}: convert the checkpoint to it"
+        )
+    return pack
+
+
+def _made_from(pack: Pack, checkpoint: Path) -> Pack:
+    """A saved pack must be of this checkpoint, as far as its name tells."""
+    origin = pack.manifest.get("provenance")
+    name = origin.get("name") if isinstance(origin, dict) else None
+    if name != checkpoint.resolve().name:
+        raise UsageError(
+            f"{pack.path}: was made from {name}, not from {checkpoint}: choose another save_pack"
+        )
+    return pack
