@@ -21,6 +21,7 @@ _WHERE = {
     "BloomForSequenceClassification": "modeling",
     "BloomForTokenClassification": "modeling",
     "BloomModel": "modeling",
+    "BloomPreTrainedModel": "modeling",
     "BloomTokenizer": "tokenizer",
     "Generation": "generation",
     "LanguageModel": "loading",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from bloomq.modeling import BloomForSequenceClassification as BloomForSequenceClassification
     from bloomq.modeling import BloomForTokenClassification as BloomForTokenClassification
     from bloomq.modeling import BloomModel as BloomModel
+    from bloomq.modeling import BloomPreTrainedModel as BloomPreTrainedModel
     from bloomq.pack import Pack as Pack
     from bloomq.tokenizer import BloomTokenizer as BloomTokenizer
 
