@@ -8,6 +8,7 @@ by far more than kernels differ.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,12 +31,19 @@ I64 = NDArray[np.int64]
 @dataclass(frozen=True, slots=True)
 class Workload:
     """A prompt of `prompt` tokens, or `generated` tokens one by one, in each of `batch` rows that
-    hold `depth` tokens already."""
+    hold `depth` tokens already. Raises: UsageError for what cannot be."""
 
     prompt: int = 0
     generated: int = 0
     depth: int = 0
     batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "generated", "depth"):
+            if not 0 <= getattr(self, name) <= 1 << 20:
+                raise UsageError(f"{name} of {getattr(self, name)} tokens, expected 0 to 1048576")
+        if not 1 <= self.batch <= 1024:
+            raise UsageError(f"batch of {self.batch} rows, expected 1 to 1024")
 
     @property
     def name(self) -> str:
@@ -50,10 +58,12 @@ class Workload:
 
 @dataclass(slots=True)
 class Result:
-    """The samples of a test. sample_s: seconds of each run; step_s: of each decode step of all
-    runs; bandwidth_gb_s, dot_gmac_s: the ceilings before each run."""
+    """The samples of a test. token_bytes: keys and values of a token; sample_s: seconds of each
+    run; step_s: of each decode step of all runs; bandwidth_gb_s, dot_gmac_s: the ceilings before
+    each run."""
 
     test: Workload
+    token_bytes: float
     sample_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     bandwidth_gb_s: list[float] = field(default_factory=list)
@@ -98,15 +108,13 @@ class Bench:
         if repeat < 1:
             raise UsageError(f"repetitions {repeat}, expected at least 1")
         for test in tests:
-            _check(test)
-        for test in tests:
             yield self._measure(test, repeat)
 
     def _measure(self, test: Workload, repeat: int) -> Result:
         cache = self._lm.cache(test.batch, test.depth + max(test.prompt, test.generated))
         self._fill(cache, test.depth)
-        result = Result(test)
-        self._once(test, cache, result=Result(test))
+        result = Result(test, cache.nbytes / (cache.batch * cache.capacity))
+        self._once(test, cache, Result(test, 0))  # unmeasured
         for _ in range(repeat):
             result.bandwidth_gb_s.append(self._ceilings.read_gb_s())
             result.dot_gmac_s.append(self._ceilings.dot_gmac_s())
@@ -170,7 +178,8 @@ class Bench:
             row["gmac_s"] = round(gmac_s)
             row["percent"] = round(100 * gmac_s / median(result.dot_gmac_s), 1)
         else:
-            step_bytes = self._pack.bytes_per_token + test.batch * self._cache_bytes(test)
+            held = test.depth + test.generated / 2  # tokens of a row, in the middle of the test
+            step_bytes = self._pack.bytes_per_token + test.batch * held * result.token_bytes
             gb_s = rate / test.batch * step_bytes / 1e9
             low, high = np.percentile(result.step_s, [50, 90]) * 1e3
             row |= {"ms_p50": round(low, 2), "ms_p90": round(high, 2), "gb_s": round(gb_s, 1)}
@@ -180,25 +189,8 @@ class Bench:
     @property
     def _products(self) -> int:
         """Of a prompt's token: every matrix but the table and the head, which few tokens need."""
-        shapes = [self._pack.matrix(name).shape for name in self._pack.schemes]
-        names = list(self._pack.schemes)
-        return sum(
-            n * k for name, (n, k) in zip(names, shapes, strict=True)
-            if name not in ("wte", "lm_head")
-        )  # fmt: skip
-
-    def _cache_bytes(self, test: Workload) -> float:
-        """Keys and values of a row, in the middle of the test."""
-        probe = self._lm.cache(1, 64)
-        return probe.nbytes / probe.capacity * (test.depth + test.generated / 2)
-
-
-def _check(test: Workload) -> None:
-    for name in ("prompt", "generated", "depth"):
-        if not 0 <= getattr(test, name) <= 1 << 20:
-            raise UsageError(f"{name} of {getattr(test, name)} tokens, expected 0 to 1048576")
-    if not 1 <= test.batch <= 1024:
-        raise UsageError(f"batch of {test.batch} rows, expected 1 to 1024")
+        body = [name for name in self._pack.schemes if name not in ("wte", "lm_head")]
+        return sum(math.prod(self._pack.matrix(name).shape) for name in body)
 
 
 def plan(
@@ -211,8 +203,6 @@ def plan(
         for batch in batches:
             tests += [Workload(prompt=p, depth=depth, batch=batch) for p in prompts if p]
             tests += [Workload(generated=n, depth=depth, batch=batch) for n in generated if n]
-    for test in tests:
-        _check(test)
     if not tests:
         raise UsageError("nothing to measure: give -p or -n above 0")
     return tests
