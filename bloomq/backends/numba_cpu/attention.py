@@ -32,7 +32,7 @@ from numba.extending import intrinsic
 
 from bloomq.backends.numba_cpu.jit import kernel
 from bloomq.backends.numba_cpu.memory import address, fields, floats, keep, longs
-from bloomq.backends.numba_cpu.simd import F32, I32, I64, LANES, V16B, V16F, V16H, Vectors
+from bloomq.backends.numba_cpu.simd import F32, I32, I64, LANES, V16B, V16F, V16H, Vectors, emitter
 
 CHUNK = 256  # keys between two rescalings of the running sum
 QUERIES = 8  # queries that share each loaded key and value in prefill
@@ -66,16 +66,6 @@ class AttentionSpec:
         """Blocks of 16 keys scored at once: with `queries`, enough sums to hide the latency of a
         fused multiply-add, few enough for 32 registers."""
         return 4 if self.queries == 1 else 2
-
-
-def _emitter(emit: Any, spec: Any, arguments: tuple[Any, ...]) -> Any:
-    parsed = AttentionSpec.parse(spec.literal_value)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit(Vectors(builder, parsed.tier), parsed, *args[1:])
-        return context.get_dummy_value()
-
-    return types.void(spec, *(types.int64 for _ in arguments)), codegen
 
 
 # -- storing ---------------------------------------------------------------------------------------
@@ -124,7 +114,7 @@ def _emit_store(
 def score_keys(typingctx: Any, spec: Any, q: Any, keys: Any, blocks: Any, scores: Any) -> Any:
     """scores [queries, CHUNK] = q [queries, width] . keys, for `blocks` blocks of 16 keys, rounded
     up to whole steps of `spec.key_blocks`; int8 keys without their scales."""
-    return _emitter(_emit_score_keys, spec, (q, keys, blocks, scores))
+    return emitter(_emit_score_keys, AttentionSpec.parse, spec, (q, keys, blocks, scores))
 
 
 def _emit_score_keys(
@@ -169,7 +159,9 @@ def soften(
     what earlier sums shrink by. int8 caches: addresses of the chunk's key and value scales, which
     are multiplied in.
     """
-    return _emitter(_emit_soften, spec, (scores, visible, shape, key_scales, value_scales))
+    return emitter(
+        _emit_soften, AttentionSpec.parse, spec, (scores, visible, shape, key_scales, value_scales)
+    )
 
 
 def _emit_soften(
@@ -228,7 +220,9 @@ def mix_values(
     """out [queries, width] = out * decays + weights [queries, CHUNK] @ values [count, width].
 
     decays: address of the first query's, the others a `_SHAPE` of `soften` apart."""
-    return _emitter(_emit_mix_values, spec, (weights, values, count, decays, out))
+    return emitter(
+        _emit_mix_values, AttentionSpec.parse, spec, (weights, values, count, decays, out)
+    )
 
 
 _SHAPE = 8  # float32 of a query's `shape` in `soften`, padded

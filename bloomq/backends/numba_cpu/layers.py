@@ -90,7 +90,7 @@ class NumbaBackend:
         return NumbaAttention(self.pool, self.tier, self.cache_dtype, layer, n_head, head_dim)
 
     def cache(self, config: BloomConfig, batch: int, capacity: int, ranks: int = 0) -> NumbaCache:
-        return NumbaCache(config, batch, capacity, ranks, self.cache_dtype)
+        return NumbaCache(config, batch, capacity, self.cache_dtype, ranks)
 
     def gate(self, x: Any, cache: NumbaCache, span: Span) -> Any:
         if isinstance(x, Buffer):
@@ -330,7 +330,7 @@ class NumbaCache:
     """
 
     def __init__(
-        self, config: BloomConfig, batch: int, capacity: int, ranks: int, dtype: CacheDtype
+        self, config: BloomConfig, batch: int, capacity: int, dtype: CacheDtype, ranks: int = 0
     ) -> None:
         self.batch, self.dtype = batch, dtype
         self.lengths: I64 = np.zeros(batch, np.int64)

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import llvmlite.ir as ir
-from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bloomq.backends.numba_cpu.simd import F32, I32, I64, LANES, V16F, V16H, V64B, Vectors
+from bloomq.backends.numba_cpu.simd import F32, I32, I64, LANES, V16F, V16H, V64B, Vectors, emitter
 
 # Weights are asked for so far ahead: some 100 ns at full bandwidth.
 _AHEAD_BYTES = 2048
@@ -84,17 +83,6 @@ def weight_offset(scheme: str, tier: str) -> int:
     return 128 if tier in ("avx512-vnni", "avx-vnni") else 0
 
 
-def _emitter(emit: Any, spec: Any, arguments: tuple[Any, ...]) -> Any:
-    """An intrinsic's (signature, codegen) for `emit(vectors, spec, *int64 arguments)`."""
-    parsed = Spec.parse(spec.literal_value)
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit(Vectors(builder, parsed.tier), parsed, *args[1:])
-        return context.get_dummy_value()
-
-    return types.void(spec, *(types.int64 for _ in arguments)), codegen
-
-
 @intrinsic(prefer_literal=True)
 def multiply_tiles(
     typingctx: Any, spec: Any, codes: Any, tile_codes: Any, scales: Any, tile_scales: Any,
@@ -109,7 +97,7 @@ def multiply_tiles(
     after `spec` are addresses or sizes, int64.
     """
     rest = (codes, tile_codes, scales, tile_scales, acts, act_scales, act_sums, groups, totals)
-    return _emitter(_emit_product, spec, rest)
+    return emitter(_emit_product, Spec.parse, spec, rest)
 
 
 def _emit_product(
@@ -158,7 +146,7 @@ def finish_tiles(
     bias: address of the tiles' (0: none); gelu: 0 or 1; delta, add: address of the first token's
     (0: none); y: address of the first output; stride: of y, delta and add, in bytes.
     """
-    return _emitter(_emit_finish, spec, (totals, bias, delta, gelu, add, y, stride))
+    return emitter(_emit_finish, Spec.parse, spec, (totals, bias, delta, gelu, add, y, stride))
 
 
 def _emit_finish(

@@ -10,7 +10,11 @@ rounding at most.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import llvmlite.ir as ir
+from numba import types
 
 from bloomq.schemes import NF4_INT8_CODEBOOK
 
@@ -341,3 +345,17 @@ def _int8(value: int) -> int:
 
 def _zero(vector: ir.VectorType) -> ir.Value:
     return ir.Constant(vector, [0] * vector.count)
+
+
+def emitter(
+    emit: Callable[..., None], parse: Callable[[str], Any], spec: Any, arguments: tuple[Any, ...]
+) -> Any:
+    """An intrinsic's (signature, codegen) for `emit(vectors, spec, *int64 arguments)`; `spec` is a
+    literal text, `parse` makes of it what `emit` takes, with a `tier`."""
+    parsed = parse(spec.literal_value)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit(Vectors(builder, parsed.tier), parsed, *args[1:])
+        return context.get_dummy_value()
+
+    return types.void(spec, *(types.int64 for _ in arguments)), codegen
