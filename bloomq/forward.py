@@ -28,11 +28,11 @@ class KeyValues:
     """`past_key_values`: what a batch's tokens left in the cache, to continue from. A call that is
     given it changes it in place.
 
-    mask: [B, past], which of the past columns were real tokens.
+    mask: [B, past], which of the past columns were real tokens; kind: of the model that made it.
     """
 
-    def __init__(self, cache: Cache) -> None:
-        self.cache = cache
+    def __init__(self, cache: Cache, kind: object) -> None:
+        self.cache, self.kind = cache, kind
         self.mask: Mask = np.zeros((cache.batch, 0), bool)
 
     def get_seq_length(self) -> int:
@@ -122,8 +122,12 @@ def _ids(input_ids: ArrayLike) -> NDArray[np.integer[Any]]:
 
 
 def _embeds(inputs_embeds: ArrayLike, hidden_size: int) -> F32:
-    embeds = np.asarray(inputs_embeds)
-    if embeds.ndim != 3 or embeds.dtype.kind != "f" or embeds.shape[2] != hidden_size:
+    try:
+        embeds = np.asarray(inputs_embeds)
+    except ValueError:
+        raise UsageError("inputs_embeds has rows of different lengths") from None
+    whole = embeds.ndim == 3 and embeds.shape[2] == hidden_size and embeds.size > 0
+    if not whole or embeds.dtype.kind != "f":
         raise UsageError(
             f"inputs_embeds is {embeds.dtype} {list(embeds.shape)}, expected floats of shape "
             f"[B, T, {hidden_size}]"
@@ -160,7 +164,13 @@ def run(
     """Results [B, T, columns] of the tokens that are both real and `wanted` [B, T], 0 elsewhere.
 
     `past` then holds all of this batch; it is as before if anything is raised.
+
+    Raises: UsageError for a `past` whose memory this model would misread; see `Head.step`.
     """
+    if past.kind != head.cache_kind:
+        raise UsageError(
+            "past_key_values is of a model with other layers or heads, or on another backend"
+        )
     batch, length = inputs.shape
     wanted = wanted & inputs.mask
     before = past.cache.lengths.copy()
@@ -232,6 +242,7 @@ def _layer_by_layer(
 ) -> X:  # fmt: skip
     """Hidden states [M, C] before the last norm."""
     model, numpy = head.model, head.backend.numpy
+    model.check_gates(cache)
     start = model.wte(inputs.ids[at]) if inputs.ids is not None else _at(inputs.embeds, at)
     x = model.emb_ln(start)
     for i, block in enumerate(model.blocks):
@@ -239,7 +250,7 @@ def _layer_by_layer(
         if trace is not None and trace.states:
             trace.hidden_states[i][at] = numpy(x)
         if trace is not None and trace.attentions:
-            qkv = numpy(block.qkv(block.ln_1(x)))
+            qkv = numpy(block.qkv(block.ln_1(x), cache, span))
             _record_attention(trace.attention_weights[i], i, qkv, cache, span, columns)
         x = y
     if trace is not None and trace.states:

@@ -21,6 +21,7 @@ from bloomq.layers import Cache, Span, Top, X
 from bloomq.sampling import Sampling, draw, generator, is_whole, penalise, top_of
 from bloomq.speculation import MOST_GUESSES, Guesser, Pace
 
+F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 FinishReason = Literal["length", "stop", "eos", "interrupted"]
 PrefillProgress = Callable[[int, int], None]  # (prompt tokens done, in all)
@@ -89,7 +90,8 @@ class Row:
 class Batch:
     """Some prompts in one cache, from prefill to the last token.
 
-    guessers: makes the guesser of a sequence of at most so many tokens (see `speculation`).
+    guessers: makes the guesser of a sequence of at most so many tokens (see `speculation`);
+    gates: of the prompts' adapters (see `lora`), None: of none.
     Raises: UsageError for an empty prompt or no new tokens, CapacityError where a prompt and its
     new tokens exceed `context`.
     """
@@ -103,6 +105,7 @@ class Batch:
         max_new_tokens: int,
         context: int,
         guessers: Callable[[int], Guesser] | None = None,
+        gates: F32 | None = None,
     ) -> None:
         if not is_whole(max_new_tokens) or max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens!r}, expected at least 1")
@@ -120,6 +123,8 @@ class Batch:
         longest = max(len(prompt) for prompt in prompts)
         # The last token is produced, not fed back: it needs no place.
         self._cache = lm.cache(len(prompts), longest + max_new_tokens - 1)
+        if gates is not None:
+            self._cache.gates[:] = gates
         self._active = list(range(len(prompts)))
 
     def stop(self, index: int) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.config import Architecture
 from bloomq.errors import UsageError
-from bloomq.layers import Backend, Cache, Span, X
+from bloomq.layers import Backend, Cache, Span, Step, X
+from bloomq.lora import Adapters, Choices
 from bloomq.model import Transformer
 from bloomq.weights import Weights
 
@@ -48,12 +51,37 @@ class Head:
             has_bias = architecture in ("BloomForTokenClassification", "BloomForQuestionAnswering")
             bias = weights.vector(f"{name}.bias", self.columns) if has_bias else None
             self.read = backend.linear(matrix, bias, norm=norm)
+        self.adapters = Adapters()
         self.model = Transformer(weights, backend)
-        self._step = self.model.compile(lambda x, wanted: self.read(backend.take(x, wanted)))
+        self._step = self._compiled()
+
+    def _compiled(self) -> Step:
+        return self.model.compile(lambda x, wanted: self.read(self.backend.take(x, wanted)))
+
+    def adapted(self, adapters: Adapters) -> Head:
+        """The same layers, with other adapters. This head, and what runs on it, stays as it is."""
+        head = copy(self)
+        head.adapters, head.model = adapters, self.model.adapted(adapters)
+        head._step = head._compiled()
+        return head
 
     def cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for `batch` rows of up to `capacity` tokens."""
-        return self.backend.cache(self.config, batch, capacity)
+        """An empty cache for `batch` rows of up to `capacity` tokens, which use no adapter yet."""
+        return self.backend.cache(self.config, batch, capacity, self.adapters.ranks)
+
+    def choose(self, cache: Cache, chosen: Choices) -> None:
+        """From now on the rows of a cache use these adapters: see `Adapters.gates`.
+
+        Raises: UsageError; also for a cache made when other adapters were loaded.
+        """
+        self.model.check_gates(cache)
+        cache.gates[:] = self.adapters.gates(chosen, cache.batch)
+
+    @property
+    def cache_kind(self) -> tuple[str, int, int, int]:
+        """What the caches of two models must share for one to read the other's."""
+        config = self.config
+        return self.backend.description, config.n_layer, config.n_head, config.head_dim
 
     def step(self, ids: I64, cache: Cache, span: Span, wanted: I64) -> X:
         """Run the tokens of a step; results [W, columns] of those at the indices `wanted` [W] alone

@@ -22,6 +22,7 @@ from bloomq.errors import PackError, TokenizerError, UsageError
 from bloomq.generation import Batch, Clock, FinishReason, Generation, PrefillProgress
 from bloomq.heads import Head
 from bloomq.layers import Backend
+from bloomq.lora import Choices
 from bloomq.modeling import BloomForCausalLM
 from bloomq.outputs import CausalLMOutput
 from bloomq.pack import Pack
@@ -110,6 +111,7 @@ class _Options:
     stop: tuple[str, ...]
     progress: PrefillProgress
     guessers: Callable[[int], Guesser] | None
+    adapters: Choices
 
 
 class _Run:
@@ -119,10 +121,11 @@ class _Run:
         self._model, self._options = model, options
         self._clock = Clock(len(prompts))
         self._prompts = [model.prompt_ids(prompt) for prompt in prompts]
+        lm = model.causal_lm
         self._batch = Batch(
-            model.causal_lm, self._prompts, options.sampling,
+            lm, self._prompts, options.sampling,
             max_new_tokens=options.max_new_tokens, context=model.context,
-            guessers=options.guessers,
+            guessers=options.guessers, gates=lm.adapters.gates(options.adapters, len(prompts)),
         )  # fmt: skip
         tokenizer = model.tokenizer
         if tokenizer is None and options.stop:
@@ -194,12 +197,29 @@ class LanguageModel:
     def causal_lm(self) -> Head:
         return self.model.head
 
+    @property
+    def adapters(self) -> dict[str, int]:
+        """The rank of each adapter loaded, by its name."""
+        return self.model.adapters
+
+    def load_adapter(self, path: str | os.PathLike[str], name: str) -> None:
+        """Load a LoRA adapter saved by PEFT: see `BloomPreTrainedModel.load_adapter`."""
+        self.model.load_adapter(path, name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises: UsageError for a name that is not loaded."""
+        self.model.unload_adapter(name)
+
     def __call__(
-        self, input_ids: ArrayLike, attention_mask: ArrayLike | None = None
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        *,
+        adapters: Choices = None,
     ) -> CausalLMOutput:
         """Logits [B, T, V], float32: see `BloomForCausalLM`."""
         output: CausalLMOutput = self.model(
-            input_ids, attention_mask=attention_mask, use_cache=False
+            input_ids, attention_mask=attention_mask, use_cache=False, adapters=adapters
         )
         return output
 
@@ -215,13 +235,16 @@ class LanguageModel:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         draft: LanguageModel | Literal["lookup"] | None = None,
+        adapters: Choices = None,
         progress: PrefillProgress = lambda done, total: None,
     ) -> Any:
         """Continue a prompt (text, or token ids): a Generation; or several at once: a list of them.
 
         Sampling options: see `Sampling`; stop: strings that end the text, and are not part of it;
         draft: who guesses tokens ahead, which changes the speed and nothing else: a smaller model
-        of the same vocabulary, or "lookup" for what the text itself repeats.
+        of the same vocabulary, or "lookup" for what the text itself repeats; adapters: None for the
+        base, the name of a loaded one, a mapping of names to scales, or a list with one of these
+        for each prompt.
         Ctrl-C ends the call and returns what was produced, with finish_reason "interrupted".
 
         Raises: UsageError, CapacityError, NumericError.
@@ -231,7 +254,7 @@ class LanguageModel:
             repetition_penalty=repetition_penalty, seed=seed,
         )  # fmt: skip
         options = _Options(
-            sampling, max_new_tokens, _stop_strings(stop), progress, self._guessers(draft)
+            sampling, max_new_tokens, _stop_strings(stop), progress, self._guessers(draft), adapters
         )
         single = isinstance(prompt, str) or _is_ids(prompt)
         prompts: Any = [prompt] if single else _several(prompt)
@@ -256,6 +279,7 @@ class LanguageModel:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         draft: LanguageModel | Literal["lookup"] | None = None,
+        adapters: Choices = None,
         progress: PrefillProgress = lambda done, total: None,
     ) -> Stream:
         """`generate` for one prompt, piece by piece."""
@@ -264,7 +288,7 @@ class LanguageModel:
             repetition_penalty=repetition_penalty, seed=seed,
         )  # fmt: skip
         options = _Options(
-            sampling, max_new_tokens, _stop_strings(stop), progress, self._guessers(draft)
+            sampling, max_new_tokens, _stop_strings(stop), progress, self._guessers(draft), adapters
         )
         return Stream(self, prompt, options)
 

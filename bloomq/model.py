@@ -6,15 +6,47 @@ Source: transformers' modeling_bloom.py; docs/architecture.md lists the differen
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.errors import CapacityError, NumericError, UsageError
 from bloomq.layers import Backend, Cache, LayerNorm, Linear, Span, Step, X
-from bloomq.weights import Weights
+from bloomq.lora import Adapters
+from bloomq.weights import Norm, Weights
 
 I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Projection:
+    """A linear of a block, and beside it what adapters add; without any, the linear and no more."""
+
+    name: str
+    backend: Backend
+    linear: Linear
+    norm: Norm | None  # the linear's prologue, which `down` shares
+    down: Linear | None = None
+    up: Linear | None = None
+
+    def adapted(self, adapters: Adapters) -> Projection:
+        """The same linear, beside it what `adapters` have for it."""
+        factors = adapters.low_rank(self.name)
+        if factors is None:
+            return replace(self, down=None, up=None)
+        return replace(
+            self, down=self.backend.linear(factors.down, norm=self.norm),
+            up=self.backend.linear(factors.up),
+        )  # fmt: skip
+
+    def __call__(self, x: X, cache: Cache, span: Span, add: X | None = None) -> X:
+        """x [M, K] -> [M, N]."""
+        if self.down is None or self.up is None:
+            return self.linear(x, add=add)
+        ranks = self.backend.gate(self.down(x), cache, span)  # [M, ranks]
+        return self.linear(x, add=add, delta=self.up(ranks))
 
 
 class Block:
@@ -28,13 +60,15 @@ class Block:
         config, h = weights.config, f"h.{layer}"
         c, post = config.hidden_size, config.apply_residual_connection_post_layernorm
 
-        def linear(name: str, n: int, norm: str | None = None, gelu: bool = False) -> Linear:
-            return backend.linear(
+        def linear(name: str, n: int, norm: str | None = None, gelu: bool = False) -> Projection:
+            prologue = None if norm is None or post else weights.norm(f"{h}.{norm}")
+            bound = backend.linear(
                 weights.matrix(f"{h}.{name}"),
                 weights.vector(f"{h}.{name}.bias", n),
-                norm=None if norm is None or post else weights.norm(f"{h}.{norm}"),
+                norm=prologue,
                 act="gelu" if gelu else None,
             )
+            return Projection(f"{h}.{name}", backend, bound, prologue)
 
         def norm(name: str) -> LayerNorm:
             return backend.norm(weights.norm(f"{h}.{name}")) if post else _unchanged
@@ -46,12 +80,19 @@ class Block:
         self.up = linear("mlp.up", 4 * c, norm="ln_2", gelu=True)
         self.down = linear("mlp.down", c)
 
+    def adapted(self, adapters: Adapters) -> Block:
+        """The same layers, with other adapters."""
+        block = copy(self)
+        block.qkv, block.out = self.qkv.adapted(adapters), self.out.adapted(adapters)
+        block.up, block.down = self.up.adapted(adapters), self.down.adapted(adapters)
+        return block
+
     def __call__(self, x: X, cache: Cache, span: Span) -> X:
         """x [M, C] -> [M, C]."""
         x = self.ln_1(x)
-        mixed = self.attention(self.qkv(x), cache, span)  # [M, C]
-        x = self.ln_2(self.out(mixed, add=x))
-        return self.down(self.up(x), add=x)  # through [M, 4C]
+        mixed = self.attention(self.qkv(x, cache, span), cache, span)  # [M, C]
+        x = self.ln_2(self.out(mixed, cache, span, add=x))
+        return self.down(self.up(x, cache, span), cache, span, add=x)  # through [M, 4C]
 
 
 def _unchanged(x: X) -> X:
@@ -61,22 +102,31 @@ def _unchanged(x: X) -> X:
 class Transformer:
     """ids -> hidden states before the last norm, on one backend.
 
-    The backend says how a step runs; the model says what it is.
+    The backend says how a step runs; the model says what it is. ranks: of its adapters, so many
+    gates a row of its caches has.
     """
 
     def __init__(self, weights: Weights, backend: Backend) -> None:
         self.config = weights.config
         self.backend = backend
+        self.ranks = 0
         self.wte = backend.embedding(weights.matrix("wte"))
         self.emb_ln = backend.norm(weights.norm("emb_ln"))
         self.blocks = [Block(weights, backend, i) for i in range(self.config.n_layer)]
+
+    def adapted(self, adapters: Adapters) -> Transformer:
+        """The same layers, with other adapters."""
+        model = copy(self)
+        model.ranks = adapters.ranks
+        model.blocks = [block.adapted(adapters) for block in self.blocks]
+        return model
 
     def compile(self, read: Callable[[X, X], X]) -> Step:
         """A step of this model that ends in read(hidden [M, C], wanted [W]).
 
         Called with ids [M], cache, span and wanted; the cache then holds these tokens. Raises:
-        UsageError for an id outside the vocabulary, CapacityError where a row is full. The cache is
-        as before if anything is raised.
+        UsageError for an id outside the vocabulary or a cache of other adapters, CapacityError
+        where a row is full. The cache is as before if anything is raised.
         """
         replay = self.backend.compile(
             lambda ids, cache, span, wanted: read(self._forward(ids, cache, span), wanted)
@@ -96,7 +146,18 @@ class Transformer:
             x = block(x, cache, span)
         return x
 
+    def check_gates(self, cache: Cache) -> None:
+        """Raises: UsageError for a cache made when other adapters were loaded: kernels read as many
+        gates of each row as this model has ranks."""
+        found = cache.gates.shape[1]
+        if found != self.ranks:
+            raise UsageError(
+                f"the cache (past_key_values) is of a model with {found} ranks of adapters, this "
+                f"one has {self.ranks}: after loading or unloading adapters, start a new one"
+            )
+
     def _check(self, ids: I64, cache: Cache, span: Span) -> None:
+        self.check_gates(cache)
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             wrong = int(ids[(ids < 0) | (ids >= self.config.vocab_size)][0])
             raise UsageError(f"token id {wrong}, expected 0 to {self.config.vocab_size - 1}")

@@ -1,1 +1,3 @@
-"""Checkpoints into packs. Each reader knows one foreign format; `convert` knows none."""
+"""Foreign formats: checkpoints into packs, and adapters. Each reader knows one; `convert` knows
+none.
+"""

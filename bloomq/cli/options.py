@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from bloomq import console
+from bloomq.errors import UsageError
+from bloomq.files import exists
 
 if TYPE_CHECKING:
     from bloomq.loading import LanguageModel
@@ -48,6 +50,8 @@ sampling_options = _option_group(
     click.option("--stop", multiple=True, help="End before this text; may be repeated."),
     click.option("--draft", help="Guess tokens ahead, for speed alone: 'lookup' (what the text "
                  "repeats) or a smaller model's pack."),
+    click.option("--lora", multiple=True, metavar="DIR[=SCALE]",
+                 help="Use a LoRA adapter that PEFT saved; may be repeated: they add up."),
 )  # fmt: skip
 
 
@@ -67,6 +71,21 @@ def load(
         name = loaded.pack.path.name if model else "embedded demo"
         console.note(f"{name} on {loaded.backend.name} ({loaded.backend_reason})")
     return loaded
+
+
+def load_adapters(model: LanguageModel, given: tuple[str, ...]) -> dict[str, float]:
+    """Load what --lora names; the scale of each, as `generate` takes them."""
+    scales = {}
+    for text in given:
+        folder, separator, scale = text.rpartition("=")
+        if not separator or exists(Path(text)):  # a folder's name may have the sign too
+            folder, scale = text, "1"
+        try:
+            scales[folder] = float(scale)
+        except ValueError:
+            raise UsageError(f"--lora {text}: {scale!r} is no scale, expected a number") from None
+        model.load_adapter(folder, folder)
+    return scales
 
 
 def load_draft(

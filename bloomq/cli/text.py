@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bloomq import console
-from bloomq.cli.options import load, load_draft, model_options, sampling_options
+from bloomq.cli.options import load, load_adapters, load_draft, model_options, sampling_options
 from bloomq.errors import CapacityError, UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def generate(
     prompt: str | None, model: Path | None, backend: str, threads: int | None, context: int | None,
     cache_dtype: str, max_new_tokens: int, temperature: float, top_k: int, top_p: float,
     repetition_penalty: float, seed: int | None, stop: tuple[str, ...], draft: str | None,
-    as_json: bool, quiet: bool,
+    lora: tuple[str, ...], as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Continue PROMPT (or standard input, when piped) and stream the text.
 
@@ -38,12 +38,13 @@ def generate(
     """
     text = _prompt_text(prompt)
     loaded = load(model, backend, threads, context, cache_dtype, quiet)
+    adapters = load_adapters(loaded, lora)
     guesser = load_draft(draft, backend, threads)
     with console.prefill_progress(quiet) as progress:
         stream = loaded.stream(
             text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
             repetition_penalty=repetition_penalty, seed=seed, stop=stop, draft=guesser,
-            progress=progress,
+            adapters=adapters, progress=progress,
         )  # fmt: skip
         if not quiet and not as_json:
             console.echo_prompt(text)
@@ -84,7 +85,7 @@ def _prompt_text(prompt: str | None) -> str:
 def chat(
     model: Path | None, backend: str, threads: int | None, context: int | None, cache_dtype: str,
     max_new_tokens: int, temperature: float, top_k: int, top_p: float, repetition_penalty: float,
-    seed: int | None, stop: tuple[str, ...], draft: str | None,
+    seed: int | None, stop: tuple[str, ...], draft: str | None, lora: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Talk to a model, line by line: it continues the conversation so far.
 
@@ -93,6 +94,7 @@ def chat(
     """
     quiet = not console.is_terminal(sys.stderr)
     loaded = load(model, backend, threads, context, cache_dtype, quiet)
+    adapters = load_adapters(loaded, lora)
     guesser = load_draft(draft, backend, threads)
     turns: list[str] = []
     while (line := console.read_line()) is not None:
@@ -103,7 +105,7 @@ def chat(
                 _conversation(loaded, [*turns, line], max_new_tokens),
                 max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                 repetition_penalty=repetition_penalty, seed=seed, stop=stop or ("\n",),
-                draft=guesser,
+                draft=guesser, adapters=adapters,
             )  # fmt: skip
         except CapacityError as error:  # one line too long ends no conversation
             console.note(f"error: {error}")
