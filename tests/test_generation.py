@@ -16,7 +16,7 @@ import bloomq
 from bloomq import generation
 from bloomq.errors import CapacityError, NumericError, UsageError
 from bloomq.generation import STEP_TOKENS, Batch, Clock, Row, Stats
-from bloomq.loading import LanguageModel
+from bloomq.language_model import LanguageModel
 from bloomq.pack import Pack
 from bloomq.sampling import Sampling
 from bloomq.text import TextAssembler

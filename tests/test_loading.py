@@ -18,8 +18,9 @@ from bloomq.errors import (
     TokenizerError,
     UsageError,
 )  # fmt: skip
+from bloomq.language_model import LanguageModel
 from bloomq.layers import Span
-from bloomq.loading import LanguageModel, demo_pack
+from bloomq.loading import demo_pack
 
 TINY = Tiny(n_head=4, head_dim=8, vocab_size=131, seq_length=96)
 

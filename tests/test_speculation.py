@@ -12,7 +12,7 @@ from models import Tiny, pack
 import bloomq
 from bloomq.errors import UsageError
 from bloomq.generation import Batch
-from bloomq.loading import LanguageModel
+from bloomq.language_model import LanguageModel
 from bloomq.sampling import Sampling
 from bloomq.speculation import MOST_GUESSES, DraftModel, Lookup, Pace
 

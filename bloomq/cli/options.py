@@ -13,7 +13,7 @@ from bloomq.errors import UsageError
 from bloomq.files import exists
 
 if TYPE_CHECKING:
-    from bloomq.loading import LanguageModel
+    from bloomq.language_model import LanguageModel
 
 
 def _option_group(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:

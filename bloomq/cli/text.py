@@ -15,7 +15,7 @@ from bloomq.cli.options import load, load_adapters, load_draft, model_options, s
 from bloomq.errors import CapacityError, UsageError
 
 if TYPE_CHECKING:
-    from bloomq.loading import LanguageModel, Stream
+    from bloomq.language_model import LanguageModel, Stream
 
 INTERRUPTED = 130
 
