@@ -14,7 +14,7 @@ from bloomq.errors import BackendError, UsageError
 from bloomq.layers import Backend
 from bloomq.pack import Pack
 
-NAMES = ("numba", "cuda", "reference")
+NAMES = ("numba", "cuda", "jax", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,11 @@ def one_line(error: Exception) -> str:
 
 def why_not(name: str) -> str | None:
     """Why a backend cannot run here; None where it can."""
-    if name == "numba":
+    if name == "jax" and importlib.util.find_spec("jax") is None:
+        return "jax is not installed (it comes with pip install 'bloomq[jax]')"
+    if name in ("numba", "jax"):
         try:
-            importlib.import_module("numba")
+            importlib.import_module(name)
         except ImportError as error:  # not installed, or not for this NumPy
             return one_line(error)
         return None
@@ -57,7 +59,7 @@ def choose(name: str, pack: Pack, threads: int | None, cache_dtype: str = "auto"
     threads.
     """
     if name == "auto":
-        name = available()[0]
+        name = next(n for n in NAMES if why_not(n) is None)  # none after it is imported to ask
         passed = [f"not {n}: {why_not(n)}" for n in NAMES[: NAMES.index(name)]]
         reason = "; ".join(["auto: the fastest available here", *passed])
     else:
@@ -69,8 +71,8 @@ def choose(name: str, pack: Pack, threads: int | None, cache_dtype: str = "auto"
         raise BackendError(f"backend {name} is not available: {problem}: use one of {available()}")
     if cache_dtype not in ("auto", "f16", "f32", "int8"):
         raise UsageError(f"cache_dtype is {cache_dtype!r}, expected auto, f16, f32 or int8")
-    if name == "reference" and cache_dtype not in ("auto", "f32"):
-        raise UsageError(f"cache_dtype is {cache_dtype!r}, the reference backend has f32 alone")
+    if name in ("jax", "reference") and cache_dtype not in ("auto", "f32"):
+        raise UsageError(f"cache_dtype is {cache_dtype!r}, the {name} backend has f32 alone")
     if cache_dtype == "auto":
         # Unquantized packs are the yardstick, so nothing of theirs is rounded to float16.
         exact = all(scheme.is_float for scheme in pack.schemes.values())
@@ -92,7 +94,15 @@ def _reference(threads: int | None, cache_dtype: str) -> Backend:
     return ReferenceBackend()
 
 
+def _jax(threads: int | None, cache_dtype: str) -> Backend:
+    """XLA has its own threads, and the cache is float32: see `choose`."""
+    from bloomq.backends.jax.layers import JaxBackend
+
+    return JaxBackend()
+
+
 _BUILD: dict[str, Callable[[int | None, str], Backend]] = {
     "numba": _numba,
+    "jax": _jax,
     "reference": _reference,
 }

@@ -1,0 +1,226 @@
+"""Attention in JAX: the softmax, the cache, and the ragged steps of the layer interface.
+
+Invariant: a layer's attention only says what the queries, keys and values are; whoever is its cache
+decides who sees whom. `JaxCache` is one such, `steps.Frame` lends it to a padded step, and
+`dense.Columns` is a padded batch of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from bloomq.config import BloomConfig
+from bloomq.errors import CapacityError
+from bloomq.layers import Attention, Span, slopes
+
+Array = jax.Array
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+I32 = NDArray[np.int32]
+KeyValue = tuple[Array, Array]  # of a layer: keys and values, each [B, S, H, D]
+LEAST_KEYS = 256  # that a step looks at: every doubling from here is a step to compile
+LEAST_CAPACITY = 64
+ADDRESSABLE_BYTES = 1 << 47  # of a process on x86-64; XLA aborts it for sizes beyond 63 bits
+
+
+class Attended(Protocol):
+    """What a layer's attention is given as its cache."""
+
+    def attend(self, layer: int, q: Array, k: Array, v: Array, slope: Array, span: Span) -> Array:
+        """Queries, keys and values of the new tokens, [M, H, D] -> [M, H, D]; the keys and values
+        are stored."""
+        ...
+
+
+def attention(layer: int, n_head: int, head_dim: int) -> Attention:
+    slope = jnp.asarray(slopes(n_head))
+
+    def call(qkv: Any, cache: Attended, span: Span) -> Array:
+        split = jnp.reshape(qkv, (-1, n_head, 3, head_dim))
+        q, k, v = split[:, :, 0], split[:, :, 1], split[:, :, 2]  # [M, H, D]
+        return cache.attend(layer, q, k, v, slope, span).reshape(-1, n_head * head_dim)
+
+    return call
+
+
+def mix(
+    q: Array, keys: Array, values: Array, slope: Array, distance: Array, visible: Array
+) -> tuple[Array, Array]:
+    """softmax(q . k / sqrt(D) + slope * distance) @ v over the visible keys; 0 if there are none.
+
+    q [B, T, H, D], keys and values [B, S, H, D], slope [H], distance (key position - query
+    position) and visible [B, T, S] -> ([B, T, H, D], weights [B, H, T, S]).
+    """
+    exact = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # no TF32, no bfloat16
+    scores = exact("bthd,bshd->bhts", q, keys) * np.float32(1 / math.sqrt(q.shape[-1]))
+    scores = scores + slope[:, None, None] * distance[:, None].astype(jnp.float32)
+    # Softmax written out, so that a score of -inf is not taken for a hidden one, and that a query
+    # which sees nothing is not NaN, nor its gradient.
+    seen = visible[:, None]  # [B, 1, T, S]
+    sees = seen.any(axis=-1, keepdims=True)
+    peak = jnp.max(scores, axis=-1, keepdims=True, where=seen, initial=-jnp.inf)
+    shifted = scores - jax.lax.stop_gradient(jnp.where(sees, peak, 0))
+    powers = jnp.where(seen, jnp.exp(jnp.where(seen, shifted, 0)), 0)
+    weights = powers / jnp.where(sees, powers.sum(axis=-1, keepdims=True), 1)  # [B, H, T, S]
+    return exact("bhts,bshd->bthd", weights, values), weights
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("rows", "past", "total", "row", "at"), meta_fields=("longest", "reach"),
+)  # fmt: skip
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """Where the tokens of a step lie: m is token at[m] of the new ones of rows[row[m]].
+
+    rows, past, total: int32 [R]: the cache's row, its tokens before and after the step; row, at:
+    int32 [M]; longest: of the rows' new tokens, T; reach: how many keys are looked at, S.
+    Padding: rows beyond the cache's, and tokens of a row beyond R. What they store is dropped.
+    """
+
+    rows: Any  # NumPy's or jax's, or tracers
+    past: Any
+    total: Any
+    row: Any
+    at: Any
+    longest: int
+    reach: int
+
+    @classmethod
+    def of(cls, span: Span, cache: JaxCache, room: Callable[[int], int]) -> Places:
+        """room(n) >= n: the size that n tokens, rows or keys are padded to."""
+        counts, past = span.counts, cache.lengths[span.rows]
+        total = past + counts
+        tokens, rows = room(int(span.starts[-1])), room(len(span.rows))
+        number = np.arange(len(span.rows))
+        at = np.arange(span.starts[-1]) - np.repeat(span.starts[:-1], counts)
+        return cls(
+            padded(span.rows, rows, cache.batch), padded(past, rows), padded(total, rows),
+            padded(np.repeat(number, counts), tokens, rows), padded(at, tokens),
+            longest=room(int(counts.max())),
+            reach=min(cache.capacity, room(max(int(total.max()), LEAST_KEYS))),
+        )  # fmt: skip
+
+
+def padded(values: I64, size: int, filler: int = 0) -> I32:
+    """values [n] -> int32 [size]."""
+    out = np.full(size, filler, np.int32)
+    out[: len(values)] = values
+    return out
+
+
+@partial(jax.jit, donate_argnums=0)  # the cache is written where it lies
+def ragged(
+    stored: KeyValue, q: Array, k: Array, v: Array, slope: Array, places: Places
+) -> tuple[KeyValue, Array]:
+    """A layer's keys and values with the new ones [M, H, D] stored, and what the queries get,
+    [M, H, D]. Each row's queries meet its keys as a block [T, S]."""
+    keys, values = stored
+    rows, past, row, at = places.rows, places.past, places.row, places.at
+    target = rows.at[row].get(mode="fill", fill_value=len(keys))  # [M]
+    slot = past.at[row].get(mode="clip") + at  # [M]
+    keys = keys.at[target, slot].set(k, mode="drop")
+    values = values.at[target, slot].set(v, mode="drop")
+    query = jnp.zeros((len(rows), places.longest, *q.shape[1:])).at[row, at].set(q, mode="drop")
+    key_at, query_at = jnp.arange(places.reach), past[:, None] + jnp.arange(places.longest)
+    distance = key_at - query_at[:, :, None]  # [R, T, S]
+    # What a longer text has left behind, NaN perhaps, is not weighed with 0 but is 0.
+    held = (key_at < places.total[:, None])[:, :, None, None]  # [R, S, 1, 1]
+    seen = [x[:, : places.reach].at[rows].get(mode="clip") for x in (keys, values)]
+    mixed, _ = mix(query, seen[0], jnp.where(held, seen[1], 0), slope, distance, distance <= 0)
+    return (keys, values), mixed.at[row, at].get(mode="clip")
+
+
+class JaxCache:
+    """Keys and values: of each layer two arrays [B, S, H, D], float32, replaced as they change.
+
+    `lengths` and `gates` are NumPy's: who decides by them is not traced.
+    """
+
+    def __init__(self, config: BloomConfig, batch: int, capacity: int, ranks: int) -> None:
+        self.batch, self.capacity = batch, _rounded(capacity)
+        self.lengths: I64 = np.zeros(batch, np.int64)
+        self.gates: F32 = np.zeros((batch, ranks), np.float32)
+        self.layers = empty(config, batch, self.capacity)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for layer in self.layers for part in layer)
+
+    def keys(self, layer: int, row: int, count: int) -> F32:
+        return np.asarray(self.layers[layer][0][row])[:count]
+
+    def attend(self, layer: int, q: Array, k: Array, v: Array, slope: Array, span: Span) -> Array:
+        places = Places.of(span, self, room=lambda n: n)
+        mixed: Array
+        self.layers[layer], mixed = ragged(self.layers[layer], q, k, v, slope, places)
+        return mixed
+
+    def token_gates(self, span: Span) -> F32:
+        """The gates of the row that each token belongs to, [M, ranks]."""
+        return np.repeat(self.gates[span.rows], span.counts, axis=0)
+
+    def grow(self, capacity: int) -> None:
+        if capacity > self.capacity:
+            larger = _rounded(capacity)
+            room = ((0, 0), (0, larger - self.capacity), (0, 0), (0, 0))
+            self.layers = _allocated(
+                lambda: [(jnp.pad(k, room), jnp.pad(v, room)) for k, v in self.layers],
+                self.nbytes // self.capacity * larger,
+            )
+            self.capacity = larger
+
+    def advance(self, span: Span) -> None:
+        self.lengths[span.rows] += span.counts
+
+    def truncate(self, row: int, length: int) -> None:
+        self.lengths[row] = min(length, int(self.lengths[row]))
+
+    def copy(self, source: int, target: int) -> None:
+        self.layers = _with_row_copied(self.layers, source, target)
+        self.gates[target] = self.gates[source]
+        self.lengths[target] = self.lengths[source]
+
+
+def _rounded(capacity: int) -> int:
+    """The power of two from there on, so that caches of different texts share what is compiled."""
+    return 1 << (max(capacity, LEAST_CAPACITY) - 1).bit_length()
+
+
+@partial(jax.jit, donate_argnums=0)
+def _with_row_copied(layers: list[KeyValue], source: int, target: int) -> list[KeyValue]:
+    """Row `target` as row `source`; which they are is no part of what is compiled."""
+    return [(k.at[target].set(k[source]), v.at[target].set(v[source])) for k, v in layers]
+
+
+def empty(config: BloomConfig, batch: int, capacity: int) -> list[KeyValue]:
+    """Keys and values of every layer, all 0. Raises: CapacityError."""
+    shape = (batch, capacity, config.n_head, config.head_dim)
+    return _allocated(
+        lambda: [(jnp.zeros(shape), jnp.zeros(shape)) for _ in range(config.n_layer)],
+        2 * config.n_layer * math.prod(shape) * 4,
+    )
+
+
+def _allocated(make: Callable[[], list[KeyValue]], size_bytes: int) -> list[KeyValue]:
+    """What `make` makes. Raises: CapacityError where there is no such memory."""
+    try:
+        if size_bytes > ADDRESSABLE_BYTES:
+            raise MemoryError
+        layers = make()
+        for array in jax.tree.leaves(layers):
+            array.block_until_ready()
+        return layers
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise CapacityError(
+            f"no memory for a cache of {size_bytes / 1e9:.1f} GB: ask for fewer tokens or rows"
+        ) from None
