@@ -1,9 +1,14 @@
 """The losses of the heads, as transformers computes them, in float64.
 
+What a mask hides was never computed, and counts in no loss; transformers takes what it computed
+there into account wherever a label is not -100.
+
 Source: transformers' loss/loss_utils.py and modeling_bloom.py; torch.nn's losses.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +19,7 @@ from bloomq.errors import UsageError
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
+Mask = NDArray[np.bool_]  # True where a token is real
 IGNORED = -100  # a label that does not count
 
 
@@ -43,24 +49,26 @@ def binary_cross_entropy(logits: F32, labels: F64) -> float:
     return float((np.maximum(z, 0) - z * labels + np.log1p(np.exp(-np.abs(z)))).mean())
 
 
-def causal_lm_loss(logits: F32, labels: ArrayLike) -> float:
-    """Cross entropy of logits [B, T, V] with the labels [B, T] one position further on."""
+def causal_lm_loss(logits: F32, labels: ArrayLike, mask: Mask) -> float:
+    """Cross entropy of logits [B, T, V] with the labels [B, T] one position further on, where the
+    mask [B, T] shows both."""
     checked = class_labels("labels", labels, logits.shape[:2], logits.shape[2])
     shifted = np.full_like(checked, IGNORED)
-    shifted[:, :-1] = checked[:, 1:]
+    shifted[:, :-1] = np.where(mask[:, :-1] & mask[:, 1:], checked[:, 1:], IGNORED)
     return cross_entropy(logits.reshape(-1, logits.shape[2]), shifted.reshape(-1))
 
 
-def token_loss(logits: F32, labels: ArrayLike) -> float:
-    """Cross entropy of logits [B, T, K] with labels [B, T]."""
+def token_loss(logits: F32, labels: ArrayLike, mask: Mask) -> float:
+    """Cross entropy of logits [B, T, K] with labels [B, T], where the mask [B, T] shows them."""
     checked = class_labels("labels", labels, logits.shape[:2], logits.shape[2])
-    return cross_entropy(logits.reshape(-1, logits.shape[2]), checked.reshape(-1))
+    counted = np.where(mask, checked, IGNORED)
+    return cross_entropy(logits.reshape(-1, logits.shape[2]), counted.reshape(-1))
 
 
 def sequence_loss(logits: F32, labels: ArrayLike, config: BloomConfig) -> float:
     """The loss of logits [B, K] by the config's problem_type; where that is None, regression for
     one label, else single-label for whole numbers and multi-label for others, as transformers."""
-    given = np.asarray(labels)
+    given = _array("labels", labels)
     kind = config.problem_type or _problem_type(given, logits.shape[1])
     if kind == "single_label_classification":
         return cross_entropy(
@@ -81,17 +89,22 @@ def _problem_type(labels: NDArray[np.generic], count: int) -> ProblemType:
 
 
 def span_loss(
-    start_logits: F32, end_logits: F32, start_positions: ArrayLike, end_positions: ArrayLike
+    start_logits: F32,
+    end_logits: F32,
+    start_positions: ArrayLike,
+    end_positions: ArrayLike,
+    mask: Mask,
 ) -> float:
-    """Mean of the cross entropies of start and end, logits [B, T] and positions [B]; a position
-    from T on (an answer that was cut off) does not count."""
+    """Mean of the cross entropies of start and end over the columns that the mask [B, T] shows,
+    logits [B, T] and positions [B]; a position from T on (an answer that was cut off), or one that
+    is hidden, does not count."""
     batch, length = start_logits.shape
     losses = []
     for name, logits, given in (
         ("start_positions", start_logits, start_positions),
         ("end_positions", end_logits, end_positions),
     ):
-        positions = np.asarray(given)
+        positions = _array(name, given)
         if positions.ndim == 2 and positions.shape[1] == 1:
             positions = positions[:, 0]
         if positions.shape != (batch,) or positions.dtype.kind not in "iu" or positions.min() < 0:
@@ -100,14 +113,16 @@ def span_loss(
                 f"0 of shape [{batch}]"
             )
         capped = np.minimum(positions, length).astype(np.int64)
-        losses.append(cross_entropy(logits, capped, ignored=length))
+        shown = np.pad(mask, ((0, 0), (0, 1)))[np.arange(batch), capped]
+        visible = np.where(mask, logits, np.float32(-np.inf))
+        losses.append(cross_entropy(visible, np.where(shown, capped, length), ignored=length))
     return sum(losses) / 2
 
 
 def class_labels(name: str, labels: ArrayLike, shape: tuple[int, ...], count: int) -> I64:
     """Labels as int64 of `shape`, each below `count` or IGNORED. Raises: UsageError."""
-    checked = np.asarray(labels)
-    if checked.ndim == 1 and len(shape) == 2:
+    checked = _array(name, labels)
+    if checked.ndim == 1 and len(shape) == 2 and shape[0] == 1:
         checked = checked[None]
     if checked.shape != shape or checked.dtype.kind not in "iu":
         raise UsageError(
@@ -121,6 +136,13 @@ def class_labels(name: str, labels: ArrayLike, shape: tuple[int, ...], count: in
             "what does not count"
         )
     return checked.astype(np.int64)
+
+
+def _array(name: str, values: ArrayLike) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except ValueError:
+        raise UsageError(f"{name}: rows of different lengths make no array") from None
 
 
 def _numbers(labels: NDArray[np.generic], shape: tuple[int, ...]) -> F64:

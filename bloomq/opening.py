@@ -41,8 +41,12 @@ def open_or_convert(
         return _of_scheme(_made_from(Pack.open(save_pack), path), wanted)
     folder = tempfile.TemporaryDirectory(prefix="bloomq-", ignore_cleanup_errors=True)
     target = Path(folder.name) / path.resolve().name
-    convert(path, target, scheme=wanted)
-    pack = Pack.open(target)
+    try:
+        convert(path, target, scheme=wanted)
+        pack = Pack.open(target)
+    except BaseException:  # Ctrl-C too
+        folder.cleanup()
+        raise
     weakref.finalize(pack, folder.cleanup)
     return pack
 

@@ -28,7 +28,7 @@ def _option_group(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 model_options = _option_group(
     click.option("-m", "--model", type=Path, help="Pack to load.  [default: the embedded demo]"),
     click.option("--backend", default="auto", show_default=True,
-                 help="auto, numba, cuda or reference."),
+                 help="auto, numba, cuda, jax or reference."),
     click.option("-t", "--threads", type=int, help="CPU threads.  [default: physical cores]"),
     click.option("-c", "--context", type=int,
                  help="Most tokens of prompt and output.  [default: as trained]"),
