@@ -16,13 +16,11 @@ import numpy as np
 from bloomq import backends
 from bloomq.config import Architecture
 from bloomq.errors import BackendError, UsageError
-from bloomq.forward import check_inputs
-from bloomq.generation import Batch
 from bloomq.heads import Head
+from bloomq.modeling.generate import generate
 from bloomq.opening import open_or_convert
 from bloomq.outputs import BaseModelOutput, CausalLMOutput, ModelOutput
 from bloomq.pack import Pack
-from bloomq.sampling import Sampling
 
 if TYPE_CHECKING:
     import jax
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from bloomq.backends.jax.dense import Past
     from bloomq.backends.jax.params import Params
 
-MOST_CONTEXT = 1 << 24  # tokens; ALiBi sets no limit
 X = Any  # what jax takes for an array: its own, a tracer, NumPy's, lists
 
 
@@ -222,20 +219,21 @@ class FlaxBloomForCausalLM(FlaxBloomPreTrainedModel):
         input_ids: X,
         attention_mask: X = None,
         *,
-        max_new_tokens: int = 20,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
         do_sample: bool = False,
         temperature: float = 1.0,
         top_k: int = 50,
         top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
         prng_key: X = None,
         params: Params | None = None,
     ) -> FlaxGenerateOutput:
-        """The prompts with what follows them, filled up with pad_token_id (None: the config's, or
-        the end token) where a row ended before the longest.
+        """The prompts with what follows them: see `BloomForCausalLM.generate`.
 
-        Greedy unless do_sample. prng_key: of `jax.random`; the same key, the same tokens; None: the
+        prng_key: of `jax.random`; the same key, the same tokens; None: the
         key of 0. params: others than the model's own, for which layers are built anew.
 
         Raises: UsageError, NumericError.
@@ -244,27 +242,12 @@ class FlaxBloomForCausalLM(FlaxBloomPreTrainedModel):
 
         from bloomq.backends.jax.inputs import seed_of
 
-        inputs = check_inputs(self.config, input_ids, None, attention_mask, None)
-        if inputs.ids is None or not inputs.mask.any(axis=1).all():
-            raise UsageError("attention_mask hides a whole prompt: nothing to continue")
-        sampling = Sampling(
-            temperature=temperature if do_sample else 0.0, top_k=top_k if do_sample else 0,
-            top_p=top_p if do_sample else 1.0, seed=seed_of(prng_key),
+        sequences = generate(
+            self._head if params is None else self._built(params), input_ids, attention_mask,
+            max_new_tokens=max_new_tokens, max_length=max_length, do_sample=do_sample,
+            temperature=temperature, top_k=top_k, top_p=top_p,
+            repetition_penalty=repetition_penalty, num_return_sequences=1, num_beams=1,
+            eos_token_id=eos_token_id, pad_token_id=pad_token_id, streamer=None,
+            seed=seed_of(prng_key), adapters=None,
         )  # fmt: skip
-        end = self.config.eos_token_id if eos_token_id is None else eos_token_id
-        batch = Batch(
-            self._head if params is None else self._built(params),
-            [ids[mask].tolist() for ids, mask in zip(inputs.ids, inputs.mask, strict=True)],
-            sampling, max_new_tokens=max_new_tokens, context=MOST_CONTEXT,
-        )  # fmt: skip
-        for token in batch.run():
-            if token.id == end:
-                batch.stop(token.index)
-        produced = [row.ids for row in batch.sequences]
-        fillers = (pad_token_id, self.config.pad_token_id, end, 0)
-        filler = next(token for token in fillers if token is not None)
-        tail = np.full((len(produced), max(map(len, produced))), filler, np.int32)
-        for row, ids in zip(tail, produced, strict=True):
-            row[: len(ids)] = ids
-        sequences = np.concatenate([inputs.ids.astype(np.int32), tail], axis=1)
-        return FlaxGenerateOutput(jnp.asarray(sequences))
+        return FlaxGenerateOutput(jnp.asarray(sequences, jnp.int32))

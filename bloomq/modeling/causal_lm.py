@@ -1,0 +1,109 @@
+"""The language model: logits, loss and text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from bloomq.errors import UsageError
+from bloomq.forward import KeyValues, check_inputs
+from bloomq.lora import Choices
+from bloomq.losses import causal_lm_loss
+from bloomq.modeling.base import BloomPreTrainedModel, answer
+from bloomq.modeling.generate import Streamer, generate
+from bloomq.outputs import CausalLMOutput
+from bloomq.sampling import is_whole
+
+I64 = NDArray[np.int64]
+
+
+class BloomForCausalLM(BloomPreTrainedModel):
+    """BLOOM with its language-model head."""
+
+    _architecture = "BloomForCausalLM"
+
+    def __call__(
+        self,
+        input_ids: ArrayLike | None = None,
+        past_key_values: KeyValues | None = None,
+        attention_mask: ArrayLike | None = None,
+        inputs_embeds: ArrayLike | None = None,
+        labels: ArrayLike | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        *,
+        adapters: Choices = None,
+    ) -> Any:
+        """A `CausalLMOutput`, or a tuple where return_dict is False.
+
+        Inputs: see `BloomModel`. labels: [B, T], the ids themselves, -100 for what does not count;
+        each is compared with the logits one position before. logits_to_keep: logits of the last so
+        many positions alone; 0: of all.
+
+        Raises: UsageError for wrong shapes, kinds, ids or labels.
+        """
+        inputs = check_inputs(
+            self.config, input_ids, inputs_embeds, attention_mask, past_key_values
+        )
+        length = inputs.shape[1]
+        if not is_whole(logits_to_keep) or not 0 <= logits_to_keep <= length:
+            raise UsageError(f"logits_to_keep is {logits_to_keep!r}, expected 0 to {length}")
+        logits_to_keep = int(logits_to_keep)  # NumPy's kinds without a sign wrap around
+        if labels is not None and logits_to_keep:
+            raise UsageError("labels need all logits: leave logits_to_keep at 0")
+        wanted = np.zeros(inputs.shape, bool)
+        wanted[:, -logits_to_keep:] = True  # -0: all of them
+        logits, rest = self._run(
+            inputs, wanted, use_cache, output_attentions, output_hidden_states, adapters
+        )
+        loss = None if labels is None else causal_lm_loss(logits, labels, inputs.mask)
+        return answer(CausalLMOutput(loss, logits[:, -logits_to_keep:], **rest), return_dict)
+
+    forward = __call__
+
+    def generate(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 50,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        num_return_sequences: int = 1,
+        num_beams: int = 1,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        streamer: Streamer | None = None,
+        seed: int | None = None,
+        adapters: Choices = None,
+    ) -> I64:
+        """The prompts with what follows them, int64 [B * num_return_sequences, T + new], filled up
+        with pad_token_id where a row ended before the longest. Without attention_mask it hides the
+        padding of the prompts, unless that ends texts too.
+
+        Names and defaults are transformers': 20 new tokens where neither max_new_tokens nor
+        max_length (prompt and output) is given; greedy unless do_sample. seed: same seed, same
+        tokens. adapters: None for the base, a name, a mapping of names to scales, or a list with
+        one of these for each prompt. An argument that is not here is refused by Python, not
+        ignored.
+
+        Raises: UsageError, NumericError.
+        """
+        return generate(
+            self.head, input_ids, attention_mask, max_new_tokens=max_new_tokens,
+            max_length=max_length, do_sample=do_sample, temperature=temperature, top_k=top_k,
+            top_p=top_p, repetition_penalty=repetition_penalty,
+            num_return_sequences=num_return_sequences, num_beams=num_beams,
+            eos_token_id=eos_token_id, pad_token_id=pad_token_id, streamer=streamer, seed=seed,
+            adapters=adapters,
+        )  # fmt: skip
