@@ -34,11 +34,12 @@ def open_or_convert(
     from bloomq.converters.convert import convert
     from bloomq.converters.hf import read_checkpoint
 
-    wanted = scheme or str(read_checkpoint(path).provenance["dtype"]).lower()
+    checkpoint = read_checkpoint(path)
+    wanted = scheme or str(checkpoint.provenance["dtype"]).lower()
     if save_pack is not None:
         if not exists(save_pack):
             convert(path, save_pack, scheme=wanted)
-        return _of_scheme(_made_from(Pack.open(save_pack), path), wanted)
+        return _of_scheme(_made_from(Pack.open(save_pack), path, checkpoint.fingerprint), wanted)
     folder = tempfile.TemporaryDirectory(prefix="bloomq-", ignore_cleanup_errors=True)
     target = Path(folder.name) / path.resolve().name
     try:
@@ -60,12 +61,12 @@ def _of_scheme(pack: Pack, scheme: str | None) -> Pack:
     return pack
 
 
-def _made_from(pack: Pack, checkpoint: Path) -> Pack:
-    """A saved pack must be of this checkpoint, as far as its name tells."""
+def _made_from(pack: Pack, checkpoint: Path, fingerprint: str) -> Pack:
+    """A saved pack must be of these very weights."""
     origin = pack.manifest.get("provenance")
-    name = origin.get("name") if isinstance(origin, dict) else None
-    if name != checkpoint.resolve().name:
+    if not isinstance(origin, dict) or origin.get("fingerprint") != fingerprint:
         raise UsageError(
-            f"{pack.path}: was made from {name}, not from {checkpoint}: choose another save_pack"
+            f"{pack.path}: was not made from the weights in {checkpoint}: remove it, or choose "
+            "another save_pack"
         )
     return pack

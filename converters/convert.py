@@ -99,7 +99,12 @@ def convert(
         options = {"scheme": body.label, "head_scheme": head.label}
         writer.finish(
             checkpoint.tokenizer,
-            {**checkpoint.provenance, **options, "bloomq": __version__},
+            {
+                **checkpoint.provenance,
+                **options,
+                "fingerprint": checkpoint.fingerprint,
+                "bloomq": __version__,
+            },
         )
     pack = Pack.open(target)
     return Conversion(

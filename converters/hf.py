@@ -8,8 +8,8 @@ Nothing is unpickled: pytorch_model.bin files are refused by name.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     found = _find_tensors(path)
     notes: tuple[str, ...] = ()
     if config.architecture == "BloomForCausalLM":
-        config, notes = _settle_tie(path, config, found)
+        bare = raw.get("architectures") == ["BloomModel"]
+        config, notes = _settle_tie(path, config, found, bare=bare)
     tensors = {}
     for name, shape in expected_tensors(config).items():
         foreign = huggingface_name(name)
@@ -166,25 +167,25 @@ def _checked(tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:
 
 
 def _settle_tie(
-    path: Path, config: BloomConfig, found: dict[str, SourceTensor]
+    path: Path, config: BloomConfig, found: dict[str, SourceTensor], *, bare: bool
 ) -> tuple[BloomConfig, tuple[str, ...]]:
     """The config with the tie that the weights really have; drops a head that repeats the
     embedding.
 
     As transformers: a head that is stored and differs stays a head of its own, whatever the config
-    says.
+    says. A bare model has none, and none is missing.
     """
     head, table = found.get("lm_head.weight"), found.get("word_embeddings.weight")
     if head is None:
-        return config, ()
+        return (replace(config, tie_word_embeddings=True) if bare else config), ()
     for tensor in filter(None, (head, table)):
         _checked(tensor, (config.vocab_size, config.hidden_size))
     if table is not None and _equal(head, table):
         del found["lm_head.weight"]
-        return dataclasses.replace(config, tie_word_embeddings=True), ()
+        return replace(config, tie_word_embeddings=True), ()
     if config.tie_word_embeddings:
         note = f"{path}: lm_head.weight differs from the embedding: kept as a head of its own"
-        return dataclasses.replace(config, tie_word_embeddings=False), (note,)
+        return replace(config, tie_word_embeddings=False), (note,)
     return config, ()
 
 

@@ -5,6 +5,7 @@ Whatever is refused leaves nothing behind: no pack, no hidden folder.
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -193,6 +194,12 @@ def test_model_without_language_head_converts(tmp_path):
     assert_holds(tmp_path / "pack", expected_weights(checkpoint))
 
 
+def test_no_head_is_missing_from_a_bare_model_that_ties_none(tmp_path):
+    config = {"architectures": ["BloomModel"], "tie_word_embeddings": False}
+    convert(write_checkpoint(tmp_path / "checkpoint", config=config), tmp_path / "pack")
+    assert Pack.open(tmp_path / "pack").config.head_is_embedding
+
+
 # -- the head --------------------------------------------------------------------------------------
 
 
@@ -366,6 +373,7 @@ def test_provenance_names_the_checkpoint(tmp_path):
     convert(checkpoint, tmp_path / "pack", scheme="nf4")
     provenance = Pack.open(tmp_path / "pack").manifest["provenance"]
     assert provenance.pop("bloomq")
+    assert re.fullmatch("[0-9a-f]{64}", provenance.pop("fingerprint"))
     assert provenance == {
         "format": "huggingface", "name": "my bloom", "architectures": ["BloomForCausalLM"],
         "dtype": "F16", "scheme": "nf4", "head_scheme": "int6",

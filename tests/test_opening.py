@@ -164,9 +164,22 @@ def test_a_saved_pack_of_another_checkpoint_is_refused(base, tmp_path):
     with pytest.raises(UsageError) as caught:
         open_model(checkpoint(base, HALF), scheme="int8", save_pack=kept)
     assert str(caught.value) == (
-        f"{kept}: was made from {checkpoint(base, TINY).name}, not from "
-        f"{checkpoint(base, HALF)}: choose another save_pack"
+        f"{kept}: was not made from the weights in {checkpoint(base, HALF)}: remove it, or choose "
+        "another save_pack"
     )
+
+
+def test_a_saved_pack_of_weights_that_were_trained_on_is_refused(base, tmp_path):
+    folder, kept = tmp_path / "run" / "step", tmp_path / "kept"
+    shutil.copytree(checkpoint(base, TINY), folder)
+    open_model(folder, scheme="int8", save_pack=kept)
+    moved = folder.rename(tmp_path / "elsewhere")
+    open_model(moved, scheme="int8", save_pack=kept)  # the same weights in another place
+    data = bytearray((moved / "model.safetensors").read_bytes())
+    data[8 + int.from_bytes(data[:8], "little")] ^= 1
+    (moved / "model.safetensors").write_bytes(data)
+    with pytest.raises(UsageError, match="was not made from the weights in"):
+        open_model(moved, scheme="int8", save_pack=kept)
 
 
 def test_a_saved_pack_that_is_none_is_refused_and_left_alone(base, tmp_path):
