@@ -2,7 +2,7 @@
 # make test      install the test extra into .venv and run every test
 # make check     format, lint and types
 # make bench     the figures of the README, on this machine
-# make docs      the README's picture
+# make docs      the README's picture, and the API reference in build/api
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
@@ -28,6 +28,8 @@ format: $(VENV)/.installed-test
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/horizon.py
+	$(BIN)/python benchmarks/speculation.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv "$(VENV)"
@@ -40,8 +42,9 @@ $(VENV)/.installed-test: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch "$@"
 
-docs: $(VENV)/.installed
+docs: $(VENV)/.installed-test
 	$(BIN)/python docs/make_picture.py
+	$(BIN)/python docs/make_api.py
 
 clean:
 	rm -rf "$(VENV)" build dist *.egg-info

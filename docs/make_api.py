@@ -1,6 +1,6 @@
 """Write the API reference, from docstrings, as HTML: python docs/make_api.py [FOLDER]
 
-FOLDER is build/api unless given. Needs pdoc (the `docs` extra).
+FOLDER is build/api unless given. Needs pdoc (of the `test` extra).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import heads
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -19,8 +20,10 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.fixture
 def workplace(tmp_path: Path, demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that holds the checkpoint the README converts, and nothing else."""
+    """A folder that holds the checkpoints the README names, and nothing else."""
     shutil.copytree(demo_checkpoint, tmp_path / "checkpoint")
+    for head, name in (("sequence", "languages"), ("token", "tags"), ("question", "answers")):
+        heads.assemble(head, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
