@@ -1,6 +1,6 @@
 """Write a checkpoint of random weights in the shape of a published BLOOM, shard by shard.
 
-    python benchmarks/make_checkpoint.py bloom-7b1 /tmp/bloom-7b1
+    python benchmarks/make_checkpoint.py bloom-7b1 /tmp/bloom-7b1 [--labels 8]
 
 Hugging Face format, bf16, the shapes and key names of the real one; for measuring speed and memory,
 never quality. The weights are drawn like BLOOM's (normal, standard deviation 0.02 with a few larger
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from bloomq.converters.names import expected_tensors, huggingface_name
 
-from bloomq.config import BloomConfig, weight_specs
+from bloomq.config import Architecture, BloomConfig, weight_specs
 from bloomq.schemes import f32_to_bf16
 
 # hidden_size, n_layer, n_head of the published models; all have 250,880 tokens.
@@ -37,12 +38,17 @@ def main() -> None:
     parser.add_argument("model", choices=SHAPES)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, help="fewer layers than the real model has")
+    parser.add_argument("--labels", type=int, help="a sequence classifier of so many labels")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     hidden, layers, heads = SHAPES[args.model]
     config = BloomConfig(
         hidden_size=hidden, n_layer=args.layers or layers, n_head=heads, vocab_size=250880
     )
+    if args.labels:
+        labels = tuple(f"LABEL_{i}" for i in range(args.labels))
+        kind: Architecture = "BloomForSequenceClassification"
+        config = replace(config, architecture=kind, labels=labels, pad_token_id=3)
     args.out.mkdir(parents=True)
     rng = np.random.default_rng(args.seed)
     shards = plan(config)
@@ -52,10 +58,11 @@ def main() -> None:
         write_shard(args.out / file, names, config, rng)
         index.update({huggingface_name(name): file for name in names})
         print(f"{file}: {(args.out / file).stat().st_size / 1e9:.2f} GB")
-    (args.out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    whole = {"metadata": {}, "weight_map": index}  # transformers wants both
+    (args.out / "model.safetensors.index.json").write_text(json.dumps(whole))
     raw = {
-        **config.to_dict(), "model_type": "bloom", "architectures": ["BloomForCausalLM"],
-        "torch_dtype": "bfloat16",
+        **config.to_dict(), "model_type": "bloom", "torch_dtype": "bfloat16",
+        "id2label": {str(i): label for i, label in config.id2label.items()},
     }  # fmt: skip
     (args.out / "config.json").write_text(json.dumps(raw, indent=1))
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Answerer": "pipelines.answerer",
     "BloomConfig": "config",
     "BloomForCausalLM": "modeling",
     "BloomForQuestionAnswering": "modeling",
@@ -23,10 +24,17 @@ _WHERE = {
     "BloomModel": "modeling",
     "BloomPreTrainedModel": "modeling",
     "BloomTokenizer": "tokenizer",
+    "BloomTokenizerFast": "tokenizer",
+    "Classifier": "pipelines.classifier",
+    "Embedder": "pipelines.embedder",
+    "FlaxBloomForCausalLM": "flax",
+    "FlaxBloomModel": "flax",
     "Generation": "generation",
-    "LanguageModel": "loading",
+    "LanguageModel": "language_model",
     "Pack": "pack",
+    "Tagger": "pipelines.tagger",
     "convert": "converters.convert",
+    "demo_pack": "loading",
     "load": "loading",
     **dict.fromkeys(
         (
@@ -42,8 +50,11 @@ __all__ = sorted(_WHERE)
 if TYPE_CHECKING:
     from bloomq.config import BloomConfig as BloomConfig
     from bloomq.converters.convert import convert as convert
+    from bloomq.flax import FlaxBloomForCausalLM as FlaxBloomForCausalLM
+    from bloomq.flax import FlaxBloomModel as FlaxBloomModel
     from bloomq.generation import Generation as Generation
-    from bloomq.loading import LanguageModel as LanguageModel
+    from bloomq.language_model import LanguageModel as LanguageModel
+    from bloomq.loading import demo_pack as demo_pack
     from bloomq.loading import load as load
     from bloomq.modeling import BloomForCausalLM as BloomForCausalLM
     from bloomq.modeling import BloomForQuestionAnswering as BloomForQuestionAnswering
@@ -52,7 +63,12 @@ if TYPE_CHECKING:
     from bloomq.modeling import BloomModel as BloomModel
     from bloomq.modeling import BloomPreTrainedModel as BloomPreTrainedModel
     from bloomq.pack import Pack as Pack
+    from bloomq.pipelines.answerer import Answerer as Answerer
+    from bloomq.pipelines.classifier import Classifier as Classifier
+    from bloomq.pipelines.embedder import Embedder as Embedder
+    from bloomq.pipelines.tagger import Tagger as Tagger
     from bloomq.tokenizer import BloomTokenizer as BloomTokenizer
+    from bloomq.tokenizer import BloomTokenizerFast as BloomTokenizerFast
 
 
 def __getattr__(name: str) -> Any:

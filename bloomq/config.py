@@ -174,7 +174,8 @@ class BloomConfig:
     def to_dict(self) -> dict[str, Any]:
         """As a pack's manifest stores it, and `from_dict` reads it."""
         raw = {**dataclasses.asdict(self), "labels": list(self.labels)}
-        return {**raw, "architectures": [raw.pop("architecture")]}
+        raw["architectures"] = [raw.pop("architecture")]
+        return raw
 
 
 def _read_head(raw: Mapping[str, Any]) -> dict[str, Any]:

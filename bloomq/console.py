@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from time import perf_counter
 from typing import Any, TextIO
 
 import click
@@ -95,7 +96,7 @@ def _bar(*columns: Any) -> Iterator[Any]:
 
     with Progress(
         TextColumn("{task.description}"), BarColumn(), *columns, TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True,
+        console=Console(stderr=True), transient=True, redirect_stdout=False,
     ) as progress:  # fmt: skip
         yield progress
 
@@ -111,6 +112,26 @@ def byte_progress(label: str) -> Iterator[Progress]:
             return
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def text_progress(label: str, begun_at: int = 0) -> Iterator[Progress]:
+    """A bar over texts and how many a second, for callbacks (done, total). begun_at: those that an
+    earlier run has done."""
+    from rich.progress import MofNCompleteColumn, TextColumn
+
+    started = perf_counter()
+    with _bar(MofNCompleteColumn(), TextColumn("{task.fields[rate]}")) as bar:
+        if bar is None:
+            yield lambda done, total: None
+            return
+        task = bar.add_task(label, total=None, rate="")
+
+        def show(done: int, total: int) -> None:
+            rate = (done - begun_at) / (perf_counter() - started)
+            bar.update(task, completed=done, total=total, rate=f"{rate:.1f} texts/s")
+
+        yield show
 
 
 @contextmanager

@@ -482,5 +482,5 @@ def test_generation_of_wrong_arguments_is_refused(flax):
         UsageError, match=r"^prng_key is 'seed', expected what jax.random.key makes"
     ):
         flax.generate(IDS, do_sample=True, prng_key="seed")
-    with pytest.raises(UsageError, match=r"^max_new_tokens is '3', expected a whole number from 1$"):
+    with pytest.raises(UsageError, match=r"^max_new_tokens is '3', expected a whole number"):
         flax.generate(IDS, max_new_tokens="3")

@@ -35,7 +35,7 @@ SAME_LEVEL = {
     ("tokenizer", "encoding"), ("tokenizer", "byte_level"), ("tokenizer", "tokenizer_config"),
     ("byte_level", "encoding"), ("tokenizer_config", "encoding"), ("tokenizer_config", "files"),
     ("pipelines", "modeling"), ("pack_writer", "pack"), ("heads", "model"), ("forward", "heads"),
-    ("flax", "backends"), ("flax", "opening"),
+    ("flax", "backends"), ("flax", "opening"), ("flax", "modeling"),
     ("modeling", "backends"), ("modeling", "opening"), ("language_model", "modeling"),
     ("loading", "modeling"), ("loading", "language_model"),
     ("generation", "sampling"), ("generation", "speculation"),

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -384,6 +385,135 @@ def test_special_ids_and_size_equal_transformers(demo: BloomTokenizer, oracle: A
         assert getattr(demo, f"{name}_id") == getattr(oracle, f"{name}_id")
     assert set(demo.all_special_ids) == set(oracle.all_special_ids)
     assert len(demo) == len(oracle) == N_DEMO
+
+
+# --- pairs, offsets and settings, against AutoTokenizer on the checkpoint's folder -------------
+
+PAIRS = [*TEXTS[1:], "the last text's pair"]
+PAIR_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"padding": True},
+    {"padding": "max_length", "max_length": 40, "truncation": True},
+    *({"truncation": True, "max_length": most} for most in (1, 2, 7, 12, 25, 400)),
+]
+
+
+@pytest.fixture(scope="module")
+def ours() -> BloomTokenizer:
+    return BloomTokenizer.from_pretrained(DEMO.parent)
+
+
+@pytest.fixture(scope="module")
+def auto() -> Any:
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(DEMO.parent)
+
+
+@pytest.mark.parametrize("options", PAIR_OPTIONS, ids=str)
+def test_pairs_equal_transformers(ours: BloomTokenizer, auto: Any, options: dict[str, Any]) -> None:
+    mine = ours(TEXTS, PAIRS, return_offsets_mapping=True, **options)
+    theirs = auto(TEXTS, PAIRS, return_offsets_mapping=True, **options)
+    assert dict(mine) == {key: theirs[key] for key in mine}
+    assert list(mine) == ["input_ids", "attention_mask", "offset_mapping"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_offsets_equal_transformers(ours: BloomTokenizer, auto: Any, text: str) -> None:
+    for pair in (None, "and a pair, 日本"):
+        mine = ours(text, pair, return_offsets_mapping=True)
+        assert (
+            mine["offset_mapping"] == auto(text, pair, return_offsets_mapping=True).offset_mapping
+        )
+
+
+def test_offsets_come_as_arrays_with_padding_at_zero(ours: BloomTokenizer, auto: Any) -> None:
+    options: dict[str, Any] = {"padding": True, "return_tensors": "np"}
+    mine = ours(TEXTS, return_offsets_mapping=True, **options)
+    theirs = auto(TEXTS, return_offsets_mapping=True, **options)
+    for key in mine:
+        assert np.asarray(mine[key]).dtype == np.int64 and not isinstance(mine[key], list)
+        np.testing.assert_array_equal(mine[key], theirs[key])
+    assert not np.asarray(mine["offset_mapping"])[np.asarray(mine["attention_mask"]) == 0].any()
+    assert np.shape(ours([], return_offsets_mapping=True, **options)["offset_mapping"]) == (0, 0, 2)
+
+
+def test_every_token_of_a_character_has_its_span(demo: BloomTokenizer) -> None:
+    (tokens,) = demo.encode_with_offsets(["a 𓀀"])  # a hieroglyph: one token a byte
+    assert [span for span in tokens.offsets if span[1] == 3][-3:] == [(2, 3)] * 3
+    assert tokens.ids == demo.encode("a 𓀀")
+
+
+def test_a_pair_that_does_not_match_its_texts_is_refused(demo: BloomTokenizer) -> None:
+    start = "text_pair: expected one for each text, found"
+    fails(UsageError, f"{start} 2 for 1", lambda: demo("a", ["b", "c"]))
+    fails(UsageError, f"{start} 1 for 2", lambda: demo(["a", "b"], ["c"]))
+    fails(UsageError, f"{start} 1 for 1", lambda: demo(["a"], "b"))
+
+
+def test_the_fast_tokenizer_is_the_tokenizer() -> None:
+    import bloomq
+
+    assert bloomq.BloomTokenizerFast is BloomTokenizer is bloomq.BloomTokenizer
+
+
+def test_from_pretrained_takes_a_checkpoint_a_pack_or_a_file(
+    demo: BloomTokenizer, tmp_path: Path
+) -> None:
+    shutil.copy(DEMO, tmp_path)
+    for path in (DEMO.parent, REPO / "bloomq" / "demo", DEMO, tmp_path, str(tmp_path)):
+        tokenizer = BloomTokenizer.from_pretrained(path)
+        assert (tokenizer.padding_side, tokenizer.encode("é")) == ("left", demo.encode("é"))
+
+
+def settings(folder: Path, content: object) -> Path:
+    shutil.copy(DEMO, folder)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / "tokenizer_config.json").write_text(text)
+    return folder
+
+
+def test_the_side_is_the_settings_unless_one_is_given(tmp_path: Path) -> None:
+    load = BloomTokenizer.from_pretrained
+    settings(tmp_path, {"padding_side": "right", "clean_up_tokenization_spaces": True})
+    assert load(tmp_path).padding_side == "right"
+    assert load(tmp_path / "tokenizer.json").padding_side == "right"
+    assert load(tmp_path, padding_side="left").padding_side == "left"
+
+
+def test_special_tokens_are_those_of_the_settings(tmp_path: Path) -> None:
+    settings(tmp_path, {"pad_token": "</s>", "bos_token": {"content": "<pad>"}, "unk_token": None})
+    tokenizer = BloomTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("</s>", 2)
+    assert (tokenizer.bos_token, tokenizer.unk_token) == ("<pad>", "<unk>")
+    assert tokenizer(["a", "a b"], padding=True)["input_ids"][0][0] == 2  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"padding_side": "top"}, "padding_side is 'top', neither 'left' nor 'right'"),
+        ({"add_prefix_space": True}, "add_prefix_space is True, this tokenizer has False alone"),
+        ({"add_eos_token": True}, "add_eos_token is True, this tokenizer has False alone"),
+        (
+            {"truncation_side": "left"},
+            "truncation_side is 'left', this tokenizer has 'right' alone",
+        ),
+        ([1], "a list, expected settings by name"),
+        ("[1", "settings are no JSON (Expecting ',' delimiter: line 1 column 3 (char 2))"),
+    ],
+)
+def test_settings_that_the_tokenizer_has_not_are_named(
+    tmp_path: Path, content: object, message: str
+) -> None:
+    settings(tmp_path, content)
+    named = f"{tmp_path}/tokenizer_config.json: {message}"
+    fails(TokenizerError, named, lambda: BloomTokenizer.from_pretrained(tmp_path))
+
+
+def test_settings_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    shutil.copy(DEMO, tmp_path)
+    (tmp_path / "tokenizer_config.json").mkdir()
+    message = f"{tmp_path}/tokenizer_config.json: cannot be read: Is a directory"
+    fails(TokenizerError, message, lambda: BloomTokenizer.from_pretrained(tmp_path))
 
 
 # --- the interface ----------------------------------------------------------------------------

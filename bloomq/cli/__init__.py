@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from bloomq import __version__
+from bloomq.cli.tasks import answer, classify, embed, tag
 from bloomq.cli.text import INTERRUPTED, chat, generate
 from bloomq.cli.tools import bench, convert, info, verify, warmup
 from bloomq.errors import BloomqError, UsageError
@@ -51,5 +52,7 @@ def commands() -> None:
     """BLOOM language models, quantized, on this machine's CPU."""
 
 
-for _command in (generate, chat, convert, info, verify, warmup, bench):
+for _command in (
+    generate, chat, classify, tag, answer, embed, convert, info, verify, warmup, bench,
+):  # fmt: skip
     commands.add_command(_command)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bloomq.language_model import LanguageModel
 
 
-def _option_group(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def option_group(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def decorate(command: Any) -> Any:
         for option in reversed(options):
             command = option(command)
@@ -25,17 +25,20 @@ def _option_group(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-model_options = _option_group(
-    click.option("-m", "--model", type=Path, help="Pack to load.  [default: the embedded demo]"),
+engine_options = option_group(
     click.option("--backend", default="auto", show_default=True,
                  help="auto, numba, cuda, jax or reference."),
     click.option("-t", "--threads", type=int, help="CPU threads.  [default: physical cores]"),
-    click.option("-c", "--context", type=int,
-                 help="Most tokens of prompt and output.  [default: as trained]"),
     click.option("--cache-dtype", default="auto", show_default=True,
                  help="Of keys and values: auto, f16, f32 or int8 (half of f16's memory)."),
 )  # fmt: skip
-sampling_options = _option_group(
+model_options = option_group(
+    click.option("-m", "--model", type=Path, help="Pack to load.  [default: the embedded demo]"),
+    engine_options,
+    click.option("-c", "--context", type=int,
+                 help="Most tokens of prompt and output.  [default: as trained]"),
+)  # fmt: skip
+sampling_options = option_group(
     click.option("-n", "--max-new-tokens", type=int, default=64, show_default=True,
                  help="Tokens to produce at most."),
     click.option("--temperature", type=float, default=0.0, show_default=True,

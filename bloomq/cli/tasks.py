@@ -1,0 +1,286 @@
+"""Commands that read texts with a fine-tuned model: classify, tag, answer and embed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from bloomq import console
+from bloomq.cli.partial import Rows
+from bloomq.cli.records import Record, Records, read_pairs, read_texts
+from bloomq.cli.running import Output, Task, run
+from bloomq.cli.task_options import model_options, output_options, text_options
+from bloomq.errors import UsageError
+from bloomq.files import shown
+
+if TYPE_CHECKING:
+    from bloomq.modeling import BloomPreTrainedModel
+    from bloomq.pipelines import Answer, Classifier, Embedder, Label, Tag, Tagger
+
+_BESIDE = 60  # characters of a text beside its result
+
+
+@click.command()
+@text_options
+@click.option("--top-k", type=int, default=1, show_default=True, help="Classes of each text.")
+@click.option("--threshold", type=float, help="Classes alone that score as much.")
+@model_options
+@output_options
+def classify(
+    texts: tuple[str, ...], file: Path | None, field: str, max_tokens: int | None, truncate: bool,
+    top_k: int, threshold: float | None, model: Path | None, backend: str, threads: int | None,
+    cache_dtype: str, batch_tokens: int, out: Path | None, as_json: bool, quiet: bool,
+) -> int:  # fmt: skip
+    """Sort TEXTs, or a file's, or the lines of standard input, into a classifier's classes."""
+    from bloomq.pipelines import Classifier
+
+    records = read_texts(texts, file, field)
+    path = _chosen(model, "BloomForSequenceClassification", quiet)
+    pipeline = Classifier.load(path, backend=backend, threads=threads, cache_dtype=cache_dtype)
+
+    def work(some: list[Record]) -> list[list[Label]]:
+        return pipeline.classify(
+            _column(some, 0), top_k=top_k, threshold=threshold, max_tokens=max_tokens,
+            truncate=truncate, batch_tokens=batch_tokens,
+        )  # fmt: skip
+
+    def show(record: Record, labels: list[Label], several: bool) -> str:
+        found = [f"{shown(one.label)} {one.score:.4f}" for one in labels] or ["-"]
+        return f"{'  '.join(found)}  {_beside(record)}" if several else "\n".join(found)
+
+    options = {
+        "top_k": top_k, "threshold": threshold, "max_tokens": max_tokens, "truncate": truncate,
+    }  # fmt: skip
+    lengths = _lengths(pipeline, records, max_tokens, truncate)
+    task = Task("classify", _noted(pipeline.model, quiet), options, records, lengths, work)
+    return run(task, Output(out, as_json, quiet, _line("text", "labels"), show), batch_tokens)
+
+
+@click.command()
+@text_options
+@click.option("--threshold", type=float, help="Tags alone that score as much.")
+@click.option("--each-token", is_flag=True, help="A tag for each token: neighbours stay apart.")
+@click.option(
+    "--outside", multiple=True, default=["O"], help="Class of what is no tag.  [default: O]"
+)
+@model_options
+@output_options
+def tag(
+    texts: tuple[str, ...], file: Path | None, field: str, max_tokens: int | None, truncate: bool,
+    threshold: float | None, each_token: bool, outside: tuple[str, ...], model: Path | None,
+    backend: str, threads: int | None, cache_dtype: str, batch_tokens: int, out: Path | None,
+    as_json: bool, quiet: bool,
+) -> int:  # fmt: skip
+    """Find what belongs to a class in TEXTs, in a file's, or in the lines of standard input."""
+    from bloomq.pipelines import Tagger
+
+    records = read_texts(texts, file, field)
+    path = _chosen(model, "BloomForTokenClassification", quiet)
+    pipeline = Tagger.load(path, backend=backend, threads=threads, cache_dtype=cache_dtype)
+
+    def work(some: list[Record]) -> list[list[Tag]]:
+        return pipeline.tag(
+            _column(some, 0), merge=not each_token, threshold=threshold, outside=outside,
+            max_tokens=max_tokens, truncate=truncate, batch_tokens=batch_tokens,
+        )  # fmt: skip
+
+    def show(record: Record, tags: list[Tag], several: bool) -> str:
+        return _shown_spans(record, [shown(one.label) for one in tags], tags, several)
+
+    options = {
+        "threshold": threshold, "each_token": each_token, "outside": list(outside),
+        "max_tokens": max_tokens, "truncate": truncate,
+    }  # fmt: skip
+    lengths = _lengths(pipeline, records, max_tokens, truncate)
+    task = Task("tag", _noted(pipeline.model, quiet), options, records, lengths, work)
+    return run(task, Output(out, as_json, quiet, _line("text", "tags"), show), batch_tokens)
+
+
+@click.command()
+@click.option("--question", help="The question, for every context.")
+@click.option("--context", help="The text to search.  [default: standard input]")
+@click.option(
+    "-f",
+    "--file",
+    type=Path,
+    help="Read what is not given from here: a .jsonl, a .csv, or a .txt with one a line.",
+)
+@click.option(
+    "--question-field",
+    default="question",
+    show_default=True,
+    help="What holds the question in a .jsonl or a .csv.",
+)
+@click.option(
+    "--context-field", default="context", show_default=True, help="What holds the context."
+)
+@click.option("--separator", default="", help="What stands between the two.  [default: nothing]")
+@click.option("--top-k", type=int, default=1, show_default=True, help="Answers to each question.")
+@click.option("--threshold", type=float, help="Answers alone that score as much.")
+@click.option(
+    "--max-answer-tokens", type=int, default=64, show_default=True, help="Most tokens of an answer."
+)
+@click.option(
+    "--window-tokens",
+    type=int,
+    help="Tokens of question and context read at once.  [default: 512, or as trained]",
+)
+@click.option("--overlap", type=int, help="Tokens that two windows share.  [default: 128]")
+@model_options
+@output_options
+def answer(
+    question: str | None, context: str | None, file: Path | None, question_field: str,
+    context_field: str, separator: str, top_k: int, threshold: float | None,
+    max_answer_tokens: int, window_tokens: int | None, overlap: int | None, model: Path | None,
+    backend: str, threads: int | None, cache_dtype: str, batch_tokens: int, out: Path | None,
+    as_json: bool, quiet: bool,
+) -> int:  # fmt: skip
+    """Find where a context answers a question; both are options, or of each line of a file."""
+    from bloomq.pipelines import Answerer
+
+    records = read_pairs((question, context), file, (question_field, context_field))
+    path = _chosen(model, "BloomForQuestionAnswering", quiet)
+    pipeline = Answerer.load(
+        path, separator=separator, backend=backend, threads=threads, cache_dtype=cache_dtype
+    )
+
+    def work(some: list[Record]) -> list[list[Answer]]:
+        return pipeline.answer(
+            _column(some, 0), _column(some, 1), top_k=top_k, threshold=threshold,
+            max_answer_tokens=max_answer_tokens, window_tokens=window_tokens, overlap=overlap,
+            batch_tokens=batch_tokens,
+        )  # fmt: skip
+
+    def show(record: Record, answers: list[Answer], several: bool) -> str:
+        return _shown_spans(record, [""] * len(answers), answers, several)
+
+    options = {
+        "separator": separator, "top_k": top_k, "threshold": threshold, "overlap": overlap,
+        "max_answer_tokens": max_answer_tokens, "window_tokens": window_tokens,
+    }  # fmt: skip
+    lengths = [0] * len(records.items)
+    for window in pipeline.windows(
+        records.column(0), records.column(1), window_tokens=window_tokens, overlap=overlap,
+        names=records.names,
+    ):  # fmt: skip
+        lengths[window.pair] += len(window.ids)
+    task = Task("answer", _noted(pipeline.model, quiet), options, records, lengths, work)
+    output = Output(out, as_json, quiet, _line("question", "answers"), show)
+    return run(task, output, batch_tokens)
+
+
+@click.command()
+@text_options
+@click.option(
+    "--pooling",
+    type=click.Choice(["mean", "last", "max"]),
+    default="mean",
+    show_default=True,
+    help="Over the hidden states of a text's tokens.",
+)
+@click.option("--normalize", is_flag=True, help="Vectors of length 1.")
+@model_options
+@output_options
+def embed(
+    texts: tuple[str, ...], file: Path | None, field: str, max_tokens: int | None, truncate: bool,
+    pooling: Literal["mean", "last", "max"], normalize: bool, model: Path | None, backend: str,
+    threads: int | None, cache_dtype: str, batch_tokens: int, out: Path | None, as_json: bool,
+    quiet: bool,
+) -> int:  # fmt: skip
+    """Turn TEXTs, or a file's, or the lines of standard input, into vectors, as JSON lines.
+
+    --out NAME.npy: one array of float32, a row a text. Without -m the embedded demo reads.
+    """
+    from bloomq.loading import demo_pack
+    from bloomq.pipelines import Embedder
+
+    records = read_texts(texts, file, field)
+    path = _chosen(model or demo_pack(), "BloomModel", quiet)
+    pipeline = Embedder.load(path, backend=backend, threads=threads, cache_dtype=cache_dtype)
+
+    def work(some: list[Record]) -> Sequence[Any]:
+        vectors = pipeline.embed(
+            _column(some, 0), pooling=pooling, normalize=normalize, max_tokens=max_tokens,
+            truncate=truncate, batch_tokens=batch_tokens,
+        )  # fmt: skip
+        return list(vectors)
+
+    def line(record: Record, vector: Any) -> Mapping[str, Any]:
+        numbers = [float(str(x)) for x in vector]  # the fewest digits that are the same float32
+        return {"text": record.fields[0], "embedding": numbers}
+
+    options = {
+        "pooling": pooling, "normalize": normalize, "max_tokens": max_tokens, "truncate": truncate,
+    }  # fmt: skip
+    lengths = _lengths(pipeline, records, max_tokens, truncate)
+    task = Task("embed", _noted(pipeline.model, quiet), options, records, lengths, work)
+    output = Output(out, as_json, quiet, line)
+    if out is None or out.suffix != ".npy":
+        return run(task, output, batch_tokens)
+    layout = Rows(len(records.items), pipeline.model.config.hidden_size)
+    return run(task, output, batch_tokens, layout=layout, encode=lambda _, row: bytes(row))
+
+
+# -- what the commands share -----------------------------------------------------------------------
+
+
+def _chosen(model: Path | None, kind: str, quiet: bool) -> Path:
+    """The model to load, before it is."""
+    if model is None:
+        raise UsageError(f"no model: name the pack of a {kind} with -m")
+    if not quiet:
+        console.announce_compilation()
+    return model
+
+
+def _noted(model: BloomPreTrainedModel, quiet: bool) -> BloomPreTrainedModel:
+    """A model that was loaded, and said so on stderr."""
+    if not quiet:
+        backend = model.backend
+        console.note(f"{model.pack.path.name} on {backend.name} ({backend.description})")
+    return model
+
+
+def _lengths(
+    pipeline: Classifier | Tagger | Embedder, records: Records, most: int | None, truncate: bool
+) -> list[int]:
+    """Tokens of each record, all checked before the first is run."""
+    from bloomq.pipelines.texts import tokenized
+
+    most = pipeline.model.config.seq_length if most is None else most
+    rows = tokenized(
+        pipeline.tokenizer, records.column(0), most=most, truncate=truncate, names=records.names
+    )
+    return [len(row.ids) for row in rows]
+
+
+def _column(records: list[Record], i: int) -> list[str]:
+    return [record.fields[i] for record in records]
+
+
+def _line(given: str, found: str) -> Callable[[Record, Any], Mapping[str, Any]]:
+    """A JSON line of a record's first field, by the name `given`, and results by `found`."""
+    return lambda record, results: {
+        given: record.fields[0], found: [asdict(result) for result in results]
+    }  # fmt: skip
+
+
+def _beside(record: Record) -> str:
+    """The beginning of a text, on one line."""
+    text = " ".join(record.fields[0].split())
+    return shown(text if len(text) <= _BESIDE else f"{text[: _BESIDE - 1]}…")
+
+
+def _shown_spans(
+    record: Record, labels: list[str], spans: Sequence[Tag | Answer], several: bool
+) -> str:
+    """A line for each span; of several records each below its text."""
+    lines = [
+        f"{label} {span.score:.4f}  {span.start}-{span.end}  {shown(span.text)}".lstrip()
+        for label, span in zip(labels, spans, strict=True)
+    ] or ["-"]
+    return "\n    ".join([_beside(record), *lines]) if several else "\n".join(lines)

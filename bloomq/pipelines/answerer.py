@@ -1,0 +1,221 @@
+"""Where in a text the answer to a question stands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from bloomq.encoding import Offsets
+from bloomq.errors import UsageError
+from bloomq.modeling import BloomForQuestionAnswering
+from bloomq.pipelines.batches import BATCH_TOKENS, results
+from bloomq.pipelines.texts import tokenized, tokenizer_of
+from bloomq.sampling import is_whole
+from bloomq.tokenizer import BloomTokenizer
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+_WINDOW_TOKENS, _OVERLAP = 512, 128
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Characters start to end of a context; score: their share of the probability of all spans."""
+
+    text: str
+    score: float
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The question of a pair, and the tokens of its context from `first` on behind it.
+
+    ids: of both; skip: how many are the question's; offsets: the characters of the context's.
+    """
+
+    pair: int
+    first: int
+    ids: list[int]
+    skip: int
+    offsets: Offsets
+
+
+class Answerer:
+    """Finds answers with a `BloomForQuestionAnswering`.
+
+    BLOOM reads from left to right, so the question comes before the context. separator: what stands
+    between them: nothing, as transformers' `tokenizer(question, context)` has it for BLOOM, unless
+    the model was trained otherwise.
+    """
+
+    def __init__(
+        self, model: BloomForQuestionAnswering, tokenizer: BloomTokenizer, *, separator: str = ""
+    ) -> None:
+        self.model, self.tokenizer, self.separator = model, tokenizer, separator
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        separator: str = "",
+        backend: str = "auto",
+        threads: int | None = None,
+        scheme: str | None = None,
+        cache_dtype: str = "auto",
+        save_pack: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """The answerer of a pack or a checkpoint's folder; options: see
+        `BloomForQuestionAnswering.from_pretrained`."""
+        model = BloomForQuestionAnswering.from_pretrained(
+            path, backend=backend, threads=threads, scheme=scheme, cache_dtype=cache_dtype,
+            save_pack=save_pack,
+        )  # fmt: skip
+        return cls(model, tokenizer_of(model.pack), separator=separator)
+
+    def answer(
+        self,
+        questions: Sequence[str],
+        contexts: Sequence[str],
+        *,
+        top_k: int = 1,
+        threshold: float | None = None,
+        max_answer_tokens: int = 64,
+        window_tokens: int | None = None,
+        overlap: int | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[list[Answer]]:
+        """The best spans of each context, best first; none where it is white space alone.
+
+        top_k: so many; threshold: those alone that score as much; windows: see `windows`;
+        batch_tokens: see `Classifier.scores`.
+
+        Raises: UsageError, NumericError.
+        """
+        for name, value in (("top_k", top_k), ("max_answer_tokens", max_answer_tokens)):
+            if not is_whole(value) or value < 1:
+                raise UsageError(f"{name} is {value!r}, expected a whole number from 1")
+        windows = self.windows(questions, contexts, window_tokens=window_tokens, overlap=overlap)
+        read: list[list[tuple[Window, F32]]] = [[] for _ in questions]
+        ids = [window.ids for window in windows]
+        for i, logits in results(self.model.head, ids, batch_tokens=batch_tokens, last=False):
+            read[windows[i].pair].append((windows[i], logits))
+        least, found = -np.inf if threshold is None else threshold, []
+        for context, parts in zip(contexts, read, strict=True):
+            spans = [spans_of(context, *part, max_answer_tokens) for part in parts]
+            answers = best_answers(context, spans, top_k)
+            found.append([answer for answer in answers if answer.score >= least])
+        return found
+
+    def windows(
+        self,
+        questions: Sequence[str],
+        contexts: Sequence[str],
+        *,
+        window_tokens: int | None = None,
+        overlap: int | None = None,
+        names: Sequence[str] | None = None,
+    ) -> list[Window]:
+        """What is read at once: a question and its context, or as much of that as there is room
+        for, then the question again with what comes next.
+
+        window_tokens: of both together (512, or what the model was trained on); overlap: tokens of
+        a context that its next window has again (128, or a quarter): longer answers may be missed
+        where windows meet. names: what errors call each pair; None: pair 0, pair 1, ...
+
+        Raises: UsageError.
+        """
+        most = self.model.config.seq_length
+        if window_tokens is None:
+            window_tokens = min(_WINDOW_TOKENS, most)
+        if not is_whole(window_tokens) or window_tokens < 2:
+            raise UsageError(f"window_tokens is {window_tokens!r}, expected 2 or more")
+        if overlap is None:
+            overlap = min(_OVERLAP, window_tokens // 4)
+        if not is_whole(overlap) or not 0 <= overlap < window_tokens:
+            raise UsageError(f"overlap is {overlap!r}, expected 0 to {window_tokens - 1} tokens")
+        if len(questions) != len(contexts):
+            raise UsageError(f"{len(questions)} questions, and {len(contexts)} contexts for them")
+        names = [f"pair {i}" for i in range(len(questions))] if names is None else names
+        asked = tokenized(
+            self.tokenizer, [question + self.separator for question in questions],
+            names=[f"{name}: the question" for name in names],
+        )  # fmt: skip
+        read = tokenized(self.tokenizer, contexts, names=[f"{name}: the context" for name in names])
+        found = []
+        for i, (question, context) in enumerate(zip(asked, read, strict=True)):
+            room, length = window_tokens - len(question.ids), len(context.ids)
+            if room <= overlap:
+                raise UsageError(
+                    f"{names[i]}: a question of {len(question.ids)} tokens leaves too few of "
+                    f"{window_tokens} to its context: raise window_tokens or lower overlap"
+                )
+            for first in range(0, max(1, length - overlap), room - overlap):
+                part = context.ids[first : first + room], context.offsets[first : first + room]
+                ids = question.ids + part[0]
+                found.append(Window(i, first, ids, len(question.ids), part[1]))
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spans:
+    """Every span that a window offers: characters [N] from and to, and its two logits' sum [N]."""
+
+    start: I64
+    end: I64
+    total: NDArray[np.float64]
+
+
+def spans_of(context: str, window: Window, logits: F32, most: int) -> Spans:
+    """Spans of 1 to `most` tokens of a window's context, without white space around them.
+
+    logits: [T, 2] of the window's tokens, to be the first or the last of an answer.
+    """
+    starts, ends = logits[window.skip :].astype(np.float64).T  # [S] each
+    count = len(starts)
+    most = min(most, count)
+    filler = np.full(most - 1, -np.inf)
+    total = starts[:, None] + sliding_window_view(np.concatenate([ends, filler]), most)  # [S, most]
+    start, end = _visible(context, window.offsets)
+    last = np.minimum(np.arange(count)[:, None] + np.arange(most), count - 1)  # [S, most]
+    inside = np.isfinite(total) & (start[:, None] < end[last])
+    first = np.broadcast_to(np.arange(count)[:, None], last.shape)
+    return Spans(start[first[inside]], end[last[inside]], total[inside])
+
+
+def _visible(context: str, offsets: Offsets) -> tuple[I64, I64]:
+    """Of each token: the first character from its start on that is no white space, and the end of
+    the last such one before its end. Neither goes beyond the window's characters."""
+    low, high = offsets[0][0], offsets[-1][1]
+    solid = np.array([not char.isspace() for char in context[low:high]], bool)
+    at = np.arange(len(solid))
+    following = np.minimum.accumulate(np.where(solid, at, len(solid))[::-1])[::-1]
+    before = np.maximum.accumulate(np.where(solid, at + 1, 0))
+    begins, stops = np.array(offsets, np.int64).T - low  # a token has a character, or a part of one
+    return following[begins] + low, before[stops - 1] + low
+
+
+def best_answers(context: str, windows: Sequence[Spans], top_k: int) -> list[Answer]:
+    """The likeliest spans over all windows: softmax of start + end logits, each distinct piece of
+    the context counted once with all that speaks for it."""
+    start = np.concatenate([spans.start for spans in windows])
+    if not len(start):
+        return []
+    end = np.concatenate([spans.end for spans in windows])
+    total = np.concatenate([spans.total for spans in windows])
+    keys, which = np.unique(start * (len(context) + 1) + end, return_inverse=True)
+    weights = np.bincount(which, np.exp(total - total.max()))
+    weights = weights / weights.sum()
+    answers = []
+    for i in np.argsort(-weights, kind="stable")[:top_k]:
+        first, last = divmod(int(keys[i]), len(context) + 1)
+        answers.append(Answer(context[first:last], float(weights[i]), first, last))
+    return answers

@@ -1,0 +1,121 @@
+"""Texts into classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bloomq.errors import UsageError
+from bloomq.modeling import BloomForSequenceClassification
+from bloomq.pipelines.batches import BATCH_TOKENS, results
+from bloomq.pipelines.texts import tokenized, tokenizer_of
+from bloomq.sampling import is_whole
+from bloomq.tokenizer import BloomTokenizer
+
+F64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """A class and its score: a probability, or a regression's value."""
+
+    label: str
+    score: float
+
+
+class Classifier:
+    """Sorts texts into the classes that a `BloomForSequenceClassification` was trained on."""
+
+    def __init__(self, model: BloomForSequenceClassification, tokenizer: BloomTokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        backend: str = "auto",
+        threads: int | None = None,
+        scheme: str | None = None,
+        cache_dtype: str = "auto",
+        save_pack: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """The classifier of a pack or a checkpoint's folder; options: see
+        `BloomForSequenceClassification.from_pretrained`."""
+        model = BloomForSequenceClassification.from_pretrained(
+            path, backend=backend, threads=threads, scheme=scheme, cache_dtype=cache_dtype,
+            save_pack=save_pack,
+        )  # fmt: skip
+        return cls(model, tokenizer_of(model.pack))
+
+    def classify(
+        self,
+        texts: Sequence[str],
+        *,
+        top_k: int | None = 1,
+        threshold: float | None = None,
+        max_tokens: int | None = None,
+        truncate: bool = False,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> list[list[Label]]:
+        """The classes of each text, best first.
+
+        top_k: so many of them, None for all; threshold: those alone that score as much; scores and
+        the rest: see `scores`.
+
+        Raises: UsageError, NumericError.
+        """
+        if top_k is not None and (not is_whole(top_k) or top_k < 1):
+            raise UsageError(f"top_k is {top_k!r}, expected None, or 1 or more classes")
+        found = self.scores(
+            texts, max_tokens=max_tokens, truncate=truncate, batch_tokens=batch_tokens
+        )
+        least = -np.inf if threshold is None else threshold
+        labels = self.model.config.labels
+        return [
+            [Label(labels[i], float(row[i])) for i in best[:top_k] if row[i] >= least]
+            for row, best in zip(found, np.argsort(-found, axis=1, kind="stable"), strict=True)
+        ]
+
+    def scores(
+        self,
+        texts: Sequence[str],
+        *,
+        max_tokens: int | None = None,
+        truncate: bool = False,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> F64:
+        """The score of each class, [N, K]: softmax of the logits of a text's last token; where
+        several labels (or none) may apply, the sigmoid of each; a regression's values.
+
+        max_tokens: of a text, None for as many as the model was trained on; truncate: cut longer
+        ones, which are an error otherwise; batch_tokens: that share a cache, which bounds memory.
+
+        Raises: UsageError, NumericError.
+        """
+        config = self.model.config
+        most = config.seq_length if max_tokens is None else max_tokens
+        rows = tokenized(self.tokenizer, texts, most=most, truncate=truncate)
+        ids = [_without_padding(row.ids, config.pad_token_id) for row in rows]
+        logits = np.empty((len(ids), config.num_labels))
+        for i, found in results(self.model.head, ids, batch_tokens=batch_tokens, last=True):
+            logits[i] = found[0]
+        if config.problem_type == "regression":
+            return logits
+        if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+            return np.exp(-np.logaddexp(0, -logits))  # 1 / (1 + exp(-x)), without overflow
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+def _without_padding(ids: list[int], pad_token_id: int | None) -> list[int]:
+    """A text that ends in the padding token is read before it, as by the model's own call."""
+    end = len(ids)
+    while end > 1 and ids[end - 1] == pad_token_id:
+        end -= 1
+    return ids[:end]
