@@ -57,7 +57,7 @@ def measure(head: Any, ids: np.ndarray) -> dict[str, float]:
     span, x = Span.of([0], [1]), head.model.emb_ln(head.model.wte(ids[-1:]))
     times: dict[str, float] = {"horizon_ms": 0.0, "all_keys_ms": 0.0}
     for block in head.model.blocks:
-        qkv, slopes = block.qkv(x), block.attention._slopes
+        qkv, slopes = block.qkv(block.ln_1(x), cache, span), block.attention._slopes
         samples: dict[str, list[float]] = {name: [] for name in times}
         for _ in range(REPEAT):
             for name, used in (("horizon_ms", slopes), ("all_keys_ms", np.zeros_like(slopes))):

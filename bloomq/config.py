@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from bloomq.errors import ConfigError
-from bloomq.files import read_bounded
+from bloomq.files import exists, read_bounded
 
 Architecture = Literal[
     "BloomForCausalLM",
@@ -45,9 +46,11 @@ _SPELLINGS = {
 class BloomConfig:
     """The sizes and conventions of one BLOOM model; sizes default as in transformers.
 
-    architecture: the head that the weights have (a bare `BloomModel` counts as the language model,
-    whose head it shares); labels: of a classifier, in the order of their ids; problem_type: of a
-    sequence classifier, None where labels are to tell.
+    From hidden_dropout to slow_but_exact, nothing that is computed here depends on a field:
+    dropout and initialisation are training's, and the sums that `slow_but_exact` asks for are exact
+    anyway. architecture: the head that the weights have (a bare `BloomModel` counts as the language
+    model, whose head it shares); labels: of a classifier, in the order of their ids; problem_type:
+    of a sequence classifier, None where labels are to tell.
 
     Raises: ConfigError where a value is out of range or asks for another computation.
     """
@@ -61,6 +64,11 @@ class BloomConfig:
     tie_word_embeddings: bool = True
     apply_residual_connection_post_layernorm: bool = False
     use_cache: bool = True
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    pretraining_tp: int = 1
+    slow_but_exact: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
     pad_token_id: int | None = None
@@ -81,11 +89,16 @@ class BloomConfig:
         epsilon = self.layer_norm_epsilon
         if not isinstance(epsilon, float) or not 0.0 < epsilon < 1.0:
             raise ConfigError(f"layer_norm_epsilon is {epsilon!r}, expected a number in (0, 1)")
+        for name in ("hidden_dropout", "attention_dropout", "initializer_range"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} is {value!r}, expected a number from 0 to 1")
+        _check_int("pretraining_tp", self.pretraining_tp, 1, 1 << 16)
         for name in (
-            "tie_word_embeddings",
-            "apply_residual_connection_post_layernorm",
-            "use_cache",
-        ):
+            "tie_word_embeddings", "apply_residual_connection_post_layernorm", "use_cache",
+            "slow_but_exact",
+        ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected true or false")
         if self.architecture not in ARCHITECTURES:
@@ -101,6 +114,10 @@ class BloomConfig:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0, self.vocab_size - 1)
+
+    @property
+    def model_type(self) -> str:
+        return "bloom"
 
     @property
     def head_dim(self) -> int:
@@ -170,6 +187,18 @@ class BloomConfig:
         Raises: InputNotFound, ConfigError.
         """
         return cls.from_dict(read_json(path), str(path))
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> BloomConfig:
+        """The config of a checkpoint's folder, or of a pack.
+
+        Raises: InputNotFound, ConfigError.
+        """
+        manifest = Path(path) / "manifest.json"
+        if not exists(manifest):
+            return cls.from_file(Path(path) / "config.json")
+        raw = read_json(manifest)
+        return cls.from_dict(raw.get("config") if isinstance(raw, dict) else raw, str(manifest))
 
     def to_dict(self) -> dict[str, Any]:
         """As a pack's manifest stores it, and `from_dict` reads it."""

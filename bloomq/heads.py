@@ -78,10 +78,10 @@ class Head:
         cache.gates[:] = self.adapters.gates(chosen, cache.batch)
 
     @property
-    def cache_kind(self) -> tuple[str, int, int, int]:
-        """What the caches of two models must share for one to read the other's."""
-        config = self.config
-        return self.backend.description, config.n_layer, config.n_head, config.head_dim
+    def cache_kind(self) -> tuple[object, ...]:
+        """What the caches of two models must share for one to continue the other's."""
+        sizes = self.config.n_layer, self.config.n_head, self.config.head_dim
+        return self.backend.description, *sizes, *self.adapters.loaded
 
     def step(self, ids: I64, cache: Cache, span: Span, wanted: I64) -> X:
         """Run the tokens of a step; results [W, columns] of those at the indices `wanted` [W] alone

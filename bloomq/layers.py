@@ -181,17 +181,17 @@ class Backend(Protocol):
     def numpy(self, x: X) -> F32: ...
 
 
-def zeros(shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-    """A cache's memory, which the system hands out as it is first touched.
+def zeros(shape: tuple[int, ...], dtype: type[np.generic], what: str = "a cache") -> NDArray[Any]:
+    """Memory that the system hands out as it is first touched.
 
-    Raises: CapacityError where there is no such memory.
+    Raises: CapacityError where there is none for `what`.
     """
     try:
         return np.zeros(shape, dtype)
     except (MemoryError, ValueError):  # ValueError: more than an address can say
         size = math.prod(shape) * np.dtype(dtype).itemsize
         raise CapacityError(
-            f"no memory for a cache of {size / 1e9:.1f} GB: ask for fewer tokens or rows"
+            f"no memory for {what} of {size / 1e9:.1f} GB: ask for fewer tokens or rows"
         ) from None
 
 

@@ -80,6 +80,11 @@ class Adapters:
             self._places[name] = slice(start, self.ranks)
 
     @property
+    def loaded(self) -> tuple[tuple[str, Adapter], ...]:
+        """Each adapter by its name: equal for the same adapters alone."""
+        return tuple(self._loaded.items())
+
+    @property
     def names(self) -> dict[str, int]:
         """The rank of each adapter, in the order of loading."""
         return {name: adapter.rank for name, adapter in self._loaded.items()}

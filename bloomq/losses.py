@@ -23,33 +23,33 @@ Mask = NDArray[np.bool_]  # True where a token is real
 IGNORED = -100  # a label that does not count
 
 
-def cross_entropy(logits: F32, labels: I64, ignored: int = IGNORED) -> float:
+def cross_entropy(logits: F32, labels: I64, ignored: int = IGNORED) -> np.float64:
     """Mean of -log softmax(logits)[label] over labels other than `ignored`; NaN where all are.
 
     logits: [N, K], labels: [N].
     """
     counted = np.flatnonzero(labels != ignored)
     if not len(counted):
-        return float("nan")
+        return np.float64("nan")
     total = 0.0
     for part in np.array_split(counted, -(-len(counted) * logits.shape[1] // _PART)):
         wide = logits[part].astype(np.float64)
         wide -= wide.max(axis=1, keepdims=True)
         picked = wide[np.arange(len(part)), labels[part]]
         total += float((np.log(np.exp(wide).sum(axis=1)) - picked).sum())
-    return total / len(counted)
+    return np.float64(total / len(counted))
 
 
 _PART = 1 << 24  # logits in float64 at a time: 128 MB
 
 
-def binary_cross_entropy(logits: F32, labels: F64) -> float:
+def binary_cross_entropy(logits: F32, labels: F64) -> np.float64:
     """Mean of the binary cross entropy of each logit; labels in 0..1, the same shape."""
     z = logits.astype(np.float64)
-    return float((np.maximum(z, 0) - z * labels + np.log1p(np.exp(-np.abs(z)))).mean())
+    return np.float64((np.maximum(z, 0) - z * labels + np.log1p(np.exp(-np.abs(z)))).mean())
 
 
-def causal_lm_loss(logits: F32, labels: ArrayLike, mask: Mask) -> float:
+def causal_lm_loss(logits: F32, labels: ArrayLike, mask: Mask) -> np.float64:
     """Cross entropy of logits [B, T, V] with the labels [B, T] one position further on, where the
     mask [B, T] shows both."""
     checked = class_labels("labels", labels, logits.shape[:2], logits.shape[2])
@@ -58,14 +58,14 @@ def causal_lm_loss(logits: F32, labels: ArrayLike, mask: Mask) -> float:
     return cross_entropy(logits.reshape(-1, logits.shape[2]), shifted.reshape(-1))
 
 
-def token_loss(logits: F32, labels: ArrayLike, mask: Mask) -> float:
+def token_loss(logits: F32, labels: ArrayLike, mask: Mask) -> np.float64:
     """Cross entropy of logits [B, T, K] with labels [B, T], where the mask [B, T] shows them."""
     checked = class_labels("labels", labels, logits.shape[:2], logits.shape[2])
     counted = np.where(mask, checked, IGNORED)
     return cross_entropy(logits.reshape(-1, logits.shape[2]), counted.reshape(-1))
 
 
-def sequence_loss(logits: F32, labels: ArrayLike, config: BloomConfig) -> float:
+def sequence_loss(logits: F32, labels: ArrayLike, config: BloomConfig) -> np.float64:
     """The loss of logits [B, K] by the config's problem_type; where that is None, regression for
     one label, else single-label for whole numbers and multi-label for others, as transformers."""
     given = _array("labels", labels)
@@ -77,7 +77,11 @@ def sequence_loss(logits: F32, labels: ArrayLike, config: BloomConfig) -> float:
     shape = logits.shape if given.size != len(logits) or logits.shape[1] != 1 else given.shape
     values = _numbers(given, shape)
     if kind == "regression":
-        return float(np.square(logits.astype(np.float64).reshape(values.shape) - values).mean())
+        return np.float64(
+            np.square(logits.astype(np.float64).reshape(values.shape) - values).mean()
+        )
+    if not ((values >= 0) & (values <= 1)).all():
+        raise UsageError("labels of several classes hold other numbers than 0 to 1")
     return binary_cross_entropy(logits, values)
 
 
@@ -94,7 +98,7 @@ def span_loss(
     start_positions: ArrayLike,
     end_positions: ArrayLike,
     mask: Mask,
-) -> float:
+) -> np.float64:
     """Mean of the cross entropies of start and end over the columns that the mask [B, T] shows,
     logits [B, T] and positions [B]; a position from T on (an answer that was cut off), or one that
     is hidden, does not count."""
@@ -116,7 +120,7 @@ def span_loss(
         shown = np.pad(mask, ((0, 0), (0, 1)))[np.arange(batch), capped]
         visible = np.where(mask, logits, np.float32(-np.inf))
         losses.append(cross_entropy(visible, np.where(shown, capped, length), ignored=length))
-    return sum(losses) / 2
+    return np.float64(sum(losses) / 2)
 
 
 def class_labels(name: str, labels: ArrayLike, shape: tuple[int, ...], count: int) -> I64:
@@ -151,4 +155,7 @@ def _numbers(labels: NDArray[np.generic], shape: tuple[int, ...]) -> F64:
             f"labels are {labels.dtype} {list(labels.shape)}, expected numbers of shape "
             f"{list(shape)}"
         )
-    return labels.astype(np.float64)
+    values = labels.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise UsageError("labels hold NaN or infinity")
+    return values

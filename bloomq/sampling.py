@@ -67,7 +67,7 @@ def is_whole(value: object) -> bool:
 def _check_number(name: str, value: object, low: float, high: float, expected: str) -> None:
     if (
         isinstance(value, bool)
-        or not isinstance(value, int | float)
+        or not isinstance(value, int | float | np.integer | np.floating)
         or math.isnan(value)
         or not (low <= value <= high)
     ):

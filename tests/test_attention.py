@@ -16,7 +16,8 @@ from test_kernels import BEST, EPS, POOLS, TIERS_HERE, compiling_ahead, same_bit
 import bloomq
 from bloomq.backends import reference
 from bloomq.backends.numba_cpu.attention import CHUNK
-from bloomq.backends.numba_cpu.layers import NumbaAttention, NumbaBackend, NumbaCache
+from bloomq.backends.numba_cpu.cache import NumbaCache
+from bloomq.backends.numba_cpu.layers import NumbaAttention, NumbaBackend
 from bloomq.config import BloomConfig
 from bloomq.errors import CapacityError
 from bloomq.layers import Span, slopes
@@ -151,19 +152,19 @@ class Layer:
 
     def skip_nothing(self) -> None:
         """No chunk stored so far is provably faint."""
-        self.cache.key_lengths[:] = np.inf
+        self.cache.memory.key_lengths[:] = np.inf
 
     def poison(self, chunk: int) -> None:
         """Whatever reads a key or value of this chunk gets NaN; how long its keys are stays."""
         keys = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
-        self.cache.scales[..., keys] = np.nan  # int8; empty for the others
+        self.cache.memory.scales[..., keys] = np.nan  # int8; empty for the others
         if self.dtype != "int8":
             of_data = slice(keys.start * self.head_dim, keys.stop * self.head_dim)
-            self.cache.data[..., of_data] = np.nan
+            self.cache.memory.data[..., of_data] = np.nan
 
     def keys_and_values(self, row: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """What is stored, [capacity, H, D] each, int8 as codes."""
-        keys, values = self.cache.data[:, 0, row]
+        keys, values = self.cache.memory.data[:, 0, row]
         keys = np.moveaxis(keys.reshape(self.n_head, -1, self.head_dim, 16), 2, 3)
         shape = (self.n_head, -1, self.head_dim)
         return keys.reshape(shape).swapaxes(0, 1), values.reshape(shape).swapaxes(0, 1)
@@ -240,7 +241,7 @@ def test_an_int8_cache_holds_codes_rounded_half_to_even_with_a_scale_for_each_he
     for part, stored in enumerate(layer.keys_and_values()):
         codes, scale = as_int8(qkv[:, :, 1 + part])
         assert np.array_equal(stored[:40], codes)
-        assert np.array_equal(layer.cache.scales[part, 0, 0, :, :40].T, scale[..., 0])
+        assert np.array_equal(layer.cache.memory.scales[part, 0, 0, :, :40].T, scale[..., 0])
     keys, values = layer.keys_and_values()
     assert keys[7, 2, :10].tolist() == [127, 0, 2, 2, 4, 0, -2, -2, -127, 126]
     assert values[8, 3, :10].tolist() == [-127, 0, -2, -2, -4, 0, 2, 2, 127, -126]
@@ -251,7 +252,7 @@ def test_keys_and_values_of_zeros_have_scale_0_and_no_effect_but_their_weight():
     qkv[3, :, 1:] = 0
     qkv[4, :, 1:] = 1e-31  # 127 / peak would overflow below 1e-36: all below 1e-30 are zeros
     y = layer(qkv)
-    assert not layer.cache.scales[:, 0, 0, :, 3:5].any()
+    assert not layer.cache.memory.scales[:, 0, 0, :, 3:5].any()
     for head, (found, want) in enumerate(zip(y[-1], exact_heads("int8", qkv), strict=True)):
         assert (np.abs(found - want.y) <= want.bound).all(), head
 
@@ -403,7 +404,7 @@ def test_each_head_reads_the_chunks_that_its_bound_does_not_exclude_and_no_other
     qkv = tokens(CONTEXT, seed=2, spread=0.4)
     layer = Layer(dtype, CONTEXT)
     layer(qkv[:-1])
-    held = [data.copy() for data in (layer.cache.data, layer.cache.scales)]
+    held = [data.copy() for data in (layer.cache.memory.data, layer.cache.memory.scales)]
     q, keys = qkv[-1, :, 0].astype(np.float64), as_held(qkv[:, :, 1], dtype)
     distance = CONTEXT - 1 - np.arange(CONTEXT)
     scores = np.einsum("shd,hd->sh", keys, q) / 4 - distance[:, None] * slopes(8)  # [S, H]
@@ -412,7 +413,7 @@ def test_each_head_reads_the_chunks_that_its_bound_does_not_exclude_and_no_other
     for chunk in range((CONTEXT - 1) // CHUNK):
         layer.poison(chunk)
         found = np.isnan(layer(qkv[-1:], hold=False)[0, :, 0])
-        layer.cache.data[:], layer.cache.scales[:] = held
+        layer.cache.memory.data[:], layer.cache.memory.scales[:] = held
         end = (chunk + 1) * CHUNK
         longest = np.linalg.norm(qkv[end - CHUNK : end, :, 1], axis=2).max(axis=0)
         room = reach * longest - slopes(8) * distance[end - 1] - scores[end:].max(axis=0) + 41
@@ -520,7 +521,7 @@ def test_the_last_row_of_a_cache_of_more_than_2_31_elements_is_addressed_right(d
         huge = Layer(dtype, capacity, batch)
     except CapacityError:
         pytest.skip("this system gives out no more memory than it has")
-    assert huge.cache.data.size > 1 << 31
+    assert huge.cache.memory.data.size > 1 << 31
     near = Layer(dtype, small)
     # Both full but for 20 tokens, of zeros that nobody wrote. At a slope of 1/256 they fade 10,500
     # tokens back, so more of them change nothing; chunks lie alike, since 256 divides both.
@@ -531,7 +532,7 @@ def test_the_last_row_of_a_cache_of_more_than_2_31_elements_is_addressed_right(d
     for found, want in zip(huge.keys_and_values(batch - 1), near.keys_and_values(), strict=True):
         assert same_bits(found[-20:].copy(), want[-20:].copy())
         assert want[-20:].any()
-    assert not huge.cache.data[:, :, : batch - 1, :, -20 * 16 :].any()
+    assert not huge.cache.memory.data[:, :, : batch - 1, :, -20 * 16 :].any()
 
 
 # -- the demo with an int8 cache -------------------------------------------------------------------

@@ -299,3 +299,32 @@ def test_untied_model_has_a_head_without_bias():
 def test_path_is_taken_as_given():
     with pytest.raises(InputNotFound, match=r"^no/such/config\.json: no such file$"):
         BloomConfig.from_file(Path("no/such/config.json"))
+
+
+def test_what_the_page_lists_and_inference_ignores_is_kept():
+    raw = {
+        **SIZES, "hidden_dropout": 0.1, "attention_dropout": 0, "initializer_range": 0.01,
+        "pretraining_tp": 4, "slow_but_exact": True,
+    }  # fmt: skip
+    config = BloomConfig.from_dict(raw)
+    assert (config.hidden_dropout, config.pretraining_tp, config.slow_but_exact) == (0.1, 4, True)
+    assert config.model_type == "bloom"
+    for change, expected in (
+        ({"hidden_dropout": "much"}, "hidden_dropout is 'much', expected a number from 0 to 1"),
+        ({"pretraining_tp": 0}, "pretraining_tp is 0, expected a whole number from 1"),
+    ):
+        assert expected in refusal({**SIZES, **change})
+
+
+def test_a_config_comes_from_a_checkpoint_or_a_pack(tmp_path):
+    config = BloomConfig(**SIZES, labels=("a", "b", "c"))
+    for name, content in (
+        ("config.json", config.to_dict()),
+        ("manifest.json", {"config": config.to_dict()}),
+    ):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(json.dumps(content))
+        assert BloomConfig.from_pretrained(folder) == config
+    with pytest.raises(InputNotFound, match=r"config\.json: no such file$"):
+        BloomConfig.from_pretrained(tmp_path)

@@ -74,7 +74,7 @@ def stored(lm: Head, cache) -> tuple[np.ndarray, np.ndarray]:
         return tuple(np.stack(parts) for parts in zip(*cache.layers, strict=True))
     if lm.backend.name != "numba":
         pytest.skip("how this backend's cache lies is not known here")
-    keys, values = cache.data
+    keys, values = cache.memory.data
     layers, batch, n_head = keys.shape[:3]
     keys = keys.reshape(layers, batch, n_head, cache.capacity // 16, -1, 16)
     keys = np.moveaxis(keys, 5, 4).reshape(layers, batch, n_head, cache.capacity, -1)
@@ -390,6 +390,19 @@ def test_keys_are_those_that_were_stored(build: Build, name: str):
     assert cache.keys(1, 1, 0).shape == (0, n_head, head_dim)
 
 
+def test_a_cache_that_cannot_grow_is_as_before(build: Build, name: str):
+    lm = build()
+    cache, other = lm.cache(1, 24), lm.cache(1, 24)
+    for each in (cache, other):
+        run(lm, each, [0], [IDS[:20]])
+    capacity = cache.capacity
+    with pytest.raises(CapacityError, match=r"^no memory for a cache of "):
+        cache.grow(1 << 50)
+    assert cache.capacity == capacity
+    found, expected = (run(lm, each, [0], [IDS[:3]])[0] for each in (cache, other))
+    assert found.tobytes() == expected.tobytes()
+
+
 def test_a_cache_that_has_grown_holds_what_it_held(build: Build, name: str):
     lm = build()
     small, large = lm.cache(2, 24), lm.cache(2, 300)
@@ -512,3 +525,9 @@ def test_float_packs_get_a_float32_cache_and_quantized_ones_float16(tmp_path_fac
         for scheme in ("int4", "f32")
     }
     assert found == {"int4": "f16", "f32": "f32"}
+
+
+@pytest.mark.parametrize("threads", [0, -4, 1.5, True])
+def test_impossible_threads_are_refused_on_every_backend(opened: Pack, name: str, threads):
+    with pytest.raises(UsageError, match=rf"^threads is {threads}, expected "):
+        backends.choose(name, opened, threads)

@@ -287,3 +287,12 @@ def test_ragged_labels_are_refused_in_our_words():
         sequence_loss(logits_of(2, 3), ragged, config())
     with pytest.raises(UsageError, match=r"^start_positions: rows of different lengths"):
         span_loss(logits_of(2, 4), logits_of(2, 4), ragged, [0, 1], seen(2, 4))
+
+
+def test_labels_of_several_classes_are_shares():
+    config = BloomConfig(problem_type="multi_label_classification", labels=("a", "b"))
+    logits = np.zeros((2, 2), np.float32)
+    with pytest.raises(UsageError, match=r"^labels of several classes hold other numbers than 0 t"):
+        sequence_loss(logits, [[0, 7.5], [1, 1]], config)
+    with pytest.raises(UsageError, match=r"^labels hold NaN or infinity$"):
+        sequence_loss(logits, [[0, np.nan], [1, 1]], config)

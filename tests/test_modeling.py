@@ -27,6 +27,7 @@ from oracle import (
 )
 
 import bloomq
+from bloomq import forward
 from bloomq.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -490,8 +491,37 @@ def test_labels_out_of_range_are_refused_by_every_class(models, kind):
         models.ours(Spec(kind=kind))(PLAIN, labels=[0, 1, 1])
 
 
-@pytest.mark.parametrize("ids", [1.5, [[1.0]], -1, [97], ["a"], True], ids=str)
-def test_input_embeddings_are_of_ids_of_the_vocabulary(models, ids):
-    expected = r"^ids are .*, expected whole numbers from 0 to 96$"
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        (1.5, r"^input_ids is float64 \[1, 1\], expected whole numbers"),
+        ([["a"]], r"^input_ids is <U1 \[1, 1\], expected whole numbers"),
+        (True, r"^input_ids is bool \[1, 1\], expected whole numbers"),
+        (-1, r"^token id -1, expected 0 to 96$"),
+        ([97], r"^token id 97, expected 0 to 96$"),
+        ([[1], [1, 2]], r"^ids have rows of different lengths: pad them$"),
+    ],
+    ids=str,
+)
+def test_input_embeddings_are_of_ids_of_the_vocabulary(models, ids, expected):
     with pytest.raises(UsageError, match=expected):
         models.ours(Spec()).get_input_embeddings()(ids)
+
+
+def test_few_logits_of_a_large_batch_take_little_memory(models, monkeypatch):
+    made = []
+    plain = forward.zeros
+    monkeypatch.setattr(
+        forward, "zeros", lambda shape, *rest: made.append(shape) or plain(shape, *rest)
+    )
+    model = models.ours(Spec())
+    kept = model(PLAIN, logits_to_keep=1).logits
+    assert made == [(*kept.shape,)]
+    assert kept.tobytes() == model(PLAIN).logits[:, -1:].tobytes()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_embeddings_that_are_no_numbers_are_refused(models, value):
+    embeds = np.full((1, 2, 32), value)
+    with pytest.raises(UsageError, match=r"^inputs_embeds holds NaN, infinity or more than float"):
+        models.ours(Spec())(inputs_embeds=embeds)

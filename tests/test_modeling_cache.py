@@ -217,7 +217,7 @@ OTHERS = {
 def test_a_past_of_another_model_is_refused(models, other):
     """Kernels would read and write beyond its memory."""
     past = models.ours(OTHERS[other])([[5, 6]]).past_key_values
-    expected = "^past_key_values is of a model with other layers or heads, or on another backend$"
+    expected = "^past_key_values is of a model with other layers, heads or adapters, or on another"
     with pytest.raises(UsageError, match=expected):
         models.ours(BASE)([[7]], past_key_values=past)
     assert past.get_seq_length() == 2
@@ -229,5 +229,5 @@ def test_a_past_of_another_backend_or_cache_dtype_is_refused(models):
     for other in (models.ours(BASE, backend="reference"), halved):
         past = other([[5, 6]]).past_key_values
         for one, its in ((model, past), (other, model([[5, 6]]).past_key_values)):
-            with pytest.raises(UsageError, match=r"or on another backend$"):
+            with pytest.raises(UsageError, match=r"or on another backend: start a new one$"):
                 one([[7]], past_key_values=its)

@@ -270,6 +270,30 @@ def test_one_model_may_generate_in_two_python_threads():
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
+MANY_SHAPES = """
+import sys, threading, bloomq
+sys.setswitchinterval(1e-6)
+model = bloomq.load(backend="numba", threads=1)
+prompts = [list(range(1, 2 + n)) for n in range(24)]
+expected = [model.generate(p, max_new_tokens=2).ids for p in prompts]
+wrong = []
+def work(first):
+    for i in range(len(prompts)):
+        at = (first + i) % len(prompts)
+        if model.generate(prompts[at], max_new_tokens=2).ids != expected[at]:
+            wrong.append(at)
+threads = [threading.Thread(target=work, args=(4 * i,)) for i in range(6)]
+for t in threads: t.start()
+for t in threads: t.join()
+print(wrong)
+"""
+
+
+def test_steps_of_many_shapes_may_run_in_many_python_threads():
+    done = run_script(MANY_SHAPES)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
 # -- how many --------------------------------------------------------------------------------------
 
 

@@ -71,6 +71,8 @@ def choose(name: str, pack: Pack, threads: int | None, cache_dtype: str = "auto"
         raise BackendError(f"backend {name} is not available: {problem}: use one of {available()}")
     if cache_dtype not in ("auto", "f16", "f32", "int8"):
         raise UsageError(f"cache_dtype is {cache_dtype!r}, expected auto, f16, f32 or int8")
+    if name in ("jax", "reference") and not (threads is None or _is_count(threads)):
+        raise UsageError(f"threads is {threads!r}, expected a whole number from 1")
     if name in ("jax", "reference") and cache_dtype not in ("auto", "f32"):
         raise UsageError(f"cache_dtype is {cache_dtype!r}, the {name} backend has f32 alone")
     if cache_dtype == "auto":
@@ -79,6 +81,10 @@ def choose(name: str, pack: Pack, threads: int | None, cache_dtype: str = "auto"
         cache_dtype = "f32" if exact else "f16"
     backend = _BUILD[name](threads, cache_dtype)
     return Choice(backend, f"{reason}; {backend.description}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _numba(threads: int | None, cache_dtype: str) -> Backend:

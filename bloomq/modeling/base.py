@@ -13,13 +13,15 @@ from numpy.typing import ArrayLike, NDArray
 from bloomq import backends
 from bloomq.config import Architecture
 from bloomq.errors import UsageError
-from bloomq.forward import Inputs, KeyValues, Trace, check_inputs, run
+from bloomq.forward import run
 from bloomq.heads import Head
+from bloomq.inputs import Inputs, KeyValues, check_inputs
 from bloomq.layers import Backend
 from bloomq.lora import Choices
 from bloomq.opening import open_or_convert
 from bloomq.outputs import BaseModelOutput, ModelOutput
 from bloomq.pack import Pack
+from bloomq.tracing import Trace
 
 F32 = NDArray[np.float32]
 Output = TypeVar("Output", bound=ModelOutput)
@@ -89,33 +91,33 @@ class BloomPreTrainedModel:
         """ids of any shape -> their embeddings [..., C], as `inputs_embeds` takes them."""
 
         def embed(ids: ArrayLike) -> F32:
-            whole = np.asarray(ids)
-            if whole.dtype.kind not in "iu" or (
-                whole.size and not 0 <= whole.min() <= whole.max() < self.config.vocab_size
-            ):
-                raise UsageError(
-                    f"ids are {whole.dtype}, expected whole numbers from 0 to "
-                    f"{self.config.vocab_size - 1}"
-                )
-            rows = self.head.model.wte(whole.reshape(-1).astype(np.int64))
-            return self.head.backend.numpy(rows).reshape(*whole.shape, self.config.hidden_size)
+            try:
+                given = np.asarray(ids)
+            except ValueError:
+                raise UsageError("ids have rows of different lengths: pad them") from None
+            whole = check_inputs(self.config, given.reshape(1, -1), None, None, None).ids
+            assert whole is not None
+            rows = self.head.model.wte(whole[0])
+            return self.head.backend.numpy(rows).reshape(*given.shape, self.config.hidden_size)
 
         return embed
 
     def _run(
         self, inputs: Inputs, wanted: NDArray[np.bool_], use_cache: bool | None,
         output_attentions: bool | None, output_hidden_states: bool | None, adapters: Choices,
+        first: int = 0,
     ) -> tuple[F32, dict[str, Any]]:  # fmt: skip
-        """Results [B, T, columns], and the fields that every output has."""
+        """Results [B, T - first, columns], and the fields that every output has."""
         head, past = self.head, inputs.past
         if past is None:
             most = int(inputs.mask.sum(axis=1).max())
             past = KeyValues(head.cache(inputs.shape[0], most), head.cache_kind)
+        past.check(head)
         head.choose(past.cache, adapters)
         trace = None
         if output_attentions or output_hidden_states:
             trace = Trace(bool(output_hidden_states), bool(output_attentions))
-        out = run(head, inputs, past, wanted, trace)
+        out = run(head, inputs, past, wanted, first=first, trace=trace)
         kept = self.config.use_cache if use_cache is None else use_cache
         return out, {
             "past_key_values": past if kept or inputs.past is not None else None,

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bloomq.errors import UsageError
-from bloomq.forward import KeyValues, check_inputs
+from bloomq.inputs import KeyValues, check_inputs
 from bloomq.lora import Choices
 from bloomq.losses import causal_lm_loss
 from bloomq.modeling.base import BloomPreTrainedModel, answer
@@ -57,13 +57,19 @@ class BloomForCausalLM(BloomPreTrainedModel):
         logits_to_keep = int(logits_to_keep)  # NumPy's kinds without a sign wrap around
         if labels is not None and logits_to_keep:
             raise UsageError("labels need all logits: leave logits_to_keep at 0")
-        wanted = np.zeros(inputs.shape, bool)
-        wanted[:, -logits_to_keep:] = True  # -0: all of them
+        first = length - logits_to_keep if logits_to_keep else 0
+        wanted = np.arange(length) >= np.full((inputs.shape[0], 1), first)
         logits, rest = self._run(
-            inputs, wanted, use_cache, output_attentions, output_hidden_states, adapters
+            inputs,
+            wanted,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            adapters,
+            first,
         )
         loss = None if labels is None else causal_lm_loss(logits, labels, inputs.mask)
-        return answer(CausalLMOutput(loss, logits[:, -logits_to_keep:], **rest), return_dict)
+        return answer(CausalLMOutput(loss, logits, **rest), return_dict)
 
     forward = __call__
 
@@ -75,16 +81,17 @@ class BloomForCausalLM(BloomPreTrainedModel):
         max_new_tokens: int | None = None,
         max_length: int | None = None,
         do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int = 50,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
+        temperature: float | None = 1.0,
+        top_k: int | None = 50,
+        top_p: float | None = 1.0,
+        repetition_penalty: float | None = 1.0,
         num_return_sequences: int = 1,
         num_beams: int = 1,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         streamer: Streamer | None = None,
         seed: int | None = None,
+        use_cache: bool | None = None,
         adapters: Choices = None,
     ) -> I64:
         """The prompts with what follows them, int64 [B * num_return_sequences, T + new], filled up
@@ -92,9 +99,10 @@ class BloomForCausalLM(BloomPreTrainedModel):
         padding of the prompts, unless that ends texts too.
 
         Names and defaults are transformers': 20 new tokens where neither max_new_tokens nor
-        max_length (prompt and output) is given; greedy unless do_sample. seed: same seed, same
-        tokens. adapters: None for the base, a name, a mapping of names to scales, or a list with
-        one of these for each prompt. An argument that is not here is refused by Python, not
+        max_length (prompt and output) is given; greedy unless do_sample; None switches a sampling
+        option off. seed: same seed, same tokens. use_cache is taken for transformers' sake: nothing
+        depends on it. adapters: None for the base, a name, a mapping of names to scales, or a list
+        with one of these for each prompt. An argument that is not here is refused by Python, not
         ignored.
 
         Raises: UsageError, NumericError.

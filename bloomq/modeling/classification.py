@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bloomq.errors import UsageError
-from bloomq.forward import Inputs, KeyValues, check_inputs
+from bloomq.inputs import Inputs, KeyValues, check_inputs
 from bloomq.lora import Choices
 from bloomq.losses import sequence_loss, token_loss
 from bloomq.modeling.base import BloomPreTrainedModel, answer

@@ -6,6 +6,7 @@ Invariant: a row's tokens do not depend on its padding or on the other rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,9 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from bloomq.config import BloomConfig
 from bloomq.errors import UsageError
-from bloomq.forward import check_inputs
 from bloomq.generation import Batch
 from bloomq.heads import Head
+from bloomq.inputs import check_inputs
 from bloomq.lora import Choices
 from bloomq.sampling import Sampling, is_whole
 
@@ -37,10 +38,10 @@ def generate(
     max_new_tokens: int | None,
     max_length: int | None,
     do_sample: bool,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    repetition_penalty: float,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float | None,
     num_return_sequences: int,
     num_beams: int,
     eos_token_id: int | Sequence[int] | None,
@@ -60,9 +61,12 @@ def generate(
     mask = np.repeat(mask, num_return_sequences, axis=0)
     new_tokens = _new_tokens(max_new_tokens, max_length, ids.shape[1])
     sampling = Sampling(
-        temperature=temperature if do_sample else 0.0, top_k=top_k if do_sample else 0,
-        top_p=top_p if do_sample else 1.0, repetition_penalty=repetition_penalty, seed=seed,
+        temperature=1.0 if temperature is None else temperature, top_k=top_k or 0,
+        top_p=1.0 if top_p is None else top_p,
+        repetition_penalty=1.0 if repetition_penalty is None else repetition_penalty, seed=seed,
     )  # fmt: skip
+    if not do_sample:  # checked all the same
+        sampling = replace(sampling, temperature=0.0, top_k=0, top_p=1.0)
     batch = Batch(
         head, [row[real].tolist() for row, real in zip(ids, mask, strict=True)], sampling,
         max_new_tokens=new_tokens, context=ids.shape[1] + new_tokens,
@@ -98,6 +102,8 @@ def _prompts(
 
 
 def _check_several(num_return_sequences: int, do_sample: bool) -> None:
+    if not isinstance(do_sample, bool):
+        raise UsageError(f"do_sample is {do_sample!r}, expected True or False")
     most = num_return_sequences if do_sample else 1
     if not is_whole(num_return_sequences) or not 1 <= num_return_sequences <= most:
         raise UsageError(
@@ -134,7 +140,7 @@ def _end_ids(eos_token_id: int | Sequence[int] | None, config: BloomConfig) -> t
     if eos_token_id is None:
         return () if config.eos_token_id is None else (config.eos_token_id,)
     ends: Any = eos_token_id if isinstance(eos_token_id, list | tuple) else (eos_token_id,)
-    if not all(is_whole(end) for end in ends):
+    if not all(is_whole(end) and 0 <= end < config.vocab_size for end in ends):
         raise UsageError(f"eos_token_id is {eos_token_id!r}, expected a token id or a list of them")
     return tuple(int(end) for end in ends)
 
@@ -142,6 +148,6 @@ def _end_ids(eos_token_id: int | Sequence[int] | None, config: BloomConfig) -> t
 def _pad_id(pad_token_id: int | None, config: BloomConfig) -> int | None:
     if pad_token_id is None:
         return config.pad_token_id
-    if not is_whole(pad_token_id):
+    if not is_whole(pad_token_id) or not 0 <= pad_token_id < config.vocab_size:
         raise UsageError(f"pad_token_id is {pad_token_id!r}, expected a token id")
     return pad_token_id

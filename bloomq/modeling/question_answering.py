@@ -6,7 +6,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from bloomq.forward import check_inputs
+from bloomq.inputs import check_inputs
 from bloomq.lora import Choices
 from bloomq.losses import span_loss
 from bloomq.modeling.base import BloomPreTrainedModel, answer

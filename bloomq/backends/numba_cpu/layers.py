@@ -9,13 +9,15 @@ the addresses stay good.
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bloomq.backends.numba_cpu.attention import CHUNK, QUERIES, attend, store
+from bloomq.backends.numba_cpu.attention import QUERIES, attend, store
+from bloomq.backends.numba_cpu.cache import BOUND, NumbaCache, padded_head
 from bloomq.backends.numba_cpu.ceilings import Ceilings
 from bloomq.backends.numba_cpu.embedding import look_up, take_rows
 from bloomq.backends.numba_cpu.jit import best_tier, cpu_features
@@ -26,8 +28,7 @@ from bloomq.backends.numba_cpu.threads import Pool, physical_cores
 from bloomq.backends.numba_cpu.top import PART, top_merge, top_parts
 from bloomq.config import BloomConfig
 from bloomq.errors import UsageError
-from bloomq.layers import Activation, CacheDtype, Span, Step, Top, slopes, zeros
-from bloomq.schemes import round_up
+from bloomq.layers import Activation, CacheDtype, Span, Step, Top, slopes
 from bloomq.weights import Matrix, Norm
 
 F32 = NDArray[np.float32]
@@ -35,7 +36,7 @@ I64 = NDArray[np.int64]
 
 # A program's inputs: what `NumbaCache.bind` writes, then the addresses of ids and of the index of
 # wanted rows.
-_IDS, _WANTED, _INPUTS = 11, 12, 13
+_IDS, _WANTED, _INPUTS = BOUND, BOUND + 1, BOUND + 2
 _ATTENTION_CHUNKS = 64  # of a step: enough to share evenly, each worth its scratch memory
 # Programs kept for replay: decode in several shapes, a prompt's steps. Those with much memory, as a
 # prompt's on a large model, or one whose every logit was asked for, are kept as long as they fit.
@@ -152,14 +153,14 @@ class _Replay:
     def __init__(self, pool: Pool, step: Step) -> None:
         self._pool, self._step = pool, step
         self._recorded: OrderedDict[tuple[int, int, int], tuple[Program, F32]] = OrderedDict()
+        self._keeping = threading.Lock()
 
     def __call__(self, ids: I64, cache: NumbaCache, span: Span, wanted: I64) -> F32:
         shape = (len(ids), len(span.rows), len(wanted))
         # Taken out while it runs: another thread's step of this shape gets a program of its own.
-        try:
-            program, result = self._recorded.pop(shape)
-        except KeyError:
-            program, result = self._record(shape, cache, span)
+        with self._keeping:
+            kept = self._recorded.pop(shape, None)
+        program, result = self._record(shape, cache, span) if kept is None else kept
         ids, wanted = (np.ascontiguousarray(index, np.int64) for index in (ids, wanted))
         cache.bind(program, span, ids, wanted)
         program.inputs[_IDS] = ids.ctypes.data
@@ -167,8 +168,9 @@ class _Replay:
         self._pool.run(program)
         program.held = None
         mine = result.copy()
-        self._recorded[shape] = (program, result)
-        self._forget()
+        with self._keeping:
+            self._recorded[shape] = (program, result)
+            self._forget()
         return mine
 
     def _forget(self) -> None:
@@ -290,7 +292,7 @@ class NumbaAttention:
     ) -> None:
         self._pool, self._layer, self._head_dim = pool, layer, head_dim
         self._slopes = slopes(n_head)
-        width = _width(head_dim)
+        width = padded_head(head_dim)
         self._store = store(dtype, width, tier)
         self._one = attend(dtype, width, tier, 1)
         self._several = attend(dtype, width, tier, QUERIES)
@@ -320,86 +322,6 @@ class NumbaAttention:
             self._slopes.ctypes.data, out.address, out.stride_bytes,
         )  # fmt: skip
         return out
-
-
-class NumbaCache:
-    """Keys [layer, B, H, S/16, D, 16] and values [layer, B, H, S, D], as `attend` reads them.
-
-    int8: with a float32 scale for each. `key_lengths` [layer, B, H, S/256]: the largest |k| of each
-    chunk. Memory comes from the system as it is first touched.
-    """
-
-    def __init__(
-        self, config: BloomConfig, batch: int, capacity: int, dtype: CacheDtype, ranks: int = 0
-    ) -> None:
-        self.batch, self.dtype = batch, dtype
-        self.lengths: I64 = np.zeros(batch, np.int64)
-        self.gates: F32 = np.zeros((batch, ranks), np.float32)
-        self._places = (config.n_layer, batch, config.n_head)
-        self._head_dim = config.head_dim
-        self._allocate(capacity)
-
-    def _allocate(self, capacity: int) -> None:
-        self.capacity = round_up(capacity, 64)  # keys are scored up to 64 at a time
-        width, scaled = _width(self._head_dim), self.dtype == "int8"
-        self.data = zeros((2, *self._places, self.capacity * width), _ELEMENTS[self.dtype])
-        self.scales = zeros((2, *self._places, self.capacity if scaled else 0), np.float32)
-        self.key_lengths = zeros((*self._places, -(-self.capacity // CHUNK)), np.float32)
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.data.nbytes + self.scales.nbytes + self.key_lengths.nbytes)
-
-    def keys(self, layer: int, row: int, count: int) -> F32:
-        tiles, width = -(-count // 16), _width(self._head_dim)
-        stored = self.data[0, layer, row].reshape(self._places[2], -1, width, 16)[:, :tiles]
-        keys = np.moveaxis(stored, 3, 2).reshape(self._places[2], -1, width)  # [H, S, D]
-        keys = keys[:, :count, : self._head_dim].astype(np.float32)
-        if self.dtype == "int8":
-            keys *= self.scales[0, layer, row, :, :count, None]
-        return np.asarray(keys.transpose(1, 0, 2), np.float32)
-
-    def grow(self, capacity: int) -> None:
-        if capacity > self.capacity:
-            old = (self.data, self.scales, self.key_lengths)
-            self._allocate(capacity)
-            for before, now in zip(old, (self.data, self.scales, self.key_lengths), strict=True):
-                now[..., : before.shape[-1]] = before  # positions lie outermost in a head's memory
-
-    def bind(self, program: Program, span: Span, *others: I64) -> None:
-        """Tell a program where this cache lies and what a step does to it; the program holds these
-        arrays, and `others`, while it runs."""
-        tokens = int(self.lengths[span.rows].sum() + span.starts[-1])
-        program.cache_bytes = tokens * self.nbytes // (self.batch * self.capacity)
-        heads = self.batch * self._places[2]  # of a layer
-        held = [np.ascontiguousarray(a) for a in (span.rows, span.starts, self.lengths[span.rows])]
-        program.inputs[:_IDS] = (
-            self.data.ctypes.data, self.scales.ctypes.data, self.key_lengths.ctypes.data, heads,
-            self.capacity, heads * self._places[0], len(span.rows),
-            *(array.ctypes.data for array in held), self.gates.ctypes.data,
-        )  # fmt: skip
-        program.held = (self.data, self.scales, self.key_lengths, self.gates, *held, *others)
-
-    def advance(self, span: Span) -> None:
-        self.lengths[span.rows] += span.counts
-
-    def truncate(self, row: int, length: int) -> None:
-        self.lengths[row] = min(length, int(self.lengths[row]))
-
-    def copy(self, source: int, target: int) -> None:
-        self.data[:, :, target] = self.data[:, :, source]
-        self.scales[:, :, target] = self.scales[:, :, source]
-        self.key_lengths[:, target] = self.key_lengths[:, source]
-        self.gates[target] = self.gates[source]
-        self.lengths[target] = self.lengths[source]
-
-
-_ELEMENTS: dict[str, type[np.generic]] = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
-
-
-def _width(head_dim: int) -> int:
-    """head_dim as the cache pads it."""
-    return round_up(head_dim, 16)
 
 
 def _padded(vector: F32, length: int = 0) -> F32:

@@ -1,0 +1,27 @@
+"""The benchmarks that need no peer run, on the embedded demo, and print figures."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["horizon.py", "--depths", "64"], r"64 tokens: [\d.]+ ms of attention a step, [\d.]+ wi"),
+        (["speculation.py", "-n", "8", "--repeat", "1"], r"repetition +\d+ +\d+ +[\d.]+ +[\d.]+"),
+    ],
+)
+def test_a_benchmark_runs(command: list[str], expected: str):
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=FOLDER, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(expected, done.stdout)
