@@ -197,7 +197,7 @@ class BloomConfig:
         manifest = Path(path) / "manifest.json"
         if not exists(manifest):
             return cls.from_file(Path(path) / "config.json")
-        raw = read_json(manifest)
+        raw: Any = read_json(manifest)
         return cls.from_dict(raw.get("config") if isinstance(raw, dict) else raw, str(manifest))
 
     def to_dict(self) -> dict[str, Any]:

@@ -55,20 +55,36 @@ def cut_pair(first: Tokens, second: Tokens, most: int) -> Tokens:
     return first.cut(long).followed_by(second.cut(short))
 
 
+def paired(
+    rows: list[Tokens], text: object, pairs: list[Tokens], text_pair: object, most: int | None
+) -> list[Tokens]:
+    """Each row with its pair behind it, of `most` tokens together; None: of any number."""
+    if isinstance(text, str) != isinstance(text_pair, str) or len(rows) != len(pairs):
+        raise UsageError(
+            f"text_pair: expected one for each text, found {len(pairs)} for {len(rows)}"
+        )
+    both = zip(rows, pairs, strict=True)
+    if most is None:
+        return [row.followed_by(pair) for row, pair in both]
+    return [cut_pair(row, pair, most) for row, pair in both]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoding(Mapping[str, Rows | OffsetRows]):
     """Ids and mask (1 text, 0 padding) of a text or a batch, made for `model(**encoding)`.
 
-    offset_mapping: the characters of each token, (0, 0) for padding; there if it was asked for.
+    offset_mapping: the characters of each token, (0, 0) for padding. It is there if it was asked
+    for, and the mask unless it was not.
     """
 
     input_ids: Rows
-    attention_mask: Rows
+    attention_mask: Rows | None = None
     offset_mapping: OffsetRows | None = None
 
     def _present(self) -> dict[str, Rows | OffsetRows]:
         found: dict[str, Rows | OffsetRows] = {"input_ids": self.input_ids}
-        found["attention_mask"] = self.attention_mask
+        if self.attention_mask is not None:
+            found["attention_mask"] = self.attention_mask
         if self.offset_mapping is not None:
             found["offset_mapping"] = self.offset_mapping
         return found
@@ -84,16 +100,24 @@ class Encoding(Mapping[str, Rows | OffsetRows]):
 
 
 def batched(
-    rows: list[Tokens], pad_id: int, side: Side, *, width: int | None, offsets: bool, arrays: bool
+    rows: list[Tokens],
+    pad_id: int,
+    side: Side,
+    *,
+    width: int | None,
+    mask: bool,
+    offsets: bool,
+    arrays: bool,
 ) -> Encoding:
     """Rows as an `Encoding`: lists of lists, or int64 arrays [B, T] and [B, T, 2].
 
-    width: tokens that shorter rows are filled up to; None: the longest row's.
+    width: tokens that shorter rows are filled up to; None: the longest row's. mask, offsets: are
+    they in it?
     """
     longest = max((len(row.ids) for row in rows), default=0)
     width = longest if width is None else width
     ids = [_filled(row.ids, pad_id, width, side) for row in rows]
-    masks = [_filled([1] * len(row.ids), 0, width, side) for row in rows]
+    masks = [_filled([1] * len(row.ids), 0, width, side) for row in rows] if mask else None
     spans = [_filled(row.offsets, (0, 0), width, side) for row in rows] if offsets else None
     if not arrays:
         return Encoding(ids, masks, spans)
@@ -102,9 +126,28 @@ def batched(
     shape = (len(ids), -1 if any(ids) else 0)
     return Encoding(
         np.array(ids, np.int64).reshape(shape),  # [B, T]
-        np.array(masks, np.int64).reshape(shape),
+        None if masks is None else np.array(masks, np.int64).reshape(shape),
         None if spans is None else np.array(spans, np.int64).reshape(*shape, 2),
     )
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises: UsageError for what is no list of texts."""
+    if not isinstance(texts, list | tuple):
+        raise UsageError(f"texts: expected a list of str, found {type(texts).__name__}")
+    for row, text in enumerate(texts):
+        check_text(text, f"text {row}")
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises: UsageError, naming `where`, for what is no text, or none that UTF-8 can hold."""
+    if not isinstance(text, str):
+        raise UsageError(f"{where}: expected str, found {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        fault = f"lone surrogate U+{ord(text[error.start]):04X} at position {error.start}"
+        raise UsageError(f"{where}: {fault}, which UTF-8 cannot hold; remove it") from None
 
 
 def as_ids(ids: Ids) -> list[int]:

@@ -8,7 +8,9 @@ when a model is made.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -21,6 +23,7 @@ from bloomq.modeling.generate import generate
 from bloomq.opening import open_or_convert
 from bloomq.outputs import BaseModelOutput, CausalLMOutput, ModelOutput
 from bloomq.pack import Pack
+from bloomq.sampling import is_whole
 
 if TYPE_CHECKING:
     import jax
@@ -53,12 +56,18 @@ class FlaxBloomPreTrainedModel:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], *, scheme: str | None = None, dtype: Any = np.float32
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        scheme: str | None = None,
+        dtype: Any = np.float32,
+        save_pack: str | os.PathLike[str] | None = None,
     ) -> Self:
         """The model of a pack, or of a checkpoint's folder, which is quantized on the way in.
 
         scheme: of a checkpoint's matrices ("int8", "int4", "nf4", ...); None: as they are stored.
-        dtype: of the computation; float32 alone.
+        dtype: of the computation; float32 alone. save_pack: where a checkpoint's pack is kept, and
+        found the next time; None: nowhere.
 
         Raises: UsageError, InputNotFound, PackError, BackendError, and those of `bloomq.convert`.
         """
@@ -67,7 +76,7 @@ class FlaxBloomPreTrainedModel:
                 f"dtype is {dtype!r:.60}, these classes compute in float32: a scheme makes the "
                 "weights small"
             )
-        return cls(open_or_convert(path, scheme))
+        return cls(open_or_convert(path, scheme, None if save_pack is None else Path(save_pack)))
 
     @property
     def params(self) -> dict[str, dict[str, jax.Array]]:
@@ -75,10 +84,16 @@ class FlaxBloomPreTrainedModel:
         return self._params
 
     def init_cache(self, batch_size: int, max_length: int) -> Past:
-        """An empty `past_key_values` for `max_length` columns. Raises: CapacityError."""
+        """An empty `past_key_values` for `max_length` columns.
+
+        Raises: UsageError; CapacityError where there is no such memory.
+        """
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if not is_whole(value) or value < 1:
+                raise UsageError(f"init_cache's {name} is {value!r:.60}, expected 1 or more")
         from bloomq.backends.jax.dense import Past
 
-        return Past.empty(self.config, batch_size, max_length)
+        return Past.empty(self.config, int(batch_size), int(max_length))
 
     def __call__(
         self,
@@ -103,15 +118,20 @@ class FlaxBloomPreTrainedModel:
             raise UsageError(
                 "train and dropout_rng ask for dropout: quantized weights do not train"
             )
-        from bloomq.backends.jax.inputs import batch_of, check_room, checked_ids, checked_mask
+        from bloomq.backends.jax import inputs
+        from bloomq.backends.jax.params import checked_params
 
-        if params is not None:
-            self._built(params)  # or raises
-        ids, mask = checked_ids(input_ids, self.config.vocab_size), checked_mask(attention_mask)
-        check_room(ids if inputs_embeds is None else inputs_embeds, mask, past_key_values)
-        tokens, mask = batch_of(self.config, ids, inputs_embeds, mask, past_key_values)
+        own = params is None
+        weights = self._params if own else checked_params(self.config, self._schemes, params)
+        inputs.check_past(self.config, past_key_values)
+        ids = inputs.as_array("input_ids", input_ids)
+        embeds = inputs.as_array("inputs_embeds", inputs_embeds)
+        mask = inputs.checked_mask(attention_mask)
+        inputs.check_room(ids if embeds is None else embeds, mask, past_key_values)
+        tokens, mask = inputs.batch_of(self.config, ids, embeds, mask, past_key_values)
+        inputs.check_ids(ids, mask, self.config.vocab_size)
         output = self._compiled(
-            self._params if params is None else params, tokens, mask, past_key_values,
+            weights, tokens, mask, past_key_values,
             output_attentions=bool(output_attentions),
             output_hidden_states=bool(output_hidden_states),
         )  # fmt: skip
@@ -226,7 +246,7 @@ class FlaxBloomForCausalLM(FlaxBloomPreTrainedModel):
         top_k: int = 50,
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         prng_key: X = None,
         params: Params | None = None,

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 
 from bloomq import backends
-from bloomq.errors import TokenizerError, UsageError
+from bloomq.errors import UsageError
 from bloomq.language_model import LanguageModel
 from bloomq.modeling import BloomForCausalLM
 from bloomq.pack import Pack
@@ -49,13 +49,6 @@ def load(
     if not is_whole(context) or not 2 <= context <= _MOST_CONTEXT:
         raise UsageError(f"context is {context!r}, expected 2 to {_MOST_CONTEXT} tokens")
     choice = backends.choose(backend, pack, threads, cache_dtype)
-    data = pack.tokenizer_bytes()
-    source = str(pack.path / "tokenizer.json")
-    tokenizer = None if data is None else BloomTokenizer.from_bytes(data, source)
-    if tokenizer is not None and tokenizer.vocab_size > pack.config.vocab_size:
-        raise TokenizerError(
-            f"{source}: {tokenizer.vocab_size} tokens, the model has {pack.config.vocab_size}: "
-            "it belongs to another model"
-        )
+    tokenizer = BloomTokenizer.of_pack(pack) if pack.has_tokenizer else None
     model = BloomForCausalLM(pack, choice.backend)
     return LanguageModel(model, tokenizer, context, choice.reason, perf_counter() - started)

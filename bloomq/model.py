@@ -126,7 +126,8 @@ class Transformer:
 
         Called with ids [M], cache, span and wanted; the cache then holds these tokens. Raises:
         UsageError for an id outside the vocabulary or a cache of other adapters, CapacityError
-        where a row is full. The cache is as before if anything is raised.
+        where a row is full. The cache is as before if anything is raised, or (on JAX, which
+        writes it in place) says at its next use that it was lost.
         """
         replay = self.backend.compile(
             lambda ids, cache, span, wanted: read(self._forward(ids, cache, span), wanted)

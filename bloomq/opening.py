@@ -10,6 +10,7 @@ from pathlib import Path
 from bloomq.errors import CheckpointError, InputNotFound, UsageError
 from bloomq.files import exists
 from bloomq.pack import MANIFEST, Pack
+from bloomq.schemes import get_scheme
 
 
 def open_or_convert(
@@ -19,13 +20,17 @@ def open_or_convert(
 
     scheme: how a checkpoint's matrices are quantized; None: stored as they are. A pack has its
     scheme already; one that is asked for must be that. save_pack: where a checkpoint's pack is kept
-    for the next time, and taken from if it is there; None: a temporary folder, gone with the
-    `Pack`'s last user.
+    for the next time, and taken from if it is there and was made of this checkpoint, as far as its
+    fingerprint tells; None: a temporary folder, gone with the `Pack`'s last user.
 
     Raises: InputNotFound, PackError, UsageError, and those of `bloomq.convert`.
     """
     path = Path(path)
+    if scheme is not None:
+        get_scheme(scheme)  # refuses what is none
     if exists(path / MANIFEST):
+        if save_pack is not None:
+            raise UsageError(f"{path}: is a pack already: save_pack is for that of a checkpoint")
         return _of_scheme(Pack.open(path), scheme)
     if not exists(path):
         raise InputNotFound(f"{path}: no such pack or checkpoint")
@@ -35,7 +40,7 @@ def open_or_convert(
     from bloomq.converters.hf import read_checkpoint
 
     checkpoint = read_checkpoint(path)
-    wanted = scheme or str(checkpoint.provenance["dtype"]).lower()
+    wanted = str(checkpoint.provenance["dtype"]).lower() if scheme is None else scheme
     if save_pack is not None:
         if not exists(save_pack):
             convert(path, save_pack, scheme=wanted)
@@ -62,11 +67,11 @@ def _of_scheme(pack: Pack, scheme: str | None) -> Pack:
 
 
 def _made_from(pack: Pack, checkpoint: Path, fingerprint: str) -> Pack:
-    """A saved pack must be of these very weights."""
+    """A saved pack must be of this very checkpoint: config, tokenizer and weights."""
     origin = pack.manifest.get("provenance")
     if not isinstance(origin, dict) or origin.get("fingerprint") != fingerprint:
         raise UsageError(
-            f"{pack.path}: was not made from the weights in {checkpoint}: remove it, or choose "
+            f"{pack.path}: was not made from {checkpoint} as it is now: remove it, or choose "
             "another save_pack"
         )
     return pack

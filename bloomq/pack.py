@@ -28,6 +28,7 @@ from bloomq.errors import BloomqError, ConfigError, InputNotFound, PackError, Us
 from bloomq.files import exists, read_bounded, shown
 from bloomq.schemes import Array, Part, Scheme, get_scheme, round_up
 from bloomq.tensorfile import TensorFile
+from bloomq.tokenizer_config import Settings, settings_of
 from bloomq.weights import Matrix, Norm
 
 FORMAT, VERSION = "bloomq-pack", 1
@@ -72,6 +73,7 @@ class Pack:
     path: Path
     config: BloomConfig
     schemes: Mapping[str, Scheme]
+    tokenizer_settings: Settings
     manifest: Mapping[str, Any]
     _specs: Mapping[str, WeightSpec]
     _files: Mapping[str, TensorFile]
@@ -96,13 +98,14 @@ class Pack:
             raise PackError(str(error)) from None
         specs = weight_specs(config)
         schemes = _read_schemes(manifest, specs, where)
+        settings = settings_of(manifest.get("tokenizer", {}), f"{where}: tokenizer", PackError)
         files, array_file = _open_shards(path, manifest)
         expected: dict[str, Part] = {}
         for spec in specs:
             expected |= stored_arrays(spec, schemes.get(spec.name))
         _check_arrays(path, expected, files, array_file)
         return cls(
-            path, config, schemes, manifest, {s.name: s for s in specs}, files, array_file
+            path, config, schemes, settings, manifest, {s.name: s for s in specs}, files, array_file
         )  # fmt: skip
 
     def array(self, key: str) -> Array:
@@ -126,6 +129,10 @@ class Pack:
         c = self.config.hidden_size
         gain, bias = self.vector(f"{name}.weight", c), self.vector(f"{name}.bias", c)
         return Norm(name, gain, bias, self.config.layer_norm_epsilon)
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return TOKENIZER in self.manifest["files"]
 
     def tokenizer_bytes(self) -> bytes | None:
         """The content of tokenizer.json, None where the pack has none.

@@ -34,6 +34,7 @@ from bloomq.pack import (
 )
 from bloomq.schemes import Array, Part, Scheme
 from bloomq.tensorfile import DTYPES
+from bloomq.tokenizer_config import Settings
 
 SHARD_BYTES = 1 << 30  # a shard is closed at the first layer boundary after this
 
@@ -82,8 +83,17 @@ class PackWriter:
         shard.digests.setdefault(key, hashlib.sha256()).update(view)
         shard.written[key] = done + len(view)
 
-    def finish(self, tokenizer: bytes | None, provenance: Mapping[str, Any]) -> None:
-        """Write the tokenizer and, last, the manifest; flush everything to disk."""
+    def finish(
+        self,
+        tokenizer: bytes | None,
+        provenance: Mapping[str, Any],
+        *,
+        settings: Settings | None = None,
+    ) -> None:
+        """Write the tokenizer and, last, the manifest; flush everything to disk.
+
+        settings: of the tokenizer; None: BLOOM's.
+        """
         self._close_shard()
         files: dict[str, Any] = {}
         for shard in self._shards:
@@ -103,6 +113,8 @@ class PackWriter:
             "files": files,
             "provenance": dict(provenance),
         }
+        if settings is not None and settings.to_dict():
+            manifest["tokenizer"] = settings.to_dict()
         manifest["checksum"] = manifest_checksum(manifest)
         _write_file(self._folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
         _flush_folder(self._folder)

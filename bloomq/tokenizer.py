@@ -14,8 +14,20 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from bloomq.byte_level import TextStream, byte_alphabet
-from bloomq.encoding import Encoding, Ids, Side, Tokens, as_ids, batched, cut_pair
-from bloomq.errors import InputNotFound, TokenizerError, UsageError
+from bloomq.encoding import (
+    Encoding,
+    Ids,
+    Side,
+    Tokens,
+    as_ids,
+    batched,
+    check_text,
+    check_texts,
+    paired,
+)
+from bloomq.errors import InputNotFound, PackError, TokenizerError, UsageError
+from bloomq.files import exists, read_bounded
+from bloomq.pack import MANIFEST, TOKENIZER, Pack
 from bloomq.tokenizer_config import SPECIAL, read_settings
 
 if TYPE_CHECKING:
@@ -57,13 +69,38 @@ class BloomTokenizer:
     ) -> "BloomTokenizer":
         """The tokenizer of a pack, a checkpoint's folder or a tokenizer.json.
 
-        padding_side: None for what the tokenizer_config.json beside it says, "left" without one.
+        padding_side: None for what the pack, or the tokenizer_config.json beside the file, says,
+        "left" where neither does.
 
-        Raises: InputNotFound, TokenizerError; also for settings there that are not supported.
+        Raises: InputNotFound, PackError, TokenizerError; also for settings that are not supported.
         """
-        settings = read_settings(Path(path) if Path(path).is_dir() else Path(path).parent)
+        file = _file_of(path)
+        if file.name == TOKENIZER and exists(file.parent / MANIFEST):
+            return cls.of_pack(Pack.open(file.parent), padding_side=padding_side)
+        data, settings = _content(file), read_settings(file.parent)
         side = settings.padding_side if padding_side is None else padding_side
-        return cls.from_file(path, padding_side=side, special=settings.special)
+        return cls.from_bytes(data, str(file), padding_side=side, special=settings.special)
+
+    @classmethod
+    def of_pack(cls, pack: Pack, *, padding_side: Side | None = None) -> "BloomTokenizer":
+        """The tokenizer of an open pack, with the settings of the checkpoint it was made from.
+
+        Raises: PackError where it has none, TokenizerError where it does not fit the model.
+        """
+        data = pack.tokenizer_bytes()
+        if data is None:
+            raise PackError(
+                f"{pack.path}: has no tokenizer: convert a checkpoint that has a tokenizer.json"
+            )
+        source, settings = str(pack.path / TOKENIZER), pack.tokenizer_settings
+        side = settings.padding_side if padding_side is None else padding_side
+        made = cls.from_bytes(data, source, padding_side=side, special=settings.special)
+        if made.vocab_size > pack.config.vocab_size:
+            raise TokenizerError(
+                f"{source}: {made.vocab_size} tokens, the model has {pack.config.vocab_size}: "
+                "it belongs to another model"
+            )
+        return made
 
     @classmethod
     def from_file(
@@ -74,17 +111,9 @@ class BloomTokenizer:
         special: Mapping[str, str] = SPECIAL,
     ) -> "BloomTokenizer":
         """The tokenizer of a tokenizer.json, or of a folder with one, and of nothing beside it."""
-        try:
-            path = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
-            if (size := path.stat().st_size) > MAX_FILE_BYTES:
-                raise TokenizerError(f"{path}: {size} bytes, expected at most {MAX_FILE_BYTES}")
-            with path.open("rb") as file:
-                data = file.read(MAX_FILE_BYTES)  # bounded: a device has size 0 and no end
-        except FileNotFoundError:
-            raise InputNotFound(f"{path}: no such file; expected a tokenizer.json") from None
-        except OSError as error:
-            raise TokenizerError(f"{path}: {error.strerror}; check the path and rights") from None
-        return cls.from_bytes(data, str(path), padding_side=padding_side, special=special)
+        file = _file_of(path)
+        data = _content(file)
+        return cls.from_bytes(data, str(file), padding_side=padding_side, special=special)
 
     @classmethod
     def from_bytes(
@@ -114,16 +143,19 @@ class BloomTokenizer:
         text: str | Sequence[str],
         text_pair: str | Sequence[str] | None = None,
         *,
+        add_special_tokens: bool = True,
         padding: bool | Literal["longest", "max_length"] = False,
         truncation: bool = False,
         max_length: int | None = None,
         return_tensors: Literal["np"] | None = None,
+        return_attention_mask: bool = True,
         return_offsets_mapping: bool = False,
     ) -> Encoding:
         """Ids and mask: lists as deep as `text`, or int64 arrays [B, T] (B = 1 for one text).
 
         `text_pair` follows its text, with nothing between them; `padding` fills to the longest row
         or ("max_length") `max_length`; `truncation` cuts to it, of a pair the longer text first.
+        `add_special_tokens` is taken as transformers' code passes it: BLOOM adds none either way.
         """
         if padding not in (True, False, "longest", "max_length"):
             raise UsageError(f"padding {padding!r}: expected a bool, 'longest' or 'max_length'")
@@ -136,7 +168,7 @@ class BloomTokenizer:
         most = max_length if truncation else None
         rows = self._rows(text, return_offsets_mapping)
         if text_pair is not None:
-            rows = _paired(
+            rows = paired(
                 rows, text, self._rows(text_pair, return_offsets_mapping), text_pair, most
             )
         elif most is not None:
@@ -144,10 +176,12 @@ class BloomTokenizer:
         width = max_length if padding == "max_length" else None if padding else 0
         batch = batched(
             rows, self.pad_token_id or 0, self.padding_side, width=width,
-            offsets=return_offsets_mapping, arrays=return_tensors == "np",
+            mask=return_attention_mask, offsets=return_offsets_mapping,
+            arrays=return_tensors == "np",
         )  # fmt: skip
-        single = isinstance(text, str) and return_tensors is None
-        return Encoding(*(part[0] for part in batch.values())) if single else batch  # type: ignore[arg-type]
+        if not isinstance(text, str) or return_tensors is not None:
+            return batch
+        return Encoding(**{name: part[0] for name, part in batch.items()})  # type: ignore[arg-type]
 
     def _rows(self, texts: str | Sequence[str], offsets: bool) -> list[Tokens]:
         """A text, or each of several, as a row."""
@@ -158,20 +192,20 @@ class BloomTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text."""
-        _check_text(text, "the text")
+        check_text(text, "the text")
         with _library_errors("the tokenizer failed on the text"):
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, computed in parallel."""
-        _check_texts(texts)
+        check_texts(texts)
         with _library_errors("the tokenizer failed on the texts"):
             batch = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [list(encoding.ids) for encoding in batch]
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[Tokens]:
         """The ids of each text, and the characters that each came from, computed in parallel."""
-        _check_texts(texts)
+        check_texts(texts)
         with _library_errors("the tokenizer failed on the texts"):
             batch = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [Tokens(list(encoding.ids), list(encoding.offsets)) for encoding in batch]
@@ -200,7 +234,7 @@ class BloomTokenizer:
         return tokens[0] if isinstance(ids, int | np.integer) else tokens
 
     def _find(self, token: str) -> tuple[str | None, int | None]:
-        _check_text(token, "the token")
+        check_text(token, "the token")
         found = self._tokenizer.token_to_id(token)
         return (None, None) if found is None else (token, found)
 
@@ -218,35 +252,16 @@ class BloomTokenizer:
 BloomTokenizerFast = BloomTokenizer  # transformers' name: there, the slow one was another class
 
 
-def _paired(
-    rows: list[Tokens], text: object, pairs: list[Tokens], text_pair: object, most: int | None
-) -> list[Tokens]:
-    """Each row with its pair behind it, of `most` tokens together."""
-    if isinstance(text, str) != isinstance(text_pair, str) or len(rows) != len(pairs):
-        raise UsageError(
-            f"text_pair: expected one for each text, found {len(pairs)} for {len(rows)}"
-        )
-    both = zip(rows, pairs, strict=True)
-    if most is None:
-        return [row.followed_by(pair) for row, pair in both]
-    return [cut_pair(row, pair, most) for row, pair in both]
+def _file_of(path: str | os.PathLike[str]) -> Path:
+    """The path itself, or the tokenizer.json of a folder; also of a name that no file can have."""
+    return Path(path, TOKENIZER) if os.path.isdir(path) else Path(path)
 
 
-def _check_texts(texts: Sequence[str]) -> None:
-    if not isinstance(texts, list | tuple):
-        raise UsageError(f"texts: expected a list of str, found {type(texts).__name__}")
-    for row, text in enumerate(texts):
-        _check_text(text, f"text {row}")
-
-
-def _check_text(text: str, where: str) -> None:
-    if not isinstance(text, str):
-        raise UsageError(f"{where}: expected str, found {type(text).__name__}")
+def _content(path: Path) -> bytes:
     try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        fault = f"lone surrogate U+{ord(text[error.start]):04X} at position {error.start}"
-        raise UsageError(f"{where}: {fault}, which UTF-8 cannot hold; remove it") from None
+        return read_bounded(path, MAX_FILE_BYTES, TokenizerError)
+    except InputNotFound:
+        raise InputNotFound(f"{path}: no such file; expected a tokenizer.json") from None
 
 
 @contextmanager

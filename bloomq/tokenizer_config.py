@@ -1,6 +1,7 @@
 """What a tokenizer_config.json asks for beside its tokenizer.json, as far as BLOOM's has a choice.
 
-Settings that would change ids or text, and that the tokenizer does not have, are refused by name.
+A pack keeps it in its manifest. Invariant: settings that would change ids or text, and that the
+tokenizer does not have, are refused by name.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bloomq.encoding import Side
-from bloomq.errors import InputNotFound, TokenizerError
-from bloomq.files import read_bounded
+from bloomq.errors import BloomqError, InputNotFound, TokenizerError
+from bloomq.files import read_bounded, shown
 
 FILE = "tokenizer_config.json"
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -30,6 +31,27 @@ class Settings:
 
     padding_side: Side = "left"
     special: dict[str, str] = field(default_factory=lambda: dict(SPECIAL))
+
+    def to_dict(self) -> dict[str, str]:
+        """As a pack's manifest stores them, and `settings_of` reads them: what BLOOM has not."""
+        side = {} if self.padding_side == "left" else {"padding_side": str(self.padding_side)}
+        return side | {k: token for k, token in self.special.items() if token != SPECIAL[k]}
+
+
+def settings_of(stored: object, where: str, error: type[BloomqError]) -> Settings:
+    """The settings that a pack's manifest holds, BLOOM's for those that it does not.
+
+    Raises: `error`, naming `where`, for a name or a value that is none of theirs.
+    """
+    if not isinstance(stored, dict):
+        raise error(f"{where}: a {type(stored).__name__}, expected settings by name")
+    for name, value in stored.items():
+        if name not in ("padding_side", *SPECIAL):
+            raise error(f"{where}: {shown(name):.40} is a setting that this tokenizer has not")
+        if not isinstance(value, str):
+            raise error(f"{where}: {name} is {value!r:.40}, expected a string")
+    special = {name: stored.get(name, usual) for name, usual in SPECIAL.items()}
+    return _checked(stored.get("padding_side", "left"), special, where, error)
 
 
 def read_settings(folder: Path) -> Settings:
@@ -55,10 +77,17 @@ def read_settings(folder: Path) -> Settings:
             raise TokenizerError(
                 f"{path}: {name} is {raw[name]!r:.40}, this tokenizer has {expected!r} alone"
             )
-    side: Any = raw.get("padding_side") or "left"
+    special = {name: _token(raw.get(name), usual) for name, usual in SPECIAL.items()}
+    return _checked(raw.get("padding_side") or "left", special, str(path), TokenizerError)
+
+
+def _checked(side: Any, special: dict[str, str], where: str, error: type[BloomqError]) -> Settings:
     if side not in ("left", "right"):
-        raise TokenizerError(f"{path}: padding_side is {side!r:.40}, neither 'left' nor 'right'")
-    return Settings(side, {name: _token(raw.get(name), usual) for name, usual in SPECIAL.items()})
+        raise error(f"{where}: padding_side is {side!r:.40}, neither 'left' nor 'right'")
+    for name, token in special.items():
+        if any("\ud800" <= char <= "\udfff" for char in token):  # JSON can spell these
+            raise error(f"{where}: {name} {token!r:.40} holds half a surrogate pair: no text")
+    return Settings(side, special)
 
 
 def _token(value: Any, usual: str) -> str:

@@ -79,7 +79,8 @@ def convert(
     head_scheme: of the embedding and the head, by default int6 for int4 and nf4, otherwise the
     scheme itself. `force` replaces a pack that is there.
 
-    Raises: UsageError, InputNotFound, ConfigError, CheckpointError, NumericError, OutputError.
+    Raises: UsageError, InputNotFound, ConfigError, CheckpointError, TokenizerError, NumericError,
+    OutputError.
     """
     from bloomq.converters.hf import read_checkpoint
 
@@ -105,6 +106,7 @@ def convert(
                 "fingerprint": checkpoint.fingerprint,
                 "bloomq": __version__,
             },
+            settings=checkpoint.settings,
         )
     pack = Pack.open(target)
     return Conversion(
@@ -117,7 +119,7 @@ def _body_and_head(
     scheme: str, group_size: int | None, head_scheme: str | None
 ) -> tuple[Scheme, Scheme]:
     """Both schemes; the group size belongs to whichever is int4."""
-    head_scheme = head_scheme or _HEAD_OF.get(scheme, scheme)
+    head_scheme = _HEAD_OF.get(scheme, scheme) if head_scheme is None else head_scheme
     if "int4" not in (scheme, head_scheme):
         return get_scheme(scheme, group_size), get_scheme(head_scheme, group_size)
     return (

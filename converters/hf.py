@@ -24,6 +24,7 @@ from bloomq.files import exists, read_bounded, shown
 from bloomq.pack import MANIFEST, TOKENIZER
 from bloomq.schemes import Array
 from bloomq.tensorfile import DTYPES, Entry, TensorFile
+from bloomq.tokenizer_config import Settings, read_settings
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _READABLE = ("F32", "F16", "BF16")
@@ -35,7 +36,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Open the checkpoint in folder `path`; no tensor is read yet (but for a head that may be
     tied).
 
-    Raises: InputNotFound, ConfigError, CheckpointError.
+    Raises: InputNotFound, ConfigError, CheckpointError; TokenizerError for settings beside the
+    tokenizer that are not supported.
     """
     path = Path(path)
     raw = _read_config(path)
@@ -60,6 +62,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"not part of a {config.architecture} (merge adapters first)"
         )
     tokenizer = _read_tokenizer(path / TOKENIZER)
+    settings = Settings() if tokenizer is None else read_settings(path)
     if tokenizer is None:
         notes += (f"{path}: no {TOKENIZER}: the pack will take token ids only, not text",)
     provenance = {
@@ -68,7 +71,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         "architectures": raw.get("architectures"),
         "dtype": tensors["wte.weight"].dtype,
     }
-    return Checkpoint(config, tensors, tokenizer, provenance, notes)
+    return Checkpoint(config, tensors, tokenizer, provenance, notes, settings)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

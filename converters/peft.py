@@ -49,8 +49,8 @@ _UNSUPPORTED = (
 _KEEP_BASE = ("gaussian", "eva", "orthogonal", "mica")
 _MERGE = "merge it into its checkpoint with PEFT, and convert that"
 # A key of rank_pattern is a regular expression from a file, tried on every linear's name: these
-# bounds keep it from backtracking for ever.
-_MOST_REPEATS = 3
+# bounds keep it from backtracking for ever. Groups of alternatives multiply: 10^4 ways take 1 ms.
+_MOST_REPEATS, _MOST_WAYS = 3, 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +137,16 @@ def _pattern(raw: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
         raise ConfigError(f"{source}: {name} is {pattern!r:.80}, expected a JSON object")
     for key in pattern:
         repeats = sum(key.count(sign) for sign in "*+?{")
-        if repeats > (0 if "(" in key else _MOST_REPEATS):
+        groups, ways = key.count("("), 1 + key.count("|")
+        many = ways > 1 and groups * math.log(ways) > math.log(_MOST_WAYS)
+        if many or repeats > (0 if groups else _MOST_REPEATS):
             raise ConfigError(
                 f"{source}: {name} has the key {key!r:.80}, too intricate an expression: write out "
                 "the modules' names"
             )
         try:
             re.compile(_expression(key))
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ConfigError(
                 f"{source}: {name} has the key {key!r:.80}, no regular expression: {error}"
             ) from None

@@ -18,6 +18,7 @@ from bloomq.converters import hf
 from bloomq.converters.convert import choose_schemes, convert
 from bloomq.converters.hf import read_checkpoint
 from bloomq.converters.names import expected_tensors, huggingface_name
+from bloomq.converters.source import Checkpoint, SourceTensor
 from conftest import Tensors, dequantized, to_dtype, write_checkpoint
 
 from bloomq.config import BloomConfig, weight_specs
@@ -28,11 +29,13 @@ from bloomq.errors import (
     InputNotFound,
     NumericError,
     OutputError,
+    TokenizerError,
     UsageError,
 )
 from bloomq.pack import Pack
 from bloomq.schemes import bf16_to_f32, get_scheme
 from bloomq.tensorfile import TensorFile
+from bloomq.tokenizer_config import Settings
 
 TABLE, QKV = "transformer.word_embeddings.weight", "transformer.h.0.self_attention.query_key_value"
 
@@ -187,6 +190,39 @@ def test_tokenizer_is_copied_byte_for_byte(pack_of, demo_checkpoint):
     assert Pack.open(pack_of("int4")).tokenizer_bytes() == original
 
 
+def with_tokenizer(checkpoint: Path, settings: Any) -> Path:
+    (checkpoint / "tokenizer.json").write_text("{}")
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+    return checkpoint
+
+
+def test_settings_of_the_tokenizer_that_are_not_blooms_are_stored(tmp_path):
+    settings = {"padding_side": "right", "pad_token": {"content": "</s>"}, "bos_token": "<s>"}
+    checkpoint = with_tokenizer(write_checkpoint(tmp_path / "checkpoint"), settings)
+    convert(checkpoint, tmp_path / "pack")
+    stored = json.loads((tmp_path / "pack" / "manifest.json").read_text())["tokenizer"]
+    assert stored == {"padding_side": "right", "pad_token": "</s>"}
+    assert Pack.open(tmp_path / "pack").tokenizer_settings == read_checkpoint(checkpoint).settings
+
+
+def test_blooms_own_settings_are_not_stored(tmp_path, pack_of):
+    assert "tokenizer" not in Pack.open(pack_of("int4")).manifest
+    checkpoint = with_tokenizer(write_checkpoint(tmp_path / "checkpoint"), {"pad_token": "</s>"})
+    (checkpoint / "tokenizer.json").unlink()  # settings of nothing
+    convert(checkpoint, tmp_path / "pack")
+    assert "tokenizer" not in Pack.open(tmp_path / "pack").manifest
+
+
+def test_settings_that_the_tokenizer_has_not_are_refused(tmp_path):
+    checkpoint = with_tokenizer(
+        write_checkpoint(tmp_path / "checkpoint"), {"add_prefix_space": True}
+    )
+    assert refused(TokenizerError, checkpoint) == (
+        f"{checkpoint}/tokenizer_config.json: add_prefix_space is True, this tokenizer has False "
+        "alone"
+    )
+
+
 def test_model_without_language_head_converts(tmp_path):
     config = {"architectures": ["BloomModel"]}
     checkpoint = write_checkpoint(tmp_path / "checkpoint", prefix="", config=config)
@@ -311,6 +347,8 @@ def test_schemes_are_chosen_for_matrices_only():
     [
         ({"scheme": "int3"}, "unknown scheme 'int3', expected one of int8, int6, int4, nf4, f32"),
         ({"head_scheme": "q8"}, "unknown scheme 'q8', expected one of int8, int6"),
+        ({"scheme": ""}, "unknown scheme '', expected one of int8, int6"),
+        ({"head_scheme": ""}, "unknown scheme '', expected one of int8, int6"),
         ({"group_size": 16}, "group size 16, expected one of (32, 64, 128)"),
         ({"group_size": -32}, "group size -32, expected one of (32, 64, 128)"),
         ({"scheme": "int8", "group_size": 64}, "scheme int8 has no group size to choose"),
@@ -322,6 +360,68 @@ def test_schemes_are_chosen_for_matrices_only():
 def test_impossible_options_are_refused(tmp_path, options, message):
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     assert refused(UsageError, checkpoint, **options).startswith(message)
+
+
+# -- the fingerprint -------------------------------------------------------------------------------
+
+
+def fingerprint(w: np.ndarray, **changed: Any) -> tuple[str, int]:
+    """That of a checkpoint of this one tensor, and the rows that were read for it."""
+    read = 0
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        nonlocal read
+        read += stop - start
+        return w[start:stop]
+
+    tensor = SourceTensor("w", "F32", w.shape, rows)
+    config = BloomConfig(**changed.pop("config", {}))
+    tokenizer = changed.pop("tokenizer", b"{}")
+    return Checkpoint(config, {"w": tensor}, tokenizer, {}, **changed).fingerprint, read
+
+
+@pytest.mark.parametrize("shape", [(5000,), (2, 3), (64, 70_000), (1000, 250)], ids=str)
+def test_fingerprint_is_of_every_value_of_a_small_tensor(shape):
+    w = np.zeros(shape, np.float32)
+    whole, read = fingerprint(w)
+    assert read == shape[0]
+    for at in (0, w.size // 2 + 1, w.size - 1):
+        changed = w.copy()
+        changed.flat[at] = 1
+        assert fingerprint(changed)[0] != whole
+    assert fingerprint(w.T.copy())[0] != whole or w.ndim == 1
+
+
+def test_fingerprint_is_of_64_rows_of_a_large_tensor_the_first_and_the_last_too():
+    w = np.zeros((3000, 100), np.float32)
+    whole, read = fingerprint(w)
+    assert read == 64
+    noticed = []
+    for row in range(3000):
+        w[row, 99] = 1
+        if fingerprint(w)[0] != whole:
+            noticed.append(row)
+        w[row, 99] = 0
+    assert len(noticed) == 64
+    assert (noticed[0], noticed[-1]) == (0, 2999)
+    assert set(np.diff(noticed)) <= {47, 48}
+    assert fingerprint(w + 1)[0] != whole
+
+
+def test_fingerprint_is_of_config_tokenizer_and_settings_too():
+    w = np.zeros((2, 2), np.float32)
+    settings = Settings("right")
+    found = [
+        fingerprint(w)[0],
+        fingerprint(w, tokenizer=None)[0],
+        fingerprint(w, tokenizer=b"{ }")[0],
+        fingerprint(w, settings=settings)[0],
+        fingerprint(w, config={"labels": ("a", "b")})[0],
+        fingerprint(w, config={"problem_type": "regression"})[0],
+        fingerprint(w, config={"pad_token_id": 3})[0],
+    ]
+    assert len(set(found)) == len(found)
+    assert fingerprint(w, notes=("a note",))[0] == found[0]
 
 
 # -- report and progress ---------------------------------------------------------------------------

@@ -27,9 +27,10 @@ from bloomq.weights import Matrix
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
-from bloomq.backends.jax.attention import JaxCache, ragged  # noqa: E402
+from bloomq.backends.jax.attention import JaxCache, Places, ragged  # noqa: E402
 from bloomq.backends.jax.layers import JaxBackend, product  # noqa: E402
 from bloomq.backends.jax.restore import picked, placed, whole  # noqa: E402
+from bloomq.backends.jax.steps import bucket  # noqa: E402
 from bloomq.flax import FlaxBloomForCausalLM, FlaxBloomModel  # noqa: E402
 
 TINY = Tiny(n_head=6, head_dim=12, vocab_size=131)  # 6 heads: slopes of both kinds
@@ -178,6 +179,77 @@ def test_a_cache_beyond_memory_is_refused_new_or_grown(monkeypatch: pytest.Monke
     with pytest.raises(CapacityError, match=r"^no memory for a cache of 0\.\d GB"):
         JaxBackend().cache(TINY.config, 1, 10**5)
     assert cache.capacity == 64
+
+
+LOST = (
+    r"^the cache \(past_key_values\) was lost when a step on it was interrupted: start a new one$"
+)
+
+
+def test_a_cache_whose_arrays_an_interruption_took_says_so(base: Path):
+    lm = causal_lm(Pack.open(pack(base, TINY, "int4")), JaxBackend())
+    cache = lm.cache(2, 64)
+    lm.step(IDS[0, :4], cache, Span.of([0], [4]), np.array([3]))
+    cache.layers[1][0].delete()  # as a step does that is broken off behind its dispatch
+    qkv = np.zeros((1, 3 * TINY.config.hidden_size), np.float32)
+    span = Span.of([0], [1])
+    for use in (
+        lambda: lm.step(IDS[0, :1], cache, span, np.array([0])),
+        lambda: lm.model.blocks[1].attention(qkv, cache, span),
+        lambda: cache.grow(128),
+        lambda: cache.copy(0, 1),
+        lambda: cache.keys(1, 0, 4),
+    ):
+        with pytest.raises(BackendError, match=LOST):
+            use()
+    assert cache.lengths.tolist() == [4, 0]
+
+
+def test_a_long_row_among_short_ones_makes_few_of_them_longer(base: Path):
+    counts = [3] * 30 + [300, 1, 45, 3]
+    cache = JaxCache(TINY.config, len(counts), 300, 0)
+    places = Places.of(Span.of(range(len(counts)), counts), cache, bucket)
+    assert (len(places.rows), places.longest) == (80, 32)  # of 64 x 512, had each row its own block
+    rng, rows = np.random.default_rng(3), list(range(len(counts)))
+    qkv = rng.standard_normal((2 * sum(counts), 3 * TINY.config.hidden_size)).astype(np.float32)
+    attend = JaxBackend().attention(0, TINY.n_head, TINY.head_dim)
+    start = 0
+    for _ in range(2):  # onto nothing, then onto what is there
+        span = Span.of(rows, counts)
+        found = np.array(attend(qkv[start:][: sum(counts)], cache, span))
+        for row in (0, 30, 32, 33):
+            alone = JaxCache(TINY.config, 1, 600, 0)
+            at = slice(int(span.starts[row]), int(span.starts[row + 1]))
+            for before in range(0, start + 1, sum(counts)):
+                mine = qkv[before:][at]
+                expected = attend(mine, alone, Span.of([0], [counts[row]]))
+                alone.advance(Span.of([0], [counts[row]]))
+            assert off(found[at], expected) < 1e-5
+        cache.advance(span)
+        cache.grow(600)
+        start += sum(counts)
+
+
+@pytest.mark.parametrize("longest", [1, 2, 7, 100, 511])
+def test_blocks_are_few_whatever_the_rows(longest: int):
+    cache = JaxCache(TINY.config, 40, 600, 0)
+    rng = np.random.default_rng(longest)
+    for rows in (1, 2, 3, 4, 5, 8, 33, 40):
+        counts = np.minimum(rng.geometric(0.3, rows), longest)
+        counts[rng.integers(rows)] = longest
+        span = Span.of(range(rows), counts.tolist())
+        for room in (bucket, lambda n: n):
+            places = Places.of(span, cache, room)
+            assert len(places.rows) * places.longest <= 5 * room(int(counts.sum())) + len(counts)
+            assert len(places.rows) <= 5 * room(rows) / 4
+            token = np.repeat(np.arange(rows), counts)
+            at = np.arange(len(token)) - span.starts[token]
+            block = places.row[: len(token)]
+            assert np.array_equal(places.rows[block], token)
+            assert np.array_equal(places.past[block] + places.at[: len(token)], at)
+            pairs = set(zip(block.tolist(), places.at.tolist(), strict=False))
+            assert len(pairs) == len(token)
+            assert places.at.max() < places.longest
 
 
 def test_choosing_says_what_was_chosen_and_refuses_another_cache(base: Path):
@@ -376,7 +448,7 @@ def test_greedy_generation_is_that_of_the_other_backends_whatever_the_padding(fl
     expected = bloomq.load(pack(base, TINY, "f32"), backend="reference").generate(
         [IDS[row][mask == 1].tolist() for row, mask in enumerate(MASKS["left"])], max_new_tokens=6
     )
-    out = flax.generate(IDS, MASKS["left"], max_new_tokens=6, eos_token_id=TINY.vocab_size)
+    out = flax.generate(IDS, MASKS["left"], max_new_tokens=6, eos_token_id=[])
     assert isinstance(out.sequences, jax.Array)
     assert out.sequences.shape == (3, 18)
     assert np.array_equal(out.sequences[:, :12], IDS)
@@ -385,7 +457,7 @@ def test_greedy_generation_is_that_of_the_other_backends_whatever_the_padding(fl
 
 
 def test_a_row_that_ended_is_filled_up(flax):
-    plain = flax.generate(IDS, max_new_tokens=5, eos_token_id=TINY.vocab_size)[0]
+    plain = flax.generate(IDS, max_new_tokens=5, eos_token_id=[])[0]
     end = int(plain[0, 13])
     out = flax.generate(IDS, max_new_tokens=5, eos_token_id=end, pad_token_id=7).sequences
     tail = plain[0, 12:].tolist()
@@ -438,15 +510,145 @@ def test_the_same_key_draws_the_same_tokens(flax):
             {"input_ids": IDS, "attention_mask": np.full((3, 12), 2)},
             "attention_mask holds other values than 0 and 1",
         ),
+        ({"input_ids": IDS, "attention_mask": [["a"] * 12] * 3}, "attention_mask holds other"),
+        ({"input_ids": "text"}, r"input_ids is <U4 \[\], expected an array of numbers$"),
+        (
+            {"input_ids": [[1, None]]},
+            r"input_ids is object \[1, 2\], expected an array of numbers$",
+        ),
+        (
+            {"input_ids": [[1 << 70]]},
+            r"input_ids is object \[1, 1\], expected an array of numbers$",
+        ),
+        ({"input_ids": jax.random.key(0)}, r"input_ids is key<fry> \[\], expected an array of num"),
+        ({"input_ids": [[True]]}, r"input_ids is bool \[1, 1\], expected whole numbers"),
+        ({"inputs_embeds": [["a", "b"]]}, r"inputs_embeds is <U1 \[1, 2\], expected an array of"),
+        ({"inputs_embeds": [[[1.0]], []]}, "inputs_embeds has rows of different lengths"),
+        (
+            {"inputs_embeds": np.zeros((1, 0, 72))},
+            r"inputs_embeds is float32 \[1, 0, 72\], expected",
+        ),
+        (
+            {"inputs_embeds": np.zeros((0, 3, 72))},
+            r"inputs_embeds is float32 \[0, 3, 72\], expected",
+        ),
+        (
+            {"inputs_embeds": np.zeros((1, 2, 72), bool)},
+            r"inputs_embeds is bool \[1, 2, 72\], expec",
+        ),
+        (
+            {"inputs_embeds": np.zeros((1, 2, 72), complex)},
+            r"inputs_embeds is complex64 \[1, 2, 72\]",
+        ),
+        (
+            {"input_ids": IDS, "past_key_values": (1, 2)},
+            "past_key_values is a tuple, expected what init_cache or an earlier call of a Flax",
+        ),
+        ({"input_ids": IDS, "params": []}, "params is a list, expected the form of model.params$"),
+        ({"input_ids": IDS, "params": 7}, "params is a int, expected the form of model.params$"),
+        ({"input_ids": IDS, "params": {"wte": 3}}, "params has no wte.values, expected the form"),
         ({"input_ids": IDS, "train": True}, "train and dropout_rng ask for dropout: quantized"),
         ({"input_ids": IDS, "dropout_rng": 3}, "train and dropout_rng ask for dropout"),
-        ({"input_ids": IDS, "params": {}}, "params has no ln_f.weight, expected the form of model"),
+        ({"input_ids": IDS, "params": {}}, "params has no wte.values, expected the form of model"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_call_of_wrong_arguments_is_refused(flax, arguments: dict[str, Any], message: str):
     with pytest.raises(UsageError, match=f"^{message}"):
         flax(**arguments)
+
+
+def with_part(params: Any, name: str, part: str, value: Any) -> Any:
+    return {**params, name: {**params[name], part: value}}
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "value", "message"),
+    [
+        ("ln_f", "weight", [1.0] * 72, "params has a list for ln_f.weight, expected an array$"),
+        ("ln_f", "bias", np.zeros(71, np.float32),
+         r"params has ln_f.bias as float32 \[71\], this model has F32 \[72\]$"),
+        ("wte", "codes", np.zeros((10, 24, 16, 4), np.int8),
+         r"params has wte.codes as int8 \[10, 24, 16, 4\], this model has U8 \[10, 24, 16, 4\]$"),
+        ("h.0.mlp.up", "scales", np.zeros((1, 1, 1), np.float16), "params has h.0.mlp.up.scales"),
+    ],
+    ids=["list", "shape", "kind", "scales"],
+)  # fmt: skip
+def test_params_of_another_form_are_refused_by_name(base: Path, name, part, value, message):
+    model = FlaxBloomForCausalLM.from_pretrained(pack(base, TINY, "int4"))
+    wrong = with_part(model.params, name, part, value)
+    for use in (
+        lambda: model(IDS, params=wrong),
+        lambda: model.apply(wrong, IDS),
+        lambda: model.generate(IDS, params=wrong, max_new_tokens=1),
+    ):
+        with pytest.raises(UsageError, match=f"^{message}"):
+            use()
+
+
+def test_params_may_hold_more_and_be_of_other_precision(flax):
+    more = {**flax.params, "note": "mine", 3: None}
+    assert np.array_equal(flax(IDS, params=more).logits, flax(IDS).logits)
+    half = with_part(flax.params, "ln_f", "weight", np.asarray(flax.params["ln_f"]["weight"], "f2"))
+    assert np.isfinite(flax(IDS, params=half).logits).all()
+
+
+def test_a_pure_call_refuses_what_is_no_array_of_numbers(flax):
+    for ids in ("text", [[1, 2], [3]], [[1 << 70]], [[None]], jax.random.key(0), {}):
+        with pytest.raises(UsageError, match=r"^input_ids is .*, expected an array of numbers$"):
+            flax.apply(flax.params, ids)
+    with pytest.raises(
+        UsageError, match=r"^attention_mask is 'mask', expected an array of numbers"
+    ):
+        flax.apply(flax.params, IDS, "mask")
+    traced = jax.jit(lambda one, other: flax([[one, other]]).logits)  # tracers in lists are numbers
+    assert off(traced(5, 7), flax([[5, 7]]).logits) < 1e-5
+
+
+def test_what_is_masked_may_be_any_id(flax):
+    ids, mask = np.where(MASKS["middle"] == 1, IDS, -100), MASKS["middle"]
+    assert np.array_equal(flax(ids, mask).logits, flax(IDS, mask).logits)
+    past = flax(IDS[:, :4], mask[:, :4], flax.init_cache(3, 16)).past_key_values
+    flax(ids[:, 4:], mask, past)  # a mask of the past too
+    with pytest.raises(UsageError, match=r"^token id -100, expected 0 to 130$"):
+        flax(ids, MASKS["left"])
+
+
+def test_embeddings_of_less_precision_are_computed_in_float32(flax):
+    embeds = np.random.default_rng(0).standard_normal((1, 3, 72)).astype(np.float16)
+    wide = flax(inputs_embeds=embeds.astype(np.float32)).logits
+    for given in (embeds, jnp.asarray(embeds)):
+        assert np.array_equal(flax(inputs_embeds=given).logits, wide)
+
+
+def test_a_saved_pack_is_found_the_next_time(base: Path, tmp_path: Path):
+    folder, saved = checkpoint(base, TINY), tmp_path / "saved"
+    models = [
+        FlaxBloomForCausalLM.from_pretrained(folder, scheme="int8", save_pack=saved)
+        for _ in range(2)
+    ]
+    assert Pack.open(saved).schemes["wte"].name == "int8"
+    first, again = (model(IDS).logits for model in models)
+    assert np.array_equal(first, again)
+
+
+@pytest.mark.parametrize("sizes", [(2, -1), (2, 5.5), ("2", 5), (0, 5), (True, 5)], ids=str)
+def test_a_cache_of_no_size_is_refused(flax, sizes):
+    with pytest.raises(UsageError, match=r"^init_cache's \w+ is .*, expected 1 or more$"):
+        flax.init_cache(*sizes)
+
+
+def test_a_past_of_another_model_is_refused(flax, base: Path):
+    other = Tiny(n_head=4, head_dim=12, n_layer=3)
+    mine = bloomq.BloomForCausalLM.from_pretrained(pack(base, TINY, "f32"), backend="reference")
+    with pytest.raises(UsageError, match=r"^past_key_values is a KeyValues, expected what init_c"):
+        flax(IDS, past_key_values=mine(IDS).past_key_values)
+    past = FlaxBloomModel.from_pretrained(pack(base, other, "f32")).init_cache(3, 16)
+    found = r"^past_key_values is of another model: this one has \d layers with 6 heads of 12$"
+    with pytest.raises(UsageError, match=found):
+        flax(IDS, past_key_values=past)
+    with pytest.raises(UsageError, match=found):
+        flax.apply(flax.params, IDS, past_key_values=past)
 
 
 def test_a_past_that_does_not_fit_is_refused(flax):

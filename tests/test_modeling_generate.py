@@ -337,3 +337,18 @@ def test_what_cannot_be_is_refused_in_one_line(models, given, expected):
 def test_an_unknown_argument_is_refused_and_not_ignored(models, unknown):
     with pytest.raises(TypeError, match=unknown):
         models.ours(SPEC).generate([[5]], **{unknown: 5})
+
+
+def test_do_sample_is_a_truth_value(models):
+    with pytest.raises(UsageError, match=r"^do_sample is 'no', expected True or False$"):
+        models.ours(Spec()).generate([[5, 6]], do_sample="no")
+
+
+def test_options_that_are_none_are_switched_off(models):
+    model = models.ours(Spec())
+    off = model.generate(
+        [[5, 6]], do_sample=True, temperature=None, top_k=None, top_p=None, repetition_penalty=None,
+        seed=3, use_cache=True,
+    )  # fmt: skip
+    plain = model.generate([[5, 6]], do_sample=True, top_k=0, seed=3, temperature=np.float32(1))
+    assert off.tolist() == plain.tolist()

@@ -95,6 +95,16 @@ def test_a_pack_of_another_scheme_than_asked_for_is_refused(base):
     assert str(caught.value) == expected
 
 
+def test_an_empty_scheme_is_none_and_refused(base, tmp_path):
+    for path in (pack(base, TINY, "int4"), checkpoint(base, TINY)):
+        for scheme in ("", "int3", 8):
+            with pytest.raises(UsageError, match=f"^unknown scheme {scheme!r}, expected one of"):
+                open_model(path, scheme=scheme)
+    with pytest.raises(UsageError, match=r"^unknown scheme ''"):
+        open_model(checkpoint(base, TINY), scheme="", save_pack=tmp_path / "kept")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_path_may_hold_spaces_and_other_letters(base, tmp_path, temporary):
     folder = tmp_path / "my models" / "modèle № 1"
     shutil.copytree(checkpoint(base, TINY), folder)
@@ -164,22 +174,60 @@ def test_a_saved_pack_of_another_checkpoint_is_refused(base, tmp_path):
     with pytest.raises(UsageError) as caught:
         open_model(checkpoint(base, HALF), scheme="int8", save_pack=kept)
     assert str(caught.value) == (
-        f"{kept}: was not made from the weights in {checkpoint(base, HALF)}: remove it, or choose "
+        f"{kept}: was not made from {checkpoint(base, HALF)} as it is now: remove it, or choose "
         "another save_pack"
     )
 
 
-def test_a_saved_pack_of_weights_that_were_trained_on_is_refused(base, tmp_path):
+@pytest.mark.parametrize("at", ["first", "last"])
+def test_a_saved_pack_of_weights_that_were_trained_on_is_refused(base, tmp_path, at):
     folder, kept = tmp_path / "run" / "step", tmp_path / "kept"
     shutil.copytree(checkpoint(base, TINY), folder)
     open_model(folder, scheme="int8", save_pack=kept)
     moved = folder.rename(tmp_path / "elsewhere")
     open_model(moved, scheme="int8", save_pack=kept)  # the same weights in another place
     data = bytearray((moved / "model.safetensors").read_bytes())
-    data[8 + int.from_bytes(data[:8], "little")] ^= 1
+    data[8 + int.from_bytes(data[:8], "little") if at == "first" else -1] ^= 1
     (moved / "model.safetensors").write_bytes(data)
-    with pytest.raises(UsageError, match="was not made from the weights in"):
+    with pytest.raises(UsageError, match=r"was not made from .* as it is now: remove it"):
         open_model(moved, scheme="int8", save_pack=kept)
+
+
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [
+        ("config.json", {"id2label": {"0": "ham", "1": "spam"}}),
+        ("config.json", {"problem_type": "regression"}),
+        ("config.json", {"pad_token_id": 3}),
+        ("tokenizer.json", {"version": "1.1"}),
+        ("tokenizer_config.json", {"padding_side": "right"}),
+    ],
+    ids=str,
+)
+def test_a_saved_pack_of_another_config_or_tokenizer_is_refused(base, tmp_path, file, changed):
+    folder, kept = copied(checkpoint(base, TINY), tmp_path / "model"), tmp_path / "kept"
+    config = json.loads((folder / "config.json").read_text())
+    del config["labels"]  # a pack's spelling, which would win over id2label
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    first = open_model(folder, save_pack=kept)
+    assert open_model(folder, save_pack=kept).pack.path == first.pack.path
+    path = folder / file
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(before | changed))
+    with pytest.raises(UsageError, match=r"was not made from .* as it is now: remove it"):
+        open_model(folder, save_pack=kept)
+    path.write_text(json.dumps(before))
+    open_model(folder, save_pack=kept)
+
+
+def test_a_pack_is_not_saved_again(base, tmp_path):
+    path = pack(base, TINY, "int4")
+    with pytest.raises(UsageError) as caught:
+        open_model(path, save_pack=tmp_path / "kept")
+    expected = f"{path}: is a pack already: save_pack is for that of a checkpoint"
+    assert str(caught.value) == expected
+    assert not (tmp_path / "kept").exists()
 
 
 def test_a_saved_pack_that_is_none_is_refused_and_left_alone(base, tmp_path):

@@ -24,6 +24,7 @@ from bloomq.pack import Pack, manifest_checksum, stored_arrays
 from bloomq.pack_writer import writing_pack
 from bloomq.schemes import get_scheme
 from bloomq.tensorfile import TensorFile
+from bloomq.tokenizer_config import Settings
 
 SHARD = "weights-00001-of-00001.safetensors"
 AGAIN = ": copy it again, or convert again"
@@ -655,6 +656,47 @@ def test_verify_finds_a_changed_tokenizer(pack):
 def test_pack_without_tokenizer_opens(pack):
     edit_manifest(pack, lambda m: m["files"].pop("tokenizer.json"))
     assert Pack.open(pack).tokenizer_bytes() is None
+    assert not Pack.open(pack).has_tokenizer
+
+
+def test_absent_settings_are_blooms(pack):
+    assert "tokenizer" not in json.loads((pack / "manifest.json").read_text())
+    assert Pack.open(pack).tokenizer_settings == Settings()
+    edit_manifest(pack, lambda m: m.update(tokenizer={}))
+    assert Pack.open(pack).tokenizer_settings == Settings()
+
+
+def test_settings_are_read_and_those_left_out_are_blooms(pack):
+    edit_manifest(pack, lambda m: m.update(tokenizer={"pad_token": "</s>", "unk_token": "é"}))
+    special = {"unk_token": "é", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    assert Pack.open(pack).tokenizer_settings == Settings("left", special)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (None, "a NoneType, expected settings by name"),
+        (["right"], "a list, expected settings by name"),
+        ({"padding_side": "top"}, "padding_side is 'top', neither 'left' nor 'right'"),
+        ({"padding_side": ["left"]}, "padding_side is ['left'], expected a string"),
+        ({"padding_side": None}, "padding_side is None, expected a string"),
+        ({"pad_token": 3}, "pad_token is 3, expected a string"),
+        ({"eos_token": {"content": "x"}}, "eos_token is {'content': 'x'}, expected a string"),
+        ({"bos_token": "\udc80"}, "bos_token '\\udc80' holds half a surrogate pair: no text"),
+        ({"add_prefix_space": "no"}, "add_prefix_space is a setting that this tokenizer has not"),
+        ({"a\nb": "no"}, r"'a\nb' is a setting that this tokenizer has not"),
+    ],
+)
+def test_forged_settings_are_refused(pack, settings, message):
+    edit_manifest(pack, lambda m: m.update(tokenizer=settings))
+    assert refusal(pack) == f"manifest.json: tokenizer: {message}"
+
+
+def test_changed_settings_do_not_match_the_checksum(pack):
+    edit_manifest(pack, lambda m: m.update(tokenizer={"pad_token": "</s>"}))
+    text = (pack / "manifest.json").read_text()
+    (pack / "manifest.json").write_text(text.replace('"pad_token": "</s>"', '"pad_token": "<s>"'))
+    assert "does not match its own checksum" in refusal(pack)
 
 
 # -- writing ---------------------------------------------------------------------------------------

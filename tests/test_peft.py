@@ -339,7 +339,23 @@ def test_patterns_that_are_none_are_refused(name):
     assert found.startswith(f"{name} has the key '[dense', no regular expression: unterminated")
 
 
-@pytest.mark.parametrize("key", ["(a+)+b", "(.*)", "(?:dense)", "a*b*c*d*", ".{1,9}a+b+c+"])
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("a{99999999999999}", "the repetition number is too large"),
+        ("(" * 5000, "maximum recursion depth exceeded"),
+    ],
+    ids=["repeated", "nested"],
+)
+def test_an_expression_beyond_what_python_compiles_is_refused(key, reason):
+    found = config_refused({**CONFIG, "rank_pattern": {key: 4}})
+    assert found.startswith(f"rank_pattern has the key '{key[:79]}")
+    assert f", no regular expression: {reason}" in found
+
+
+@pytest.mark.parametrize(
+    "key", ["(a+)+b", "(.*)", "(?:dense)", "a*b*c*d*", ".{1,9}a+b+c+", "(.|.)" * 9 + "x"]
+)
 def test_an_expression_that_might_never_end_is_refused(key):
     assert config_refused({**CONFIG, "rank_pattern": {key: 4}}) == (
         f"rank_pattern has the key {key!r}, too intricate an expression: write out the modules' "

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bloomq.errors import BloomqError, InputNotFound, TokenizerError, UsageError
-from bloomq.tokenizer import MAX_FILE_BYTES, BloomTokenizer, Encoding
+from bloomq.errors import BloomqError, InputNotFound, PackError, TokenizerError, UsageError
+from bloomq.pack import Pack
+from bloomq.tokenizer import BloomTokenizer, Encoding
 
 REPO = Path(__file__).resolve().parents[1]
 DEMO = REPO / "tests" / "data" / "bloom-demo" / "tokenizer.json"
@@ -442,6 +444,22 @@ def test_every_token_of_a_character_has_its_span(demo: BloomTokenizer) -> None:
     assert tokens.ids == demo.encode("a 𓀀")
 
 
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("mask", [True, False])
+@pytest.mark.parametrize("text", ["one", ["one", "and two"]], ids=str)
+def test_special_tokens_and_mask_may_be_asked_for(
+    ours: BloomTokenizer, auto: Any, text: Any, mask: bool, add: bool
+) -> None:
+    """BLOOM adds no special tokens either way."""
+    options: dict[str, Any] = {"add_special_tokens": add, "return_attention_mask": mask}
+    options |= {"padding": True, "return_offsets_mapping": True}
+    mine, theirs = ours(text, **options), auto(text, **options)
+    assert dict(mine) == {key: theirs[key] for key in mine}
+    assert ("attention_mask" in mine) is mask is ("attention_mask" in theirs)
+    mine = ours(text, return_tensors="np", **options)
+    assert list(mine) == ["input_ids"] + ["attention_mask"] * mask + ["offset_mapping"]
+
+
 def test_a_pair_that_does_not_match_its_texts_is_refused(demo: BloomTokenizer) -> None:
     start = "text_pair: expected one for each text, found"
     fails(UsageError, f"{start} 2 for 1", lambda: demo("a", ["b", "c"]))
@@ -487,9 +505,48 @@ def test_special_tokens_are_those_of_the_settings(tmp_path: Path) -> None:
     assert tokenizer(["a", "a b"], padding=True)["input_ids"][0][0] == 2  # type: ignore[index]
 
 
+def test_a_pack_keeps_the_settings_of_its_checkpoint(tmp_path: Path) -> None:
+    import bloomq
+    from bloomq.pipelines.texts import tokenizer_of
+
+    folder, pack = write_checkpoint(tmp_path / "model", vocab_size=N_DEMO), tmp_path / "pack"
+    settings(folder, {"padding_side": "right", "pad_token": "</s>", "eos_token": "no such token"})
+    bloomq.convert(folder, pack)
+    expected = ("right", 2, None)
+    for tokenizer in (
+        BloomTokenizer.from_pretrained(folder),
+        BloomTokenizer.from_pretrained(pack),
+        BloomTokenizer.from_pretrained(pack / "tokenizer.json"),
+        BloomTokenizer.of_pack(Pack.open(pack)),
+        tokenizer_of(Pack.open(pack)),
+        bloomq.load(pack).tokenizer,
+    ):
+        assert tokenizer is not None
+        found = (tokenizer.padding_side, tokenizer.pad_token_id, tokenizer.eos_token_id)
+        assert found == expected
+    assert BloomTokenizer.from_pretrained(pack, padding_side="left").padding_side == "left"
+
+
+def test_a_pack_s_tokenizer_must_be_there_and_its_model_s(tmp_path: Path) -> None:
+    import bloomq
+
+    small, pack = write_checkpoint(tmp_path / "model"), tmp_path / "pack"
+    bloomq.convert(small, pack)
+    message = f"{pack}: has no tokenizer: convert a checkpoint that has a tokenizer.json"
+    fails(PackError, message, lambda: BloomTokenizer.from_pretrained(pack))
+    shutil.copy(DEMO, small)
+    bloomq.convert(small, pack, force=True)
+    message = "8192 tokens, the model has 96: it belongs to another model"
+    fails(
+        TokenizerError, f"{pack}/tokenizer.json: {message}",
+        lambda: BloomTokenizer.from_pretrained(pack),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ({"pad_token": "\ud800"}, "pad_token '\\ud800' holds half a surrogate pair: no text"),
         ({"padding_side": "top"}, "padding_side is 'top', neither 'left' nor 'right'"),
         ({"add_prefix_space": True}, "add_prefix_space is True, this tokenizer has False alone"),
         ({"add_eos_token": True}, "add_eos_token is True, this tokenizer has False alone"),
@@ -633,23 +690,37 @@ def test_a_missing_file_or_folder_is_named(tmp_path: Path) -> None:
     for path, named in (
         (tmp_path / "no", tmp_path / "no"),
         (tmp_path, tmp_path / "tokenizer.json"),
+        ("a\0b", "a\0b"),
     ):
         message = f"{named}: no such file; expected a tokenizer.json"
         fails(InputNotFound, message, partial(BloomTokenizer.from_file, path))
+        fails(InputNotFound, message, partial(BloomTokenizer.from_pretrained, path))
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").mkdir()
-    message = f"{tmp_path}/tokenizer.json: Is a directory; check the path and rights"
+    message = f"{tmp_path}/tokenizer.json: cannot be read: Is a directory"
     fails(TokenizerError, message, lambda: BloomTokenizer.from_file(tmp_path))
 
 
-def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_is_an_error_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 300)
+    message = f"{path}: cannot be read: File name too long"
+    fails(TokenizerError, message, lambda: BloomTokenizer.from_pretrained(path))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="FIFOs are POSIX's")
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
-    with path.open("wb") as file:
-        file.truncate(MAX_FILE_BYTES + 1)  # sparse
-    message = f"{path}: 268435457 bytes, expected at most 268435456"
+    os.mkfifo(path)
+    message = f"{path}: is not a regular file: replace it"
     fails(TokenizerError, message, lambda: BloomTokenizer.from_file(path))
+
+
+def test_a_huge_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bloomq.tokenizer.MAX_FILE_BYTES", DEMO.stat().st_size - 1)
+    message = f"{DEMO}: over {DEMO.stat().st_size - 1} bytes: too large for what it should be"
+    fails(TokenizerError, message, lambda: BloomTokenizer.from_file(DEMO))
 
 
 @pytest.mark.parametrize(

@@ -2,49 +2,62 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
 
 from bloomq.encoding import Tokens
-from bloomq.errors import PackError, TokenizerError, UsageError
+from bloomq.errors import UsageError
 from bloomq.pack import Pack
 from bloomq.sampling import is_whole
 from bloomq.tokenizer import BloomTokenizer
 
 
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A text with its tokens, as `read` of a pipeline gives it and that pipeline takes it in place
+    of a str. tokens: with offsets from a `Tagger` alone."""
+
+    text: str
+    tokens: Tokens
+
+
+Texts = Sequence[str] | Sequence[Text]
+
+
 def tokenizer_of(pack: Pack) -> BloomTokenizer:
     """A pack's tokenizer. Raises: PackError where it has none, TokenizerError."""
-    data = pack.tokenizer_bytes()
-    source = pack.path / "tokenizer.json"
-    if data is None:
-        raise PackError(
-            f"{pack.path}: has no tokenizer: convert a checkpoint that has a tokenizer.json"
-        )
-    tokenizer = BloomTokenizer.from_bytes(data, str(source))
-    if tokenizer.vocab_size > pack.config.vocab_size:
-        raise TokenizerError(
-            f"{source}: {tokenizer.vocab_size} tokens, the model has {pack.config.vocab_size}: "
-            "it belongs to another model"
-        )
-    return tokenizer
+    return BloomTokenizer.of_pack(pack)
 
 
-def tokenized(
+def read(
     tokenizer: BloomTokenizer,
-    texts: Sequence[str],
+    texts: Texts,
     *,
     most: int | None = None,
     truncate: bool = False,
+    offsets: bool = False,
     names: Sequence[str] | None = None,
-) -> list[Tokens]:
-    """The tokens of each text, with the characters that each came from.
+) -> list[Text]:
+    """Each text with its tokens; offsets: and the characters that each of these came from. Those
+    that were read before stay as they are.
 
-    most: of a text; names: what errors call each text; None: text 0, text 1, ...
+    most: tokens of a text; names: what errors call each text; None: text 0, text 1, ...
 
     Raises: UsageError for a text without tokens, and for one of more than `most` unless `truncate`.
     """
     if most is not None and (not is_whole(most) or most < 1):
         raise UsageError(f"max_tokens is {most!r}, expected 1 or more")
-    rows = tokenizer.encode_with_offsets(texts)
+    if isinstance(texts, list | tuple) and texts and all(isinstance(one, Text) for one in texts):
+        return cast(list[Text], list(texts))
+    texts = cast(Sequence[str], texts)  # or the tokenizer refuses it
+    if offsets:
+        rows = tokenizer.encode_with_offsets(texts)
+    else:
+        rows = [Tokens(ids, []) for ids in tokenizer.encode_batch(texts)]
     for i, row in enumerate(rows):
         name = f"text {i}" if names is None else names[i]
         if not row.ids:
@@ -54,4 +67,17 @@ def tokenized(
                 f"{name}: has {len(row.ids)} tokens, expected {most} at most: truncate it, or "
                 "raise max_tokens"
             )
-    return rows if most is None else [row.cut(most) for row in rows]
+    if most is not None:
+        rows = [row.cut(most) for row in rows]
+    return [Text(text, row) for text, row in zip(texts, rows, strict=True)]
+
+
+def least_score(threshold: float | None) -> float:
+    """The score from which a result counts. Raises: UsageError for what is no number."""
+    if threshold is None:
+        return -np.inf
+    value = threshold.item() if isinstance(threshold, np.generic) else threshold
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not abs(value) <= sys.float_info.max:
+        raise UsageError(f"threshold is {threshold!r:.80}, expected None or a number")
+    return float(value)

@@ -36,7 +36,7 @@ class Frame:
 
     cache: JaxCache
     places: Places
-    gates: Array  # [R, ranks]
+    gates: Array  # of each block's row, [R, ranks]
 
     def attend(self, layer: int, q: Array, k: Array, v: Array, slope: Array, span: Span) -> Array:
         mixed: Array
@@ -52,9 +52,9 @@ def in_few_shapes(step: Step) -> Step:
     """The same step, run on padded ids and for padded `wanted`."""
 
     def call(ids: I64, cache: JaxCache, span: Span, wanted: I64) -> Array:
+        cache.check_kept()
         places = Places.of(span, cache, bucket)
-        gates = np.zeros((len(places.rows), cache.gates.shape[1]), np.float32)
-        gates[: len(span.rows)] = cache.gates[span.rows]
+        gates = cache.gates[np.minimum(places.rows, cache.batch - 1)]  # padding: any
         frame = Frame(cache, jax.device_put(places), jnp.asarray(gates))
         nothing: Any = None  # for the span, which knows nothing of the padding
         read = padded(wanted, bucket(len(wanted)))
