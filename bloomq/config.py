@@ -197,8 +197,9 @@ class BloomConfig:
         manifest = Path(path) / "manifest.json"
         if not exists(manifest):
             return cls.from_file(Path(path) / "config.json")
-        raw: Any = read_json(manifest)
-        return cls.from_dict(raw.get("config") if isinstance(raw, dict) else raw, str(manifest))
+        raw = read_json(manifest)
+        config: Any = raw.get("config") if isinstance(raw, dict) else raw
+        return cls.from_dict(config, str(manifest))
 
     def to_dict(self) -> dict[str, Any]:
         """As a pack's manifest stores it, and `from_dict` reads it."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapters import written
 from conftest import write_checkpoint
 from heads import assemble, heldout
 from hypothesis import given
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 import bloomq
 from bloomq.encoding import Tokens
 from bloomq.errors import BloomqError, NumericError, PackError, TokenizerError, UsageError
+from bloomq.heads import Head
 from bloomq.pipelines import Answerer, Classifier, Embedder, Label, Tag, Tagger
 from bloomq.pipelines.answerer import Spans, Window, best_answers, spans_of
 from bloomq.pipelines.batches import plan
@@ -358,7 +360,7 @@ def test_spans_are_those_of_the_definition(seed: int, most: int) -> None:
     ends = np.cumsum([len(piece) for piece in pieces]).tolist()
     offsets = list(zip([0, *ends[:-1]], ends, strict=True))
     logits = rng.standard_normal((2 + len(pieces), 2)).astype(np.float32)
-    window = Window(0, 0, [0] * len(logits), 2, offsets)
+    window = Window(0, [0] * len(logits), 2, offsets)
     found = best_answers(context, [spans_of(context, window, logits, most)], 100)
     expected = brute_force(context, offsets, *logits[2:].T, most)
     assert len(found) == len(expected)
@@ -377,7 +379,8 @@ def test_a_piece_that_two_windows_offer_counts_once_with_both_weights() -> None:
 
 def test_windows_cover_a_long_context_and_overlap(answerer: Answerer) -> None:
     context = " ".join(f"word{i}" for i in range(120))
-    windows = answerer.windows(["why?"], [context], window_tokens=50, overlap=10)
+    (pair,) = answerer.pairs(["why?"], [context], window_tokens=50, overlap=10)
+    windows = pair.windows
     whole = answerer.tokenizer.encode(context)
     question = answerer.tokenizer.encode("why?")
     room = 50 - len(question)
@@ -400,7 +403,8 @@ def test_an_answer_is_found_wherever_it_stands_in_a_long_context(answerer: Answe
     others = [line for line in lines if f"{record['question'][:-1]}:" not in line]
     context = "\n".join([*others[:4], record["context"], *others[4:]])
     options: dict[str, Any] = {"window_tokens": 160, "overlap": 100, "top_k": 8}
-    assert len(answerer.windows([record["question"]], [context], window_tokens=160)) > 2
+    (pair,) = answerer.pairs([record["question"]], [context], window_tokens=160)
+    assert len(pair.windows) > 2
     found = answerer.answer([record["question"]], [context], **options)[0]
     assert record["answer"] in [a.text for a in found]
     assert all(a.text == context[a.start : a.end] for a in found)
@@ -408,7 +412,7 @@ def test_an_answer_is_found_wherever_it_stands_in_a_long_context(answerer: Answe
 
 def test_a_separator_stands_between_question_and_context(answerer: Answerer) -> None:
     lined = Answerer(answerer.model, answerer.tokenizer, separator="\n")
-    (window,) = lined.windows(["why?"], ["because"])
+    ((window,),) = (pair.windows for pair in lined.pairs(["why?"], ["because"]))
     assert window.ids[: window.skip] == answerer.tokenizer.encode("why?\n")
 
 
@@ -583,3 +587,114 @@ def test_limits_and_texts_that_cannot_be_are_refused(
     for wrong in (0, -1, 1.5):
         message = f"top_k is {wrong!r}, expected None, or 1 or more classes"
         fails(UsageError, message, lambda w=wrong: classifier.classify(["a"], top_k=w))
+
+
+def test_what_is_no_number_is_no_threshold(
+    classifier: Classifier, tagger: Tagger, answerer: Answerer
+) -> None:
+    runs: list[Callable[..., object]] = [
+        lambda **o: classifier.classify(["a"], **o),
+        lambda **o: tagger.tag(["a"], **o),
+        lambda **o: answerer.answer(["a"], ["b"], **o),
+    ]
+    for call in runs:
+        for wrong in ("x", float("nan"), float("inf"), 10**400, True, [0.5]):
+            message = f"threshold is {wrong!r:.80}, expected None or a number"
+            fails(UsageError, message, lambda c=call, w=wrong: c(threshold=w))
+        call(threshold=np.float32(0.5))
+
+
+def test_classes_outside_are_names(tagger: Tagger) -> None:
+    for wrong in (None, [[]], "O", [1]):
+        message = f"outside is {wrong!r}, expected a list of names of classes"
+        options: Any = {"outside": wrong}
+        fails(UsageError, message, lambda o=options: tagger.tag(["a"], **o))
+    assert tagger.tag(["a"], outside={"O"}) == tagger.tag(["a"])
+
+
+def test_questions_contexts_and_separators_are_texts(answerer: Answerer) -> None:
+    wrong: Any = (one for one in ["why?"])
+    message = "questions are generator, expected a list of texts"
+    fails(UsageError, message, lambda: answerer.answer(wrong, ["a"]))
+    wrong = [None]
+    message = "questions: number 0 is NoneType, expected text"
+    fails(UsageError, message, lambda: answerer.answer(wrong, ["a"]))
+    message = "contexts are str, expected a list of texts"
+    fails(UsageError, message, lambda: answerer.answer(["a"], "a"))
+    wrong = None
+    message = "separator is None, expected text"
+    fails(
+        UsageError, message,
+        lambda: Answerer(answerer.model, answerer.tokenizer, separator=wrong),
+    )  # fmt: skip
+
+
+def test_texts_that_were_read_before_have_the_same_results(
+    classifier: Classifier, tagger: Tagger, embedder: Embedder
+) -> None:
+    options: dict[str, Any] = {"max_tokens": 9, "truncate": True}
+    runs: list[tuple[Any, Callable[..., Any]]] = [
+        (classifier, classifier.classify), (tagger, tagger.tag), (embedder, embedder.embed),
+    ]  # fmt: skip
+    for pipeline, call in runs:
+        read = pipeline.read(TEXTS, **options)
+        assert [len(text.tokens.ids) for text in read] == [9, 1, 9, 8, 9]
+        np.testing.assert_equal(call(read), call(TEXTS, **options))
+    message = "line 7: has no tokens: leave empty texts out"
+    fails(UsageError, message, lambda: classifier.read([""], names=["line 7"]))
+
+
+# -- adapters --------------------------------------------------------------------------------------
+
+
+def test_an_adapter_changes_every_text_and_goes_again(tmp_path: Path) -> None:
+    classifier = Classifier.load(tiny(tmp_path / "model"))
+    before = classifier.scores(TEXTS)
+    classifier.model.load_adapter(written(tmp_path / "lora", layers=1), "mine")
+    np.testing.assert_array_equal(classifier.scores(TEXTS), before)
+    for batch_tokens in (64, 2048):
+        found = classifier.scores(TEXTS, adapters="mine", batch_tokens=batch_tokens)
+        assert (found != before).any(axis=1).all()
+        for text, scores in zip(TEXTS, found, strict=True):
+            model: Any = classifier.model
+            logits = model(classifier.tokenizer.encode(text), adapters="mine").logits[0]
+            weights = np.exp(logits - logits.max())
+            np.testing.assert_allclose(scores, weights / weights.sum(), rtol=1e-5)
+    half = classifier.classify(TEXTS, top_k=None, adapters={"mine": 0.5})
+    assert half != classifier.classify(TEXTS, top_k=None, adapters="mine")
+    wrong: Any = ["mine"]
+    message = "adapters is a list, expected one choice, which all texts share"
+    fails(UsageError, message, lambda: classifier.scores(["a"], adapters=wrong))
+
+
+def test_every_pipeline_takes_an_adapter(
+    checkpoint: Checkpoint, tmp_path: Path, embedder: Embedder
+) -> None:
+    folder = written(tmp_path / "lora", hidden_size=256, layers=embedder.model.config.n_layer)
+    tagger, answerer = Tagger.load(checkpoint("token")), Answerer.load(checkpoint("question"))
+    mine = Embedder.load(DEMO)
+    for pipeline in (tagger, answerer, mine):
+        pipeline.model.load_adapter(folder, "a")
+    text = heldout("token")[0]["text"]
+    runs: list[Callable[..., Any]] = [
+        lambda **o: tagger.tag([text], **o),
+        lambda **o: answerer.answer(["why?"], [text], **o),
+        lambda **o: mine.embed([text], **o).tolist(),
+    ]
+    for call in runs:
+        assert call(adapters="a") != call()
+
+
+def test_a_cache_is_as_large_as_the_texts_need(
+    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes, whole = [], Head.cache
+
+    def cache(head: Head, batch: int, capacity: int) -> Any:
+        shapes.append((batch, capacity))
+        return whole(head, batch, capacity)
+
+    monkeypatch.setattr(Head, "cache", cache)
+    classifier.classify(["a"], batch_tokens=10**12)
+    classifier.classify(["a"] * 5, batch_tokens=64 * 3)
+    assert shapes == [(1, 1), (3, 1)]

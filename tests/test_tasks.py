@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
@@ -16,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapters import written
 from conftest import write_checkpoint
 from heads import assemble, heldout
 from test_cli import LONG_S, Terminal
 
 import bloomq
 from bloomq import cli
+from bloomq.cli import running
 from bloomq.cli.partial import Lines, Rows, continued
 from bloomq.errors import OutputError
 from bloomq.pipelines import Classifier
@@ -42,6 +45,12 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Pack:
         return made[name]
 
     return convert
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-tuned checkpoint's folder."""
+    return assemble("sequence", tmp_path_factory.mktemp("source") / "sequence")
 
 
 @dataclass(frozen=True)
@@ -112,9 +121,10 @@ def test_quiet_says_nothing_but_the_result(call: Call, pack: Pack) -> None:
 
 def test_json_lines_hold_text_and_labels_in_order(call: Call, pack: Pack) -> None:
     records = heldout("sequence")[::40]
-    lines = "".join(f"{r['text']}\n\n" for r in records).encode()
+    lines = "\n".join(r["text"] for r in records).encode()
     options = ("-m", pack("sequence"), "--json", "--top-k", 3)
     rows = call("classify", *options, stdin=lines).rows
+    assert [row["line"] for row in rows] == [*range(1, len(records) + 1)]
     assert [row["text"] for row in rows] == [r["text"] for r in records]
     found = Classifier.load(pack("sequence")).classify([r["text"] for r in records], top_k=3)
     for row, labels in zip(rows, found, strict=True):
@@ -215,7 +225,108 @@ def test_each_kind_of_file_gives_its_texts(
 ) -> None:
     (tmp_path / name).write_bytes(GOOD[name].encode())
     rows = call("classify", "-f", tmp_path / name, "-m", pack("sequence"), "--json").rows
-    assert [row["text"] for row in rows] == ["first line", "  second \u2028 line", "last"]
+    found = [(row["line"], row["text"]) for row in rows if row["text"]]
+    lines = (1, 2, 3) if name.lower() == "a.csv" else (1, 3, 4)
+    assert found == list(zip(lines, ["first line", "  second \u2028 line", "last"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "one\n \n\nfour\n"),
+        ("a.csv", 'id,text\n7,one\n8," "\n9,\n10,four\n'),
+        ("a.jsonl", '{"text": "one"}\n{"text": " "}\n{"text": ""}\n{"text": "four"}'),
+    ],
+)
+def test_an_empty_text_has_an_empty_result_on_its_line(
+    call: Call, pack: Pack, tmp_path: Path, name: str, content: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    rows = call("classify", "-f", path, "-m", pack("sequence"), "--json").rows
+    assert [(row["line"], len(row["labels"])) for row in rows] == [(1, 1), (2, 0), (3, 0), (4, 1)]
+    assert "\n-  \n" in call("classify", "-f", path, "-m", pack("sequence")).stdout
+    rows = call("embed", "-f", path, "-o", tmp_path / "x.jsonl") and [
+        json.loads(line) for line in (tmp_path / "x.jsonl").open()
+    ]
+    assert [row["embedding"] is None for row in rows] == [False, True, True, False]
+    rows = call("tag", "-f", path, "-m", pack("token"), "--json").rows
+    assert rows[1]["tags"] == rows[2]["tags"] == []
+    options = ("--question", "why?", "--context-field", "text", "-m", pack("question"), "--json")
+    rows = call("answer", "-f", path, *options).rows
+    assert [(row["line"], len(row["answers"])) for row in rows] == [(1, 1), (2, 0), (3, 0), (4, 1)]
+    done = call("embed", "-f", path, "-o", tmp_path / "x.npy", code=2)
+    at = 3 if name == "a.csv" else 2
+    assert done.error == (
+        f"{path}:{at}: is empty, which no row of an array can say: leave it out, or write JSON "
+        "lines"
+    )
+    assert not (tmp_path / "x.npy").exists()
+
+
+def test_a_cell_of_a_csv_may_be_long(call: Call, pack: Pack, tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    (tmp_path / "a.csv").write_text(f"text\n{'word ' * 30_000}\n")
+    options = ("-f", tmp_path / "a.csv", "-m", pack("sequence"), "--truncate", "--json")
+    (row,) = call("classify", *options).rows
+    assert len(row["text"]) > limit == csv.field_size_limit()
+
+
+def test_a_checkpoint_is_quantized_and_its_pack_is_kept(
+    call: Call, tmp_path: Path, source: Path
+) -> None:
+    saved = tmp_path / "pack"
+    options = ("classify", "a text", "-m", source, "--json")
+    exact = call(*options).rows
+    found = call(*options, "--scheme", "int8", "--save-pack", saved).rows
+    assert found != exact
+    assert call(*options[:2], "-m", saved, "--json").rows == found
+    assert call(*options, "--scheme", "int8", "--save-pack", saved).rows == found
+
+
+def test_adapters_change_results_and_are_part_of_the_job(
+    call: Call, tmp_path: Path, source: Path
+) -> None:
+    config = json.loads((source / "config.json").read_text())
+    folder, size = tmp_path / "lora", config["hidden_size"]
+    written(folder, hidden_size=size, layers=config["n_layer"])
+    options = ("classify", "a text", "b", "-m", source, "-q")
+    base = call(*options, "--json").rows
+    adapted = call(*options, "--json", "--lora", folder).rows
+    assert adapted != base
+    assert call(*options, "--json", "--lora", f"{folder}=0").rows == base
+    out = tmp_path / "out.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+        call(*options, "--lora", folder, "-o", out)
+    assert [json.loads(line) for line in out.open()] == adapted
+    for change in ((), ("--lora", f"{folder}=0.5")):
+        done = call(*options, *change, "-o", out, code=1)
+        assert "was begun by a job with another options" in done.error
+    call(*options, "--lora", folder, "-o", out)
+
+
+def test_what_is_tokenized_at_once_changes_no_result(
+    call: Call, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text(TEXTS.replace("number 7 ", "\n"))
+    options = ("classify", "-f", tmp_path / "a.txt", "-m", pack("sequence"), "--json")
+    whole = call(*options).stdout
+    for records, chars in ((1, 1 << 20), (7, 1 << 20), (1000, 100), (1000, 1)):
+        monkeypatch.setattr(running, "_READ_RECORDS", records)
+        monkeypatch.setattr(running, "_READ_CHARS", chars)
+        assert call(*options).stdout == whole
+
+
+def test_a_text_that_is_too_long_leaves_what_was_done_before_it(
+    call: Call, pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "_READ_RECORDS", 2)
+    path, out = tmp_path / "a.txt", tmp_path / "out.jsonl"
+    path.write_text("a\nb\nc\n" + "word " * 30)
+    options = ("classify", "-f", path, "-m", pack("sequence"), "-o", out, "--max-tokens", 9)
+    assert call(*options, code=2).error.startswith(f"{path}:4: has ")
+    assert out.read_bytes().count(b"\n") == 2 and (tmp_path / "out.jsonl.job").exists()
 
 
 def test_another_field_or_column_can_be_named(call: Call, pack: Pack, tmp_path: Path) -> None:
@@ -243,10 +354,10 @@ BAD: list[tuple[str, bytes | None, str]] = [
                                             "with --field"),
     ("a.jsonl", b"{}", "{path}:1: no field text, found none: name it with --field"),
     ("a.jsonl", b'{"text": 5}', "{path}:1: text is 5, expected a text"),
-    ("a.jsonl", b'{"text": ""}', "{path}:1: has no tokens: leave empty texts out"),
+    ("a.jsonl", b'{"text": ""}', "{path}: has no texts: every line is empty"),
     ("a.jsonl", b'{"text": "\\ud800"}', "{path}:1: holds half a character (a lone surrogate)"),
-    ("a.csv", b"id,body\n1,x\n", "{path}: no column text, found id, body: name it with --column"),
-    ("a.csv", b"", "{path}: no column text, found none: name it with --column"),
+    ("a.csv", b"id,body\n1,x\n", "{path}: no column text, found id, body: name it with --field"),
+    ("a.csv", b"", "{path}: no column text, found none: name it with --field"),
     ("a.csv", b"id,text\n1,x\n2\n", "{path}:3: the row ends before text: complete it"),
     ("a.csv", b'id,text\n1,"x\n', "{path}:2: is no CSV: unexpected end of data"),
     ("a.txt", b"a\n" + b"word " * 3000, "{path}:2: has "),
@@ -279,7 +390,9 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("classify", "a"), "no model: name the pack of a BloomForSequenceClassification with -m"),
     (("tag", "a"), "no model: name the pack of a BloomForTokenClassification with -m"),
     (("embed", "a", "-f", "a.txt"), "found texts and --file a.txt, expected one of them"),
-    (("embed", ""), "text 1: has no tokens: leave empty texts out"),
+    (("embed", ""), "the command line: has no texts: every line is empty"),
+    (("embed", "a", "-o", ""), ".: is no name of a file: choose another with --out"),
+    (("embed", "a", "-o", "/"), "/: is no name of a file: choose another with --out"),
     (("embed", "a", "--batch-tokens", "0"), "batch_tokens is 0, expected 1 or more"),
     (("embed", "a", "--max-tokens", "0"), "max_tokens is 0, expected 1 or more"),
     (("answer",), "no question: give it with --question, or a file of them with --file"),
@@ -315,17 +428,33 @@ def test_a_pair_that_cannot_be_is_named_with_its_line(
     call: Call, pack: Pack, tmp_path: Path
 ) -> None:
     path, good = tmp_path / "qa.csv", 'why?,"be,\ncause"\n'
-    path.write_text(f"question,context\n{good},b\n")
-    done = call("answer", "-f", path, "-m", pack("question"), code=2)
-    assert done.error == f"{path}:4: the question: has no tokens: leave empty texts out"
+    for option, at in (("--question-field", 0), ("--context-field", 1)):
+        path.write_text(f"{'a,context' if at == 0 else 'question,a'}\nx,y\n")
+        done = call("answer", "-f", path, "-m", pack("question"), code=2)
+        assert done.error.endswith(f"name it with {option}")
     path.write_text(f"question,context\n{good}{'why ' * 400},b\n")
     done = call("answer", "-f", path, "-m", pack("question"), code=2)
     assert done.error.startswith(f"{path}:4: a question of ")
 
 
-def test_the_wrong_head_says_which_class_it_is(call: Call, pack: Pack) -> None:
+def test_the_wrong_head_says_which_command_takes_it(call: Call, pack: Pack) -> None:
     done = call("tag", "a", "-m", pack("sequence"), code=2)
-    assert done.error.endswith("load it as bloomq.BloomForSequenceClassification")
+    assert done.error == (
+        f"{pack('sequence')}: has the head of a BloomForSequenceClassification: use bloomq classify"
+    )
+    from bloomq.loading import demo_pack
+
+    done = call("answer", "--question", "a", "--context", "b", "-m", demo_pack(), code=2)
+    assert done.error.endswith("has the head of a BloomForCausalLM: use bloomq generate")
+
+
+def test_warmup_takes_a_pack_of_any_head(call: Call, pack: Pack) -> None:
+    assert call("warmup", "-m", pack("token")).stdout.startswith("ready: numba")
+
+
+def test_a_threshold_that_is_no_number_is_refused(call: Call, pack: Pack) -> None:
+    done = call("classify", "a", "-m", pack("sequence"), "--threshold", "nan", code=2)
+    assert done.error == "threshold is nan, expected None or a number"
 
 
 def test_a_pack_without_a_tokenizer_is_named(call: Call, tmp_path: Path) -> None:
@@ -372,7 +501,8 @@ def test_an_interrupted_job_goes_on_behind_its_last_line(
     with out.open("ab") as file:
         file.write(b'{"text": "cut o')  # as a run that is killed leaves it
     sizes = interrupt_after(1000, monkeypatch)
-    goes_on = call(*job[:-2], 128, "-o", out)  # how texts run together changes no result
+    # How texts run together, and by how many threads, changes no result.
+    goes_on = call(*job[:-2], 128, "-t", 1, "-o", out)
     assert sum(sizes) == 60 - done
     assert f"{60 - done} texts behind {done} of before in" in goes_on.stderr
     assert out.read_bytes() == whole.read_bytes()
@@ -408,6 +538,7 @@ def test_an_interruption_before_the_first_result_leaves_nothing(
         (("--top-k", "2"), "options"),
         (("--max-tokens", "99"), "options"),
         (("--backend", "reference"), "backend"),
+        (("--cache-dtype", "f32"), "backend"),
         (("another text",), "input"),
     ],
 )

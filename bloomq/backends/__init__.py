@@ -72,7 +72,7 @@ def choose(name: str, pack: Pack, threads: int | None, cache_dtype: str = "auto"
     if cache_dtype not in ("auto", "f16", "f32", "int8"):
         raise UsageError(f"cache_dtype is {cache_dtype!r}, expected auto, f16, f32 or int8")
     if name in ("jax", "reference") and not (threads is None or _is_count(threads)):
-        raise UsageError(f"threads is {threads!r}, expected a whole number from 1")
+        raise UsageError(f"threads is {threads!r}, expected 1 or more, or None")
     if name in ("jax", "reference") and cache_dtype not in ("auto", "f32"):
         raise UsageError(f"cache_dtype is {cache_dtype!r}, the {name} backend has f32 alone")
     if cache_dtype == "auto":

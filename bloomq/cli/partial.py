@@ -17,7 +17,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from bloomq.errors import OutputError
+from bloomq.errors import OutputError, UsageError
 
 _BLOCK_BYTES = 1 << 20
 
@@ -93,8 +93,11 @@ def continued(path: Path, job: Mapping[str, Any], units: int, layout: Layout) ->
     """The file of a job of so many units, begun or continued; after an exception it stays as far
     as it came, if anything is in it.
 
-    Raises: OutputError where the file is not of this job or cannot be written.
+    Raises: OutputError where the file is not of this job or cannot be written; UsageError for a
+    path without a name.
     """
+    if not path.name:  # of "", ".", or the root
+        raise UsageError(f"{path}: is no name of a file: choose another with --out")
     sidecar = path.with_name(f"{path.name}.job")
     with _errors(path):
         new = not path.exists()

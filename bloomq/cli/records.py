@@ -15,15 +15,35 @@ from bloomq import console
 from bloomq.errors import UsageError
 from bloomq.files import read_bounded, shown
 
-MOST_BYTES = 1 << 30  # of a file, which is read as a whole: days of work for bloom-560m
+MOST_BYTES = 1 << 28  # of a file, whose texts are all in memory: days of work for bloom-560m
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A field or column with a text, and the option that names it."""
+
+    name: str
+    option: str
+
+
+Fields = tuple[Field, ...]
+_ONE = (Field("text", "--field"),)  # of a line, which has no names for what it holds
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One text, or several that belong together. where: as errors name it, "reviews.csv:17"."""
+    """One text, or several that belong together. where: as errors name it, "reviews.csv:17"; line:
+    where results say that it comes from, from 1: a line, a row below a .csv's header, an argument.
+    """
 
     where: str
     fields: tuple[str, ...]
+    line: int
+
+    @property
+    def is_empty(self) -> bool:
+        """Is one of its texts white space alone?"""
+        return not all(text.strip() for text in self.fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +52,6 @@ class Records:
 
     items: list[Record]
     digest: str
-
-    def column(self, i: int) -> list[str]:
-        return [record.fields[i] for record in self.items]
-
-    @property
-    def names(self) -> list[str]:
-        return [record.where for record in self.items]
 
 
 def read_texts(texts: Sequence[str], file: Path | None, field: str) -> Records:
@@ -49,13 +62,13 @@ def read_texts(texts: Sequence[str], file: Path | None, field: str) -> Records:
     if texts and file is not None:
         raise UsageError(f"found texts and --file {file}, expected one of them")
     if file is not None:
-        return from_file(file, (field,))
+        return from_file(file, (Field(field, "--field"),))
     if texts:
         return _given([(text,) for text in texts])
     if not _is_piped():
         raise UsageError("no texts: give some as arguments, with --file or on standard input")
     text = console.read_all()
-    return _some(list(_lines(text, "standard input", (field,))), "standard input", text.encode())
+    return _some(list(_lines(text, "standard input", _ONE)), "standard input", text.encode())
 
 
 def read_pairs(
@@ -73,22 +86,23 @@ def read_pairs(
         if context is None and not _is_piped():
             raise UsageError("no context: give it with --context or on standard input")
         return _given([(question, console.read_all() if context is None else context)])
-    wanted = tuple(name for name, one in zip(fields, given, strict=True) if one is None)
+    both = Field(fields[0], "--question-field"), Field(fields[1], "--context-field")
+    wanted = tuple(field for field, one in zip(both, given, strict=True) if one is None)
     if not wanted:
         raise UsageError(f"found --question, --context and --file {file}, expected two at most")
     read = from_file(file, wanted)
     items = []
     for record in read.items:
         rest = iter(record.fields)
-        items.append(
-            Record(record.where, tuple(next(rest) if one is None else one for one in given))
-        )
-    return Records(items, _digest(json.dumps([read.digest, *given, *wanted]).encode()))
+        texts = tuple(next(rest) if one is None else one for one in given)
+        items.append(Record(record.where, texts, record.line))
+    names = [field.name for field in wanted]
+    return Records(items, _digest(json.dumps([read.digest, *given, *names]).encode()))
 
 
 def _given(texts: Sequence[tuple[str, ...]]) -> Records:
     """Records of the command line."""
-    items = [Record(f"text {i}", fields) for i, fields in enumerate(texts, 1)]
+    items = [Record(f"text {i}", fields, i) for i, fields in enumerate(texts, 1)]
     return _some(items, "the command line", json.dumps(texts).encode())
 
 
@@ -96,7 +110,7 @@ def _is_piped() -> bool:
     return sys.stdin is not None and not console.is_terminal(sys.stdin)
 
 
-def from_file(path: Path, fields: tuple[str, ...]) -> Records:
+def from_file(path: Path, fields: Fields) -> Records:
     """A text a line of a .txt, or these fields of each line of a .jsonl or each row of a .csv.
 
     Raises: UsageError, which names the line; InputNotFound.
@@ -115,7 +129,7 @@ def from_file(path: Path, fields: tuple[str, ...]) -> Records:
 
 
 def _some(items: list[Record], where: str, data: bytes) -> Records:
-    if not items:
+    if all(record.is_empty for record in items):
         raise UsageError(f"{where}: has no texts: every line is empty")
     for record in items:
         for text in record.fields:
@@ -128,54 +142,61 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _lines(text: str, where: str, fields: tuple[str, ...]) -> Iterator[Record]:
-    """Lines that are not blank. Other line ends than these, such as U+2028, are part of a text."""
+def _lines(text: str, where: str, fields: Fields) -> Iterator[Record]:
+    """Other line ends than these, such as U+2028, are part of a text."""
     if len(fields) != 1:
-        wanted = " and ".join(shown(field) for field in fields)
+        wanted = " and ".join(shown(field.name) for field in fields)
         raise UsageError(f"{where}: has one text a line, expected {wanted}: use a .jsonl or a .csv")
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield Record(f"{where}:{number}", (line.removesuffix("\r"),))
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        yield Record(f"{where}:{number}", (line.removesuffix("\r"),), number)
 
 
-def _json_lines(text: str, where: str, fields: tuple[str, ...]) -> Iterator[Record]:
-    for line in _lines(text, where, ("",)):
+def _json_lines(text: str, where: str, fields: Fields) -> Iterator[Record]:
+    for line in _lines(text, where, _ONE):
+        if line.is_empty:
+            continue
         try:
             row = json.loads(line.fields[0])
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{line.where}: is no JSON: {error}") from None
         if not isinstance(row, dict):
             raise UsageError(f"{line.where}: is a {type(row).__name__}, expected an object")
-        yield Record(line.where, tuple(_field(row, field, line.where) for field in fields))
+        texts = tuple(_field(row, field, line.where) for field in fields)
+        yield Record(line.where, texts, line.line)
 
 
-def _field(row: dict[str, object], field: str, where: str) -> str:
-    if field not in row:
+def _field(row: dict[str, object], field: Field, where: str) -> str:
+    if field.name not in row:
         raise UsageError(
-            f"{where}: no field {shown(field)}, found {_listed(row)}: name it with --field"
+            f"{where}: no field {shown(field.name)}, found {_listed(row)}: name it with "
+            f"{field.option}"
         )
-    value = row[field]
+    value = row[field.name]
     if not isinstance(value, str):
-        raise UsageError(f"{where}: {shown(field)} is {value!r:.40}, expected a text")
+        raise UsageError(f"{where}: {shown(field.name)} is {value!r:.40}, expected a text")
     return value
 
 
-def _csv(text: str, where: str, fields: tuple[str, ...]) -> Iterator[Record]:
+def _csv(text: str, where: str, fields: Fields) -> Iterator[Record]:
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    before = csv.field_size_limit(MOST_BYTES)  # of the whole process: 131,072 characters a cell
     try:
         for field in fields:
-            if field not in (rows.fieldnames or ()):
+            if field.name not in (rows.fieldnames or ()):
                 raise UsageError(
-                    f"{where}: no column {shown(field)}, found {_listed(rows.fieldnames or ())}: "
-                    "name it with --column"
+                    f"{where}: no column {shown(field.name)}, found "
+                    f"{_listed(rows.fieldnames or ())}: name it with {field.option}"
                 )
-        for row in rows:
+        for number, row in enumerate(rows, 1):
             at = f"{where}:{rows.line_num}"
-            if any(row[field] is None for field in fields):
-                raise UsageError(f"{at}: the row ends before {shown(fields[-1])}: complete it")
-            yield Record(at, tuple(row[field] for field in fields))
+            if any(row[field.name] is None for field in fields):
+                last = shown(fields[-1].name)
+                raise UsageError(f"{at}: the row ends before {last}: complete it")
+            yield Record(at, tuple(row[field.name] for field in fields), number)
     except csv.Error as error:
         raise UsageError(f"{where}:{rows.reader.line_num}: is no CSV: {error}") from None
+    finally:
+        csv.field_size_limit(before)
 
 
 def _listed(names: object) -> str:
@@ -183,6 +204,6 @@ def _listed(names: object) -> str:
     return f"{listed:.200}" or "none"
 
 
-_READERS: dict[str, Callable[[str, str, tuple[str, ...]], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[str, str, Fields], Iterator[Record]]] = {
     ".txt": _lines, ".jsonl": _json_lines, ".csv": _csv,
 }  # fmt: skip

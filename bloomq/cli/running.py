@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -22,50 +24,91 @@ if TYPE_CHECKING:
     from bloomq.modeling import BloomPreTrainedModel
 
 _CHUNK = 4  # batches of tokens, whose texts are sorted by length together: what Ctrl-C may lose
+# What is tokenized at once: enough for every core, and 50 MB where tokens are of 4 characters.
+_READ_RECORDS, _READ_CHARS = 1000, 1 << 20
+_THREADS = re.compile(r"\d+ threads?(, )?")
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """lengths: tokens of each record; work: the results of some records; options: what results
-    depend on, beside the records and the model."""
+    """What is done with records.
+
+    read: each record's texts as tokens, for `work` to take; size: how many tokens; work: the result
+    of each; options: what results depend on, beside the records and the model.
+    """
 
     name: str
     model: BloomPreTrainedModel
     options: Mapping[str, Any]
     records: Records
-    lengths: Sequence[int]
-    work: Callable[[list[Record]], Sequence[Any]]
+    read: Callable[[list[Record]], Sequence[Any]]
+    size: Callable[[Any], int]
+    work: Callable[[list[Any]], Sequence[Any]]
 
     def job(self) -> dict[str, Any]:
-        """What a file must have been begun with to be continued."""
+        """What a file must have been begun with to be continued: not by how many threads, which
+        change no result."""
+        backend = self.model.backend
         return {
             "command": self.name, "version": __version__, "input": self.records.digest,
-            "model": self.model.pack.manifest["checksum"], "backend": self.model.backend.name,
+            "model": self.model.pack.manifest["checksum"],
+            "backend": f"{backend.name}: {_THREADS.sub('', backend.description)}",
             "options": dict(self.options),
         }  # fmt: skip
 
-    def chunks(self, first: int, most: int) -> Iterator[list[Record]]:
-        """The records from `first` on, so many tokens at a time."""
-        items = self.records.items
-        while first < len(items):
-            stop, tokens = first + 1, self.lengths[first]
-            while stop < len(items) and tokens + self.lengths[stop] <= most:
-                tokens += self.lengths[stop]
-                stop += 1
-            yield items[first:stop]
-            first = stop
+    def chunks(self, first: int, most: int) -> Iterator[tuple[list[Record], list[Any]]]:
+        """The records from `first` on, so many tokens at a time, and what was read of those with a
+        text."""
+        for block in _blocks(self.records.items, first):
+            whole = iter(self.read([record for record in block if not record.is_empty]))
+            chunk: list[Record] = []
+            given: list[Any] = []
+            tokens = 0
+            for record in block:
+                one = None if record.is_empty else next(whole)
+                more = 0 if one is None else self.size(one)
+                if chunk and tokens + more > most:
+                    yield chunk, given
+                    chunk, given, tokens = [], [], 0
+                chunk.append(record)
+                tokens += more
+                if one is not None:
+                    given.append(one)
+            yield chunk, given
+
+    def results(self, records: list[Record], given: list[Any], empty: Any) -> list[Any]:
+        """Of each record of a chunk; `empty` of those without a text."""
+        found = iter(self.work(given) if given else [])
+        return [empty if record.is_empty else next(found) for record in records]
+
+
+def _blocks(items: list[Record], first: int) -> Iterator[list[Record]]:
+    """The records from `first` on, as many as are tokenized at once."""
+    block: list[Record] = []
+    chars = 0
+    for record in islice(items, first, None):
+        more = sum(map(len, record.fields))
+        if block and (len(block) == _READ_RECORDS or chars + more > _READ_CHARS):
+            yield block
+            block, chars = [], 0
+        block.append(record)
+        chars += more
+    if block:
+        yield block
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
     """Where results go, and how. path: None for the screen; line: a result as JSON; show: one for
-    people, and whether there are others; None: they get the JSON too."""
+    people, and whether there are others; None: they get the JSON too; empty: the result of a record
+    without text."""
 
     path: Path | None
     as_json: bool
     quiet: bool
     line: Callable[[Record, Any], Mapping[str, Any]]
     show: Callable[[Record, Any, bool], str] | None = None
+    empty: Any = ()
 
     def text(self, record: Record, result: Any, several: bool) -> str:
         """What is printed."""
@@ -118,8 +161,8 @@ def _run(
     try:
         with silent if hidden else console.text_progress(task.name, first) as progress:
             progress(done, total)
-            for records in task.chunks(first, most):
-                put(records, task.work(records))
+            for records, given in task.chunks(first, most):
+                put(records, task.results(records, given, output.empty))
                 done += len(records)
                 progress(done, total)
     except KeyboardInterrupt:

@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from bloomq import console
 from bloomq.cli.partial import Rows
 from bloomq.cli.records import Record, Records, read_pairs, read_texts
 from bloomq.cli.running import Output, Task, run
-from bloomq.cli.task_options import model_options, output_options, text_options
+from bloomq.cli.task_options import (
+    load_model,
+    model_options,
+    output_options,
+    text_options,
+    weights_of,
+)
 from bloomq.errors import UsageError
 from bloomq.files import shown
 
 if TYPE_CHECKING:
-    from bloomq.modeling import BloomPreTrainedModel
     from bloomq.pipelines import Answer, Classifier, Embedder, Label, Tag, Tagger
+    from bloomq.pipelines.answerer import Pair
+    from bloomq.pipelines.texts import Text
 
 _BESIDE = 60  # characters of a text beside its result
 
@@ -32,31 +38,37 @@ _BESIDE = 60  # characters of a text beside its result
 @output_options
 def classify(
     texts: tuple[str, ...], file: Path | None, field: str, max_tokens: int | None, truncate: bool,
-    top_k: int, threshold: float | None, model: Path | None, backend: str, threads: int | None,
+    top_k: int, threshold: float | None, model: Path | None, scheme: str | None,
+    save_pack: Path | None, lora: tuple[str, ...], backend: str, threads: int | None,
     cache_dtype: str, batch_tokens: int, out: Path | None, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Sort TEXTs, or a file's, or the lines of standard input, into a classifier's classes."""
+    from bloomq.modeling import BloomForSequenceClassification
     from bloomq.pipelines import Classifier
+    from bloomq.pipelines.texts import tokenizer_of
 
     records = read_texts(texts, file, field)
-    path = _chosen(model, "BloomForSequenceClassification", quiet)
-    pipeline = Classifier.load(path, backend=backend, threads=threads, cache_dtype=cache_dtype)
+    loaded, adapters = load_model(
+        BloomForSequenceClassification, model, scheme, save_pack, lora, backend, threads,
+        cache_dtype, quiet,
+    )  # fmt: skip
+    pipeline = Classifier(loaded, tokenizer_of(loaded.pack))
 
-    def work(some: list[Record]) -> list[list[Label]]:
+    def work(some: list[Text]) -> list[list[Label]]:
         return pipeline.classify(
-            _column(some, 0), top_k=top_k, threshold=threshold, max_tokens=max_tokens,
-            truncate=truncate, batch_tokens=batch_tokens,
-        )  # fmt: skip
+            some, top_k=top_k, threshold=threshold, batch_tokens=batch_tokens, adapters=adapters
+        )
 
     def show(record: Record, labels: list[Label], several: bool) -> str:
         found = [f"{shown(one.label)} {one.score:.4f}" for one in labels] or ["-"]
         return f"{'  '.join(found)}  {_beside(record)}" if several else "\n".join(found)
 
     options = {
+        "adapters": weights_of(adapters),
         "top_k": top_k, "threshold": threshold, "max_tokens": max_tokens, "truncate": truncate,
     }  # fmt: skip
-    lengths = _lengths(pipeline, records, max_tokens, truncate)
-    task = Task("classify", _noted(pipeline.model, quiet), options, records, lengths, work)
+    read = _reader(pipeline, max_tokens, truncate)
+    task = Task("classify", loaded, options, records, read, _size, work)
     return run(task, Output(out, as_json, quiet, _line("text", "labels"), show), batch_tokens)
 
 
@@ -72,31 +84,38 @@ def classify(
 def tag(
     texts: tuple[str, ...], file: Path | None, field: str, max_tokens: int | None, truncate: bool,
     threshold: float | None, each_token: bool, outside: tuple[str, ...], model: Path | None,
-    backend: str, threads: int | None, cache_dtype: str, batch_tokens: int, out: Path | None,
+    scheme: str | None, save_pack: Path | None, lora: tuple[str, ...], backend: str,
+    threads: int | None, cache_dtype: str, batch_tokens: int, out: Path | None,
     as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Find what belongs to a class in TEXTs, in a file's, or in the lines of standard input."""
+    from bloomq.modeling import BloomForTokenClassification
     from bloomq.pipelines import Tagger
+    from bloomq.pipelines.texts import tokenizer_of
 
     records = read_texts(texts, file, field)
-    path = _chosen(model, "BloomForTokenClassification", quiet)
-    pipeline = Tagger.load(path, backend=backend, threads=threads, cache_dtype=cache_dtype)
+    loaded, adapters = load_model(
+        BloomForTokenClassification, model, scheme, save_pack, lora, backend, threads, cache_dtype,
+        quiet,
+    )  # fmt: skip
+    pipeline = Tagger(loaded, tokenizer_of(loaded.pack))
 
-    def work(some: list[Record]) -> list[list[Tag]]:
+    def work(some: list[Text]) -> list[list[Tag]]:
         return pipeline.tag(
-            _column(some, 0), merge=not each_token, threshold=threshold, outside=outside,
-            max_tokens=max_tokens, truncate=truncate, batch_tokens=batch_tokens,
+            some, merge=not each_token, threshold=threshold, outside=outside,
+            batch_tokens=batch_tokens, adapters=adapters,
         )  # fmt: skip
 
     def show(record: Record, tags: list[Tag], several: bool) -> str:
         return _shown_spans(record, [shown(one.label) for one in tags], tags, several)
 
     options = {
+        "adapters": weights_of(adapters),
         "threshold": threshold, "each_token": each_token, "outside": list(outside),
         "max_tokens": max_tokens, "truncate": truncate,
     }  # fmt: skip
-    lengths = _lengths(pipeline, records, max_tokens, truncate)
-    task = Task("tag", _noted(pipeline.model, quiet), options, records, lengths, work)
+    read = _reader(pipeline, max_tokens, truncate)
+    task = Task("tag", loaded, options, records, read, _size, work)
     return run(task, Output(out, as_json, quiet, _line("text", "tags"), show), batch_tokens)
 
 
@@ -136,39 +155,43 @@ def answer(
     question: str | None, context: str | None, file: Path | None, question_field: str,
     context_field: str, separator: str, top_k: int, threshold: float | None,
     max_answer_tokens: int, window_tokens: int | None, overlap: int | None, model: Path | None,
-    backend: str, threads: int | None, cache_dtype: str, batch_tokens: int, out: Path | None,
+    scheme: str | None, save_pack: Path | None, lora: tuple[str, ...], backend: str,
+    threads: int | None, cache_dtype: str, batch_tokens: int, out: Path | None,
     as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Find where a context answers a question; both are options, or of each line of a file."""
+    from bloomq.modeling import BloomForQuestionAnswering
     from bloomq.pipelines import Answerer
+    from bloomq.pipelines.texts import tokenizer_of
 
     records = read_pairs((question, context), file, (question_field, context_field))
-    path = _chosen(model, "BloomForQuestionAnswering", quiet)
-    pipeline = Answerer.load(
-        path, separator=separator, backend=backend, threads=threads, cache_dtype=cache_dtype
-    )
+    loaded, adapters = load_model(
+        BloomForQuestionAnswering, model, scheme, save_pack, lora, backend, threads, cache_dtype,
+        quiet,
+    )  # fmt: skip
+    pipeline = Answerer(loaded, tokenizer_of(loaded.pack), separator=separator)
 
-    def work(some: list[Record]) -> list[list[Answer]]:
-        return pipeline.answer(
-            _column(some, 0), _column(some, 1), top_k=top_k, threshold=threshold,
-            max_answer_tokens=max_answer_tokens, window_tokens=window_tokens, overlap=overlap,
-            batch_tokens=batch_tokens,
+    def read(some: list[Record]) -> list[Pair]:
+        return pipeline.pairs(
+            _column(some, 0), _column(some, 1), window_tokens=window_tokens, overlap=overlap,
+            names=_names(some),
+        )  # fmt: skip
+
+    def work(some: list[Pair]) -> list[list[Answer]]:
+        return pipeline.answer_pairs(
+            some, top_k=top_k, threshold=threshold, max_answer_tokens=max_answer_tokens,
+            batch_tokens=batch_tokens, adapters=adapters,
         )  # fmt: skip
 
     def show(record: Record, answers: list[Answer], several: bool) -> str:
         return _shown_spans(record, [""] * len(answers), answers, several)
 
     options = {
+        "adapters": weights_of(adapters),
         "separator": separator, "top_k": top_k, "threshold": threshold, "overlap": overlap,
         "max_answer_tokens": max_answer_tokens, "window_tokens": window_tokens,
     }  # fmt: skip
-    lengths = [0] * len(records.items)
-    for window in pipeline.windows(
-        records.column(0), records.column(1), window_tokens=window_tokens, overlap=overlap,
-        names=records.names,
-    ):  # fmt: skip
-        lengths[window.pair] += len(window.ids)
-    task = Task("answer", _noted(pipeline.model, quiet), options, records, lengths, work)
+    task = Task("answer", loaded, options, records, read, _size_of_pair, work)
     output = Output(out, as_json, quiet, _line("question", "answers"), show)
     return run(task, output, batch_tokens)
 
@@ -187,39 +210,50 @@ def answer(
 @output_options
 def embed(
     texts: tuple[str, ...], file: Path | None, field: str, max_tokens: int | None, truncate: bool,
-    pooling: Literal["mean", "last", "max"], normalize: bool, model: Path | None, backend: str,
+    pooling: Literal["mean", "last", "max"], normalize: bool, model: Path | None,
+    scheme: str | None, save_pack: Path | None, lora: tuple[str, ...], backend: str,
     threads: int | None, cache_dtype: str, batch_tokens: int, out: Path | None, as_json: bool,
     quiet: bool,
 ) -> int:  # fmt: skip
     """Turn TEXTs, or a file's, or the lines of standard input, into vectors, as JSON lines.
 
-    --out NAME.npy: one array of float32, a row a text. Without -m the embedded demo reads.
+    --out NAME.npy: one array of float32, a row a text, none of which may be empty. Without -m the
+    embedded demo reads.
     """
     from bloomq.loading import demo_pack
+    from bloomq.modeling import BloomModel
     from bloomq.pipelines import Embedder
+    from bloomq.pipelines.texts import tokenizer_of
 
     records = read_texts(texts, file, field)
-    path = _chosen(model or demo_pack(), "BloomModel", quiet)
-    pipeline = Embedder.load(path, backend=backend, threads=threads, cache_dtype=cache_dtype)
+    as_array = out is not None and out.suffix == ".npy"
+    if as_array:
+        _check_rows(records)
+    loaded, adapters = load_model(
+        BloomModel, model or demo_pack(), scheme, save_pack, lora, backend, threads, cache_dtype,
+        quiet,
+    )  # fmt: skip
+    pipeline = Embedder(loaded, tokenizer_of(loaded.pack))
 
-    def work(some: list[Record]) -> Sequence[Any]:
+    def work(some: list[Text]) -> Sequence[Any]:
         vectors = pipeline.embed(
-            _column(some, 0), pooling=pooling, normalize=normalize, max_tokens=max_tokens,
-            truncate=truncate, batch_tokens=batch_tokens,
-        )  # fmt: skip
+            some, pooling=pooling, normalize=normalize, batch_tokens=batch_tokens, adapters=adapters
+        )
         return list(vectors)
 
     def line(record: Record, vector: Any) -> Mapping[str, Any]:
-        numbers = [float(str(x)) for x in vector]  # the fewest digits that are the same float32
-        return {"text": record.fields[0], "embedding": numbers}
+        # The fewest digits that are the same float32.
+        numbers = None if vector is None else [float(str(x)) for x in vector]
+        return {"line": record.line, "text": record.fields[0], "embedding": numbers}
 
     options = {
+        "adapters": weights_of(adapters),
         "pooling": pooling, "normalize": normalize, "max_tokens": max_tokens, "truncate": truncate,
     }  # fmt: skip
-    lengths = _lengths(pipeline, records, max_tokens, truncate)
-    task = Task("embed", _noted(pipeline.model, quiet), options, records, lengths, work)
-    output = Output(out, as_json, quiet, line)
-    if out is None or out.suffix != ".npy":
+    read = _reader(pipeline, max_tokens, truncate)
+    task = Task("embed", loaded, options, records, read, _size, work)
+    output = Output(out, as_json, quiet, line, empty=None)
+    if not as_array:
         return run(task, output, batch_tokens)
     layout = Rows(len(records.items), pipeline.model.config.hidden_size)
     return run(task, output, batch_tokens, layout=layout, encode=lambda _, row: bytes(row))
@@ -228,34 +262,34 @@ def embed(
 # -- what the commands share -----------------------------------------------------------------------
 
 
-def _chosen(model: Path | None, kind: str, quiet: bool) -> Path:
-    """The model to load, before it is."""
-    if model is None:
-        raise UsageError(f"no model: name the pack of a {kind} with -m")
-    if not quiet:
-        console.announce_compilation()
-    return model
+def _check_rows(records: Records) -> None:
+    for record in records.items:
+        if record.is_empty:
+            raise UsageError(
+                f"{record.where}: is empty, which no row of an array can say: leave it out, or "
+                "write JSON lines"
+            )
 
 
-def _noted(model: BloomPreTrainedModel, quiet: bool) -> BloomPreTrainedModel:
-    """A model that was loaded, and said so on stderr."""
-    if not quiet:
-        backend = model.backend
-        console.note(f"{model.pack.path.name} on {backend.name} ({backend.description})")
-    return model
-
-
-def _lengths(
-    pipeline: Classifier | Tagger | Embedder, records: Records, most: int | None, truncate: bool
-) -> list[int]:
-    """Tokens of each record, all checked before the first is run."""
-    from bloomq.pipelines.texts import tokenized
-
-    most = pipeline.model.config.seq_length if most is None else most
-    rows = tokenized(
-        pipeline.tokenizer, records.column(0), most=most, truncate=truncate, names=records.names
+def _reader(
+    pipeline: Classifier | Tagger | Embedder, most: int | None, truncate: bool
+) -> Callable[[list[Record]], list[Text]]:
+    """The tokens of records, whose errors say where a text comes from."""
+    return lambda some: pipeline.read(
+        _column(some, 0), max_tokens=most, truncate=truncate, names=_names(some)
     )
-    return [len(row.ids) for row in rows]
+
+
+def _size(text: Text) -> int:
+    return len(text.tokens.ids)
+
+
+def _size_of_pair(pair: Pair) -> int:
+    return sum(len(window.ids) for window in pair.windows)
+
+
+def _names(records: list[Record]) -> list[str]:
+    return [record.where for record in records]
 
 
 def _column(records: list[Record], i: int) -> list[str]:
@@ -265,7 +299,7 @@ def _column(records: list[Record], i: int) -> list[str]:
 def _line(given: str, found: str) -> Callable[[Record, Any], Mapping[str, Any]]:
     """A JSON line of a record's first field, by the name `given`, and results by `found`."""
     return lambda record, results: {
-        given: record.fields[0], found: [asdict(result) for result in results]
+        "line": record.line, given: record.fields[0], found: [asdict(one) for one in results]
     }  # fmt: skip
 
 

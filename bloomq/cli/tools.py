@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from bloomq import __version__, console
-from bloomq.cli.options import load, model_options
+from bloomq.cli.options import engine_options, load
 from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
 
 
@@ -99,14 +99,27 @@ def verify(pack: Path) -> None:
 
 
 @click.command()
-@model_options
-def warmup(
-    model: Path | None, backend: str, threads: int | None, context: int | None, cache_dtype: str
-) -> None:
+@click.option("-m", "--model", type=Path, help="Pack to load.  [default: the embedded demo]")
+@engine_options
+def warmup(model: Path | None, backend: str, threads: int | None, cache_dtype: str) -> None:
     """Compile the kernels that a pack needs, so that its first use is as fast as the next."""
-    loaded = load(model, backend, threads, context, cache_dtype, quiet=False)
-    loaded.generate([[1] * 16], max_new_tokens=2)  # one prefill step, one decode step
-    click.echo(f"ready: {loaded.backend.name} ({loaded.backend.description})")
+    import numpy as np
+
+    from bloomq import backends
+    from bloomq.heads import Head
+    from bloomq.layers import Span
+    from bloomq.loading import demo_pack
+    from bloomq.pack import Pack
+
+    console.announce_compilation()
+    pack = Pack.open(demo_pack() if model is None else model)
+    loaded = backends.choose(backend, pack, threads, cache_dtype).backend
+    head = Head(pack, loaded, pack.config.architecture)
+    cache = head.cache(1, 17)
+    for count in (16, 1):  # one prefill step, one decode step
+        span = Span.of([0], [count])
+        loaded.numpy(head.step(np.ones(count, np.int64), cache, span, span.last))
+    click.echo(f"ready: {loaded.name} ({loaded.description})")
 
 
 class _Numbers(click.ParamType[list[int]]):

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from bloomq.encoding import Offsets
 from bloomq.errors import UsageError
+from bloomq.lora import Choice
 from bloomq.modeling import BloomForQuestionAnswering
 from bloomq.pipelines.batches import BATCH_TOKENS, results
-from bloomq.pipelines.texts import tokenized, tokenizer_of
+from bloomq.pipelines.texts import least_score, read, tokenizer_of
 from bloomq.sampling import is_whole
 from bloomq.tokenizer import BloomTokenizer
 
@@ -36,16 +37,23 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The question of a pair, and the tokens of its context from `first` on behind it.
+    """A question, and the tokens of its context from `first` on behind it.
 
     ids: of both; skip: how many are the question's; offsets: the characters of the context's.
     """
 
-    pair: int
     first: int
     ids: list[int]
     skip: int
     offsets: Offsets
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A context and the windows that it is read in, each behind the question."""
+
+    context: str
+    windows: list[Window]
 
 
 class Answerer:
@@ -59,6 +67,8 @@ class Answerer:
     def __init__(
         self, model: BloomForQuestionAnswering, tokenizer: BloomTokenizer, *, separator: str = ""
     ) -> None:
+        if not isinstance(separator, str):
+            raise UsageError(f"separator is {separator!r:.80}, expected text")
         self.model, self.tokenizer, self.separator = model, tokenizer, separator
 
     @classmethod
@@ -92,30 +102,54 @@ class Answerer:
         window_tokens: int | None = None,
         overlap: int | None = None,
         batch_tokens: int = BATCH_TOKENS,
+        adapters: Choice = None,
     ) -> list[list[Answer]]:
         """The best spans of each context, best first; none where it is white space alone.
 
-        top_k: so many; threshold: those alone that score as much; windows: see `windows`;
-        batch_tokens: see `Classifier.scores`.
+        top_k: so many; threshold: those alone that score as much; windows: see `pairs`;
+        batch_tokens, adapters: see `Classifier.scores`.
 
         Raises: UsageError, NumericError.
         """
+        return self.answer_pairs(
+            self.pairs(questions, contexts, window_tokens=window_tokens, overlap=overlap),
+            top_k=top_k, threshold=threshold, max_answer_tokens=max_answer_tokens,
+            batch_tokens=batch_tokens, adapters=adapters,
+        )  # fmt: skip
+
+    def answer_pairs(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        top_k: int = 1,
+        threshold: float | None = None,
+        max_answer_tokens: int = 64,
+        batch_tokens: int = BATCH_TOKENS,
+        adapters: Choice = None,
+    ) -> list[list[Answer]]:
+        """`answer` of pairs that `pairs` has read."""
         for name, value in (("top_k", top_k), ("max_answer_tokens", max_answer_tokens)):
             if not is_whole(value) or value < 1:
                 raise UsageError(f"{name} is {value!r}, expected a whole number from 1")
-        windows = self.windows(questions, contexts, window_tokens=window_tokens, overlap=overlap)
-        read: list[list[tuple[Window, F32]]] = [[] for _ in questions]
-        ids = [window.ids for window in windows]
-        for i, logits in results(self.model.head, ids, batch_tokens=batch_tokens, last=False):
-            read[windows[i].pair].append((windows[i], logits))
-        least, found = -np.inf if threshold is None else threshold, []
-        for context, parts in zip(contexts, read, strict=True):
-            spans = [spans_of(context, *part, max_answer_tokens) for part in parts]
-            answers = best_answers(context, spans, top_k)
-            found.append([answer for answer in answers if answer.score >= least])
+        least = least_score(threshold)
+        windows = [(i, window) for i, pair in enumerate(pairs) for window in pair.windows]
+        ids = [window.ids for _, window in windows]
+        parts: list[list[tuple[Window, F32]]] = [[] for _ in pairs]
+        found: list[list[Answer]] = [[] for _ in pairs]
+        for at, logits in results(
+            self.model.head, ids, batch_tokens=batch_tokens, last=False, adapters=adapters
+        ):
+            i, window = windows[at]
+            context = pairs[i].context
+            parts[i].append((window, logits))
+            if len(parts[i]) == len(pairs[i].windows):  # only answers are kept of what is whole
+                spans = [spans_of(context, *part, max_answer_tokens) for part in parts[i]]
+                parts[i] = []
+                answers = best_answers(context, spans, top_k)
+                found[i] = [answer for answer in answers if answer.score >= least]
         return found
 
-    def windows(
+    def pairs(
         self,
         questions: Sequence[str],
         contexts: Sequence[str],
@@ -123,7 +157,7 @@ class Answerer:
         window_tokens: int | None = None,
         overlap: int | None = None,
         names: Sequence[str] | None = None,
-    ) -> list[Window]:
+    ) -> list[Pair]:
         """What is read at once: a question and its context, or as much of that as there is room
         for, then the question again with what comes next.
 
@@ -142,27 +176,43 @@ class Answerer:
             overlap = min(_OVERLAP, window_tokens // 4)
         if not is_whole(overlap) or not 0 <= overlap < window_tokens:
             raise UsageError(f"overlap is {overlap!r}, expected 0 to {window_tokens - 1} tokens")
+        _check_texts("questions", questions)
+        _check_texts("contexts", contexts)
         if len(questions) != len(contexts):
             raise UsageError(f"{len(questions)} questions, and {len(contexts)} contexts for them")
         names = [f"pair {i}" for i in range(len(questions))] if names is None else names
-        asked = tokenized(
+        asked = read(
             self.tokenizer, [question + self.separator for question in questions],
             names=[f"{name}: the question" for name in names],
         )  # fmt: skip
-        read = tokenized(self.tokenizer, contexts, names=[f"{name}: the context" for name in names])
+        searched = read(
+            self.tokenizer, contexts, offsets=True, names=[f"{name}: the context" for name in names]
+        )
         found = []
-        for i, (question, context) in enumerate(zip(asked, read, strict=True)):
-            room, length = window_tokens - len(question.ids), len(context.ids)
+        for name, question, context in zip(names, asked, searched, strict=True):
+            ids, tokens = question.tokens.ids, context.tokens
+            room = window_tokens - len(ids)
             if room <= overlap:
                 raise UsageError(
-                    f"{names[i]}: a question of {len(question.ids)} tokens leaves too few of "
+                    f"{name}: a question of {len(ids)} tokens leaves too few of "
                     f"{window_tokens} to its context: raise window_tokens or lower overlap"
                 )
-            for first in range(0, max(1, length - overlap), room - overlap):
-                part = context.ids[first : first + room], context.offsets[first : first + room]
-                ids = question.ids + part[0]
-                found.append(Window(i, first, ids, len(question.ids), part[1]))
+            windows = []
+            for first in range(0, max(1, len(tokens.ids) - overlap), room - overlap):
+                part = slice(first, first + room)
+                windows.append(
+                    Window(first, ids + tokens.ids[part], len(ids), tokens.offsets[part])
+                )
+            found.append(Pair(context.text, windows))
         return found
+
+
+def _check_texts(name: str, texts: object) -> None:
+    if not isinstance(texts, list | tuple):
+        raise UsageError(f"{name} are {type(texts).__name__}, expected a list of texts")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UsageError(f"{name}: number {i} is {type(text).__name__}, expected text")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,6 +14,7 @@ from bloomq.errors import NumericError, UsageError
 from bloomq.forward import STEP_TOKENS, cut
 from bloomq.heads import Head
 from bloomq.layers import Cache, Span
+from bloomq.lora import Choice
 from bloomq.sampling import is_whole
 
 F32 = NDArray[np.float32]
@@ -23,27 +24,38 @@ _ROUNDED_TO = 64  # tokens: a backend's cache has so many, or a multiple, for ea
 
 
 def results(
-    head: Head, rows: Sequence[Sequence[int]], *, batch_tokens: int, last: bool
+    head: Head,
+    rows: Sequence[Sequence[int]],
+    *,
+    batch_tokens: int,
+    last: bool,
+    adapters: Choice = None,
 ) -> Iterator[tuple[int, F32]]:
     """(index of the row, its results [T, columns]) as batches end, short rows first.
 
     last: of the last token alone, [1, columns]. batch_tokens: of the cache that a batch shares,
-    each row's rounded up; a row that has more is a batch of its own.
+    each row's rounded up; a row that has more is a batch of its own. adapters: of all rows.
 
-    Raises: UsageError for impossible batch_tokens; NumericError for results that are not finite.
+    Raises: UsageError for impossible batch_tokens or adapters; NumericError for results that are
+    not finite.
     """
     if not is_whole(batch_tokens) or batch_tokens < 1:
         raise UsageError(f"batch_tokens is {batch_tokens!r}, expected 1 or more")
-    cache: Cache | None = None
+    if isinstance(adapters, list | tuple):
+        raise UsageError("adapters is a list, expected one choice, which all texts share")
+    cache, left = None, len(rows)
     for batch in plan([len(row) for row in rows], batch_tokens):
         longest = len(rows[batch[-1]])
         if cache is None or cache.batch < len(batch) or cache.capacity < longest:
             cache = None  # its memory goes before the next one's comes
-            cache = head.cache(max(len(batch), batch_tokens // _rounded(longest)), longest)
+            most = max(len(batch), min(left, batch_tokens // _rounded(longest)))
+            cache = head.cache(most, longest)
+            head.choose(cache, adapters)
         for row in range(len(batch)):
             cache.truncate(row, 0)
         found = _run(head, cache, [np.array(rows[i], np.int64) for i in batch], last)
         yield from zip(batch, found, strict=True)
+        left -= len(batch)
 
 
 def plan(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

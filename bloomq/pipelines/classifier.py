@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.errors import UsageError
+from bloomq.lora import Choice
 from bloomq.modeling import BloomForSequenceClassification
 from bloomq.pipelines.batches import BATCH_TOKENS, results
-from bloomq.pipelines.texts import tokenized, tokenizer_of
+from bloomq.pipelines.texts import Text, Texts, least_score, read, tokenizer_of
 from bloomq.sampling import is_whole
 from bloomq.tokenizer import BloomTokenizer
 
@@ -53,15 +54,33 @@ class Classifier:
         )  # fmt: skip
         return cls(model, tokenizer_of(model.pack))
 
+    def read(
+        self,
+        texts: Texts,
+        *,
+        max_tokens: int | None = None,
+        truncate: bool = False,
+        names: Sequence[str] | None = None,
+    ) -> list[Text]:
+        """Texts with their tokens, which the other methods take in place of a str.
+
+        names: what errors call each; None: text 0, text 1, ...; the rest: see `scores`.
+
+        Raises: UsageError.
+        """
+        most = self.model.config.seq_length if max_tokens is None else max_tokens
+        return read(self.tokenizer, texts, most=most, truncate=truncate, names=names)
+
     def classify(
         self,
-        texts: Sequence[str],
+        texts: Texts,
         *,
         top_k: int | None = 1,
         threshold: float | None = None,
         max_tokens: int | None = None,
         truncate: bool = False,
         batch_tokens: int = BATCH_TOKENS,
+        adapters: Choice = None,
     ) -> list[list[Label]]:
         """The classes of each text, best first.
 
@@ -72,10 +91,11 @@ class Classifier:
         """
         if top_k is not None and (not is_whole(top_k) or top_k < 1):
             raise UsageError(f"top_k is {top_k!r}, expected None, or 1 or more classes")
+        least = least_score(threshold)
         found = self.scores(
-            texts, max_tokens=max_tokens, truncate=truncate, batch_tokens=batch_tokens
-        )
-        least = -np.inf if threshold is None else threshold
+            texts, max_tokens=max_tokens, truncate=truncate, batch_tokens=batch_tokens,
+            adapters=adapters,
+        )  # fmt: skip
         labels = self.model.config.labels
         return [
             [Label(labels[i], float(row[i])) for i in best[:top_k] if row[i] >= least]
@@ -84,26 +104,30 @@ class Classifier:
 
     def scores(
         self,
-        texts: Sequence[str],
+        texts: Texts,
         *,
         max_tokens: int | None = None,
         truncate: bool = False,
         batch_tokens: int = BATCH_TOKENS,
+        adapters: Choice = None,
     ) -> F64:
         """The score of each class, [N, K]: softmax of the logits of a text's last token; where
         several labels (or none) may apply, the sigmoid of each; a regression's values.
 
         max_tokens: of a text, None for as many as the model was trained on; truncate: cut longer
-        ones, which are an error otherwise; batch_tokens: that share a cache, which bounds memory.
+        ones, which are an error otherwise; batch_tokens: that share a cache, which bounds memory;
+        adapters: that `model` has loaded, one choice for all texts: see `generate`. Texts of `read`
+        are taken as they are.
 
         Raises: UsageError, NumericError.
         """
         config = self.model.config
-        most = config.seq_length if max_tokens is None else max_tokens
-        rows = tokenized(self.tokenizer, texts, most=most, truncate=truncate)
-        ids = [_without_padding(row.ids, config.pad_token_id) for row in rows]
+        rows = self.read(texts, max_tokens=max_tokens, truncate=truncate)
+        ids = [_without_padding(text.tokens.ids, config.pad_token_id) for text in rows]
         logits = np.empty((len(ids), config.num_labels))
-        for i, found in results(self.model.head, ids, batch_tokens=batch_tokens, last=True):
+        for i, found in results(
+            self.model.head, ids, batch_tokens=batch_tokens, last=True, adapters=adapters
+        ):
             logits[i] = found[0]
         if config.problem_type == "regression":
             return logits

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.errors import UsageError
+from bloomq.lora import Choice
 from bloomq.modeling import BloomModel
 from bloomq.pipelines.batches import BATCH_TOKENS, results
-from bloomq.pipelines.texts import tokenized, tokenizer_of
+from bloomq.pipelines.texts import Text, Texts, read, tokenizer_of
 from bloomq.tokenizer import BloomTokenizer
 
 F32 = NDArray[np.float32]
@@ -44,15 +45,33 @@ class Embedder:
         )  # fmt: skip
         return cls(model, tokenizer_of(model.pack))
 
+    def read(
+        self,
+        texts: Texts,
+        *,
+        max_tokens: int | None = None,
+        truncate: bool = False,
+        names: Sequence[str] | None = None,
+    ) -> list[Text]:
+        """Texts with their tokens, which the other methods take in place of a str.
+
+        names: what errors call each; None: text 0, text 1, ...; the rest: see `Classifier.scores`.
+
+        Raises: UsageError.
+        """
+        most = self.model.config.seq_length if max_tokens is None else max_tokens
+        return read(self.tokenizer, texts, most=most, truncate=truncate, names=names)
+
     def embed(
         self,
-        texts: Sequence[str],
+        texts: Texts,
         *,
         pooling: Pooling = "mean",
         normalize: bool = False,
         max_tokens: int | None = None,
         truncate: bool = False,
         batch_tokens: int = BATCH_TOKENS,
+        adapters: Choice = None,
     ) -> F32:
         """A vector for each text, [N, C]: the mean or the maximum over its tokens' hidden states,
         or the last token's.
@@ -64,12 +83,12 @@ class Embedder:
         """
         if pooling not in get_args(Pooling):
             raise UsageError(f"pooling is {pooling!r}, expected mean, last or max")
-        config = self.model.config
-        most = config.seq_length if max_tokens is None else max_tokens
-        rows = tokenized(self.tokenizer, texts, most=most, truncate=truncate)
-        ids, last = [row.ids for row in rows], pooling == "last"
-        out = np.empty((len(ids), config.hidden_size), np.float32)
-        for i, hidden in results(self.model.head, ids, batch_tokens=batch_tokens, last=last):
+        rows = self.read(texts, max_tokens=max_tokens, truncate=truncate)
+        ids, last = [text.tokens.ids for text in rows], pooling == "last"
+        out = np.empty((len(ids), self.model.config.hidden_size), np.float32)
+        for i, hidden in results(
+            self.model.head, ids, batch_tokens=batch_tokens, last=last, adapters=adapters
+        ):
             out[i] = hidden.max(axis=0) if pooling == "max" else hidden.mean(axis=0)
         if normalize:
             lengths = np.linalg.norm(out, axis=1, keepdims=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.encoding import Offsets, Tokens
+from bloomq.errors import UsageError
+from bloomq.lora import Choice
 from bloomq.modeling import BloomForTokenClassification
 from bloomq.pipelines.batches import BATCH_TOKENS, results
-from bloomq.pipelines.texts import tokenized, tokenizer_of
+from bloomq.pipelines.texts import Text, Texts, least_score, read, tokenizer_of
 from bloomq.tokenizer import BloomTokenizer
 
 F32 = NDArray[np.float32]
@@ -67,16 +69,34 @@ class Tagger:
         )  # fmt: skip
         return cls(model, tokenizer_of(model.pack))
 
+    def read(
+        self,
+        texts: Texts,
+        *,
+        max_tokens: int | None = None,
+        truncate: bool = False,
+        names: Sequence[str] | None = None,
+    ) -> list[Text]:
+        """Texts with their tokens, which the other methods take in place of a str.
+
+        names: what errors call each; None: text 0, text 1, ...; the rest: see `Classifier.scores`.
+
+        Raises: UsageError.
+        """
+        most = self.model.config.seq_length if max_tokens is None else max_tokens
+        return read(self.tokenizer, texts, most=most, truncate=truncate, offsets=True, names=names)
+
     def tag(
         self,
-        texts: Sequence[str],
+        texts: Texts,
         *,
         merge: bool = True,
         threshold: float | None = None,
-        outside: Sequence[str] = ("O",),
+        outside: Collection[str] = ("O",),
         max_tokens: int | None = None,
         truncate: bool = False,
         batch_tokens: int = BATCH_TOKENS,
+        adapters: Choice = None,
     ) -> list[list[Tag]]:
         """The tags of each text, in its order.
 
@@ -86,15 +106,24 @@ class Tagger:
 
         Raises: UsageError, NumericError.
         """
-        config = self.model.config
-        most = config.seq_length if max_tokens is None else max_tokens
-        rows = tokenized(self.tokenizer, texts, most=most, truncate=truncate)
-        tags: list[list[Tag]] = [[] for _ in texts]
-        ids = [row.ids for row in rows]
-        for i, logits in results(self.model.head, ids, batch_tokens=batch_tokens, last=False):
-            found = _tags(texts[i], rows[i], logits, config.labels, merge, set(outside))
-            tags[i] = [tag for tag in found if threshold is None or tag.score >= threshold]
+        least, none = least_score(threshold), _names(outside)
+        rows = self.read(texts, max_tokens=max_tokens, truncate=truncate)
+        tags: list[list[Tag]] = [[] for _ in rows]
+        ids, labels = [text.tokens.ids for text in rows], self.model.config.labels
+        for i, logits in results(
+            self.model.head, ids, batch_tokens=batch_tokens, last=False, adapters=adapters
+        ):
+            found = _tags(rows[i].text, rows[i].tokens, logits, labels, merge, none)
+            tags[i] = [tag for tag in found if tag.score >= least]
         return tags
+
+
+def _names(outside: Collection[str]) -> set[str]:
+    """Classes of what is no tag. Raises: UsageError."""
+    several = isinstance(outside, list | tuple | set | frozenset)
+    if several and all(isinstance(name, str) for name in outside):
+        return set(outside)
+    raise UsageError(f"outside is {outside!r:.80}, expected a list of names of classes")
 
 
 def _tags(
