@@ -38,7 +38,7 @@ def main() -> None:
     text = model.prompt_ids(args.text.read_text())
     for depth in args.depths:
         ids = np.resize(np.array(text, np.int64), depth)
-        row = measure(model.causal_lm, ids)
+        row = measure(model.head, ids)
         if args.json:
             print(json.dumps(row))
         else:

@@ -92,7 +92,7 @@ def convert(checkpoint: Path, pack: Path, scheme: str) -> dict[str, float]:
 
 def measure(pack: Path, threads: int | None, repeat: int) -> dict[str, Any]:
     model = bloomq.load(pack, backend="numba", threads=threads)
-    bench = Bench(model.causal_lm, model.pack)
+    bench = Bench(model.head, model.pack)
     rows = [bench.row(result) for result in bench.run(plan([512], [64], [0], [1]), repeat)]
     reloaded = bloomq.load(pack, backend="numba", threads=threads).load_s
     facts = {"backend": model.backend.description, "load_s": reloaded, "tests": rows}

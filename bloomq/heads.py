@@ -87,11 +87,3 @@ class Head:
         """Run the tokens of a step; results [W, columns] of those at the indices `wanted` [W] alone
         (512 positions of 250,880 logits would be 514 MB). Raises: see `Transformer.compile`."""
         return self._step(ids, cache, span, wanted)
-
-
-def causal_lm(weights: Weights, backend: Backend) -> Head:
-    """BLOOM with its language-model head (tied to the embedding, or its own): logits of V tokens.
-
-    Raises: UsageError where the weights have another head.
-    """
-    return Head(weights, backend, "BloomForCausalLM")

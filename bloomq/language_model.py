@@ -72,7 +72,7 @@ class _Run:
         self._model, self._options = model, options
         self._clock = Clock(len(prompts))
         self._prompts = [model.prompt_ids(prompt) for prompt in prompts]
-        lm = model.causal_lm
+        lm = model.head
         self._batch = Batch(
             lm, self._prompts, options.sampling,
             max_new_tokens=options.max_new_tokens, context=model.context,
@@ -145,7 +145,7 @@ class LanguageModel:
         return self.model.backend
 
     @property
-    def causal_lm(self) -> Head:
+    def head(self) -> Head:
         return self.model.head
 
     @property
@@ -259,7 +259,7 @@ class LanguageModel:
                 f"the draft model has {theirs} tokens, this one {ours}: use one of the same "
                 "vocabulary"
             )
-        return lambda capacity: DraftModel(draft.causal_lm, capacity)
+        return lambda capacity: DraftModel(draft.head, capacity)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """A prompt as token ids. Raises: UsageError, PackError for text without a tokenizer."""

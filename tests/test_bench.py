@@ -20,7 +20,7 @@ from bloomq.errors import UsageError
 @pytest.fixture(scope="module")
 def bench() -> Bench:
     model = bloomq.load(backend="numba")
-    return Bench(model.causal_lm, model.pack)
+    return Bench(model.head, model.pack)
 
 
 def test_names_are_those_of_llama_bench():
@@ -126,4 +126,4 @@ def test_no_repetitions_are_refused(bench: Bench):
 def test_another_backend_is_refused():
     model = bloomq.load(backend="reference")
     with pytest.raises(UsageError, match=r"^bench measures the numba backend, not reference$"):
-        Bench(model.causal_lm, model.pack)
+        Bench(model.head, model.pack)

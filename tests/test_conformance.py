@@ -14,7 +14,7 @@ from models import Tiny, pack
 
 from bloomq import backends
 from bloomq.errors import BackendError, CapacityError, UsageError
-from bloomq.heads import Head, causal_lm
+from bloomq.heads import Head
 from bloomq.layers import Span
 from bloomq.pack import Pack
 from bloomq.schemes import SCHEME_NAMES, get_scheme
@@ -41,7 +41,7 @@ def build(name: str, tmp_path_factory: pytest.TempPathFactory) -> Build:
 
     def make(scheme: str = "int4", threads: int | None = None) -> Head:
         opened = Pack.open(pack(tmp_path_factory.getbasetemp(), TINY, scheme))
-        return causal_lm(opened, backends.choose(name, opened, threads).backend)
+        return Head(opened, backends.choose(name, opened, threads).backend, "BloomForCausalLM")
 
     return make
 

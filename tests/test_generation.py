@@ -316,7 +316,7 @@ def test_the_end_of_text_token_ends_a_row_and_is_not_in_its_text(demo, monkeypat
 
 def forced_steps(model: LanguageModel, monkeypatch, at: int, token: int) -> None:
     """From step `at` on the likeliest token is `token`."""
-    step, calls = model.causal_lm.step, [0]
+    step, calls = model.head.step, [0]
 
     def forced(ids, cache, span, wanted):
         logits = step(ids, cache, span, wanted)
@@ -325,7 +325,7 @@ def forced_steps(model: LanguageModel, monkeypatch, at: int, token: int) -> None
             logits[:, token] = logits.max() + 5
         return logits
 
-    monkeypatch.setattr(model.causal_lm, "step", forced)
+    monkeypatch.setattr(model.head, "step", forced)
 
 
 def test_the_last_token_may_be_the_end_of_text(tiny: LanguageModel, monkeypatch):
@@ -351,14 +351,14 @@ def test_a_small_kind_of_number_gives_no_smaller_cache(demo: LanguageModel, kind
     """Nothing is run: the kernels would write beyond its end."""
     with np.errstate(over="ignore"):
         found, expected = (
-            Batch(demo.causal_lm, [[5, 6, 7]], Sampling(), max_new_tokens=count, context=2048)
+            Batch(demo.head, [[5, 6, 7]], Sampling(), max_new_tokens=count, context=2048)
             for count in (kind(5), 5)
         )
     assert found._cache.nbytes == expected._cache.nbytes
 
 
 def test_a_small_kind_of_number_goes_with_a_long_prompt(demo: LanguageModel):
-    Batch(demo.causal_lm, [[5] * 300], Sampling(), max_new_tokens=np.int8(5), context=2048)
+    Batch(demo.head, [[5] * 300], Sampling(), max_new_tokens=np.int8(5), context=2048)
 
 
 def test_max_new_tokens_end_a_row(demo: LanguageModel):
@@ -388,7 +388,7 @@ def test_a_stream_equals_generate(demo: LanguageModel):
 
 def interrupted_steps(model: LanguageModel, monkeypatch, at: int, error: type = KeyboardInterrupt):
     """Ctrl-C during step `at`, counted from 0."""
-    step, calls = model.causal_lm.step, [0]
+    step, calls = model.head.step, [0]
 
     def interrupted(*args):
         calls[0] += 1
@@ -396,7 +396,7 @@ def interrupted_steps(model: LanguageModel, monkeypatch, at: int, error: type = 
             raise error
         return step(*args)
 
-    monkeypatch.setattr(model.causal_lm, "step", interrupted)
+    monkeypatch.setattr(model.head, "step", interrupted)
 
 
 def test_ctrl_c_while_decoding_keeps_what_was_produced(demo: LanguageModel, monkeypatch):
@@ -510,7 +510,7 @@ def test_no_prompts_are_refused(demo: LanguageModel):
     with pytest.raises(UsageError, match=r"^no prompts: give at least one$"):
         demo.generate(np.zeros((0, 3), np.int64))
     with pytest.raises(UsageError, match=r"^no prompts: give at least one$"):
-        Batch(demo.causal_lm, [], Sampling(), max_new_tokens=1, context=8)
+        Batch(demo.head, [], Sampling(), max_new_tokens=1, context=8)
 
 
 @pytest.mark.parametrize(
@@ -642,7 +642,7 @@ def test_not_a_number_in_a_prompt_of_several_steps_is_found(base: Path, tmp_path
 
 
 def test_logits_that_turn_bad_while_decoding_leave_the_cache_as_it_was(tiny, monkeypatch):
-    step, seen = tiny.causal_lm.step, []
+    step, seen = tiny.head.step, []
 
     def bad(ids, cache, span, wanted):
         logits = step(ids, cache, span, wanted)
@@ -651,7 +651,7 @@ def test_logits_that_turn_bad_while_decoding_leave_the_cache_as_it_was(tiny, mon
             logits[:] = np.nan
         return logits
 
-    monkeypatch.setattr(tiny.causal_lm, "step", bad)
+    monkeypatch.setattr(tiny.head, "step", bad)
     with pytest.raises(NumericError, match=r"^NaN or infinity after ln_f or the head: "):
         tiny.generate([5, 6, 7], max_new_tokens=5)
     assert seen[-1].lengths.tolist() == [4]  # the prompt and one token
@@ -662,4 +662,4 @@ def _models_are_left_as_they_were(demo: LanguageModel, tiny: LanguageModel) -> I
     """monkeypatch sets `step` on the instances; what remains must be the class's own."""
     yield
     for model in (demo, tiny):
-        assert model.causal_lm.step.__func__ is type(model.causal_lm).step
+        assert model.head.step.__func__ is type(model.head).step

@@ -18,7 +18,7 @@ from models import Tiny, checkpoint, pack
 import bloomq
 from bloomq import backends
 from bloomq.errors import BackendError, CapacityError, UsageError
-from bloomq.heads import causal_lm
+from bloomq.heads import Head
 from bloomq.layers import Span
 from bloomq.pack import Pack
 from bloomq.schemes import SCHEME_NAMES, get_scheme
@@ -121,7 +121,7 @@ def test_what_nobody_can_write_is_used_where_it_lies(base: Path):
 
 
 def test_steps_of_like_size_and_all_layers_are_compiled_once(base: Path):
-    lm = causal_lm(Pack.open(pack(base, TINY, "int4")), JaxBackend())
+    lm = Head(Pack.open(pack(base, TINY, "int4")), JaxBackend(), "BloomForCausalLM")
     cache = lm.cache(2, 64)
     ids = IDS.reshape(-1)
     for lengths in ((9, 3), (11, 5), (1, 10)):
@@ -187,7 +187,7 @@ LOST = (
 
 
 def test_a_cache_whose_arrays_an_interruption_took_says_so(base: Path):
-    lm = causal_lm(Pack.open(pack(base, TINY, "int4")), JaxBackend())
+    lm = Head(Pack.open(pack(base, TINY, "int4")), JaxBackend(), "BloomForCausalLM")
     cache = lm.cache(2, 64)
     lm.step(IDS[0, :4], cache, Span.of([0], [4]), np.array([3]))
     cache.layers[1][0].delete()  # as a step does that is broken off behind its dispatch

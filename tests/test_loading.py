@@ -190,7 +190,7 @@ def test_a_row_that_is_hidden_wholly_has_zero_logits(tiny: LanguageModel):
 
 @pytest.mark.parametrize("backend", bloomq.backends.available())
 def test_a_step_gives_the_logits_asked_for_alone(base: Path, backend: str):
-    lm = bloomq.load(pack(base, TINY, "f32"), backend=backend).causal_lm
+    lm = bloomq.load(pack(base, TINY, "f32"), backend=backend).head
     ids, span = np.array([3, 1, 4, 1, 5]), Span.of([0, 1], [3, 2])
     every = np.array(lm.step(ids, lm.cache(2, 16), span, np.arange(5)))
     some = np.array(lm.step(ids, lm.cache(2, 16), span, span.last))
@@ -280,7 +280,7 @@ def test_a_cache_beyond_memory_is_a_capacity_error(base: Path, backend: str, tok
     model = bloomq.load(pack(base, TINY, "int4"), backend=backend)
     expected = r"^no memory for a cache of \d+\.\d GB: ask for fewer tokens or rows$"
     with pytest.raises(CapacityError, match=expected):
-        model.causal_lm.cache(1, tokens)
+        model.head.cache(1, tokens)
 
 
 def test_a_pack_is_not_changed_by_being_loaded_and_used(base: Path, tmp_path: Path):

@@ -84,12 +84,12 @@ def test_right_guesses_save_steps(demo, monkeypatch):
             at = len(ids) - len(prompt)
             return answer[at : at + most]
 
-    sizes, step = [], demo.causal_lm.step
+    sizes, step = [], demo.head.step
     monkeypatch.setattr(
-        demo.causal_lm, "step", lambda ids, *rest: sizes.append(len(ids)) or step(ids, *rest)
+        demo.head, "step", lambda ids, *rest: sizes.append(len(ids)) or step(ids, *rest)
     )
     batch = Batch(
-        demo.causal_lm, [prompt], Sampling(), max_new_tokens=40, context=demo.context,
+        demo.head, [prompt], Sampling(), max_new_tokens=40, context=demo.context,
         guessers=lambda capacity: Knowing(),
     )  # fmt: skip
     assert [token.id for token in batch.run()] == answer
@@ -98,9 +98,9 @@ def test_right_guesses_save_steps(demo, monkeypatch):
 
 
 def test_rows_of_a_batch_share_one_block_of_guesses(demo, monkeypatch):
-    sizes, step = [], demo.causal_lm.step
+    sizes, step = [], demo.head.step
     monkeypatch.setattr(
-        demo.causal_lm, "step", lambda ids, *rest: sizes.append(len(ids)) or step(ids, *rest)
+        demo.head, "step", lambda ids, *rest: sizes.append(len(ids)) or step(ids, *rest)
     )
     demo.generate([[5, 6, 5, 6, 5, 6]] * 3, max_new_tokens=20, draft=demo)
     assert max(sizes[1:]) <= 1 + MOST_GUESSES + 2  # the draft's own steps are of one token
@@ -111,7 +111,7 @@ def test_a_draft_whose_logits_are_no_numbers_guesses_nothing(demo, monkeypatch):
         best = top(logits, k, temperature)
         return type(best)(best.ids, best.logits, best.logsumexp * np.nan)
 
-    drafter, top = DraftModel(demo.causal_lm, 50), demo.backend.top
+    drafter, top = DraftModel(demo.head, 50), demo.backend.top
     monkeypatch.setattr(demo.backend, "top", no_numbers)
     assert drafter.guess([5, 6, 7], 4) == []
 
@@ -127,7 +127,7 @@ def test_wrong_guesses_leave_no_trace_in_the_cache(demo):
     found = []
     for guessers in (None, lambda capacity: Wrong()):
         batch = Batch(
-            demo.causal_lm, prompts, Sampling(), max_new_tokens=30, context=demo.context,
+            demo.head, prompts, Sampling(), max_new_tokens=30, context=demo.context,
             guessers=guessers,
         )  # fmt: skip
         for _ in batch.run():
@@ -163,7 +163,7 @@ def test_lookup_needs_two_tokens():
 
 def test_a_draft_model_follows_the_text_wherever_it_went(demo):
     ids = demo.prompt_ids("Once upon a time there was a little")
-    drafter = DraftModel(demo.causal_lm, 100)
+    drafter = DraftModel(demo.head, 100)
     first = drafter.guess(ids, 5)
     expected = demo.generate(ids, max_new_tokens=5).ids
     assert tuple(first) == expected

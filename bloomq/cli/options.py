@@ -14,6 +14,7 @@ from bloomq.files import exists
 
 if TYPE_CHECKING:
     from bloomq.language_model import LanguageModel
+    from bloomq.modeling import BloomPreTrainedModel
 
 
 def option_group(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -76,7 +77,9 @@ def load(
     return loaded
 
 
-def load_adapters(model: LanguageModel, given: tuple[str, ...]) -> dict[str, float]:
+def load_adapters(
+    model: LanguageModel | BloomPreTrainedModel, given: tuple[str, ...]
+) -> dict[str, float]:
     """Load what --lora names; the scale of each, as `generate` takes them."""
     scales = {}
     for text in given:

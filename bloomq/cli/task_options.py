@@ -78,7 +78,7 @@ def load_model(
         name, description = model.backend.name, model.backend.description
         console.note(f"{pack.path.name} on {name} ({description})")
     # It needs `load_adapter` alone, which every class has.
-    return model, load_adapters(model, lora)  # type: ignore[arg-type]
+    return model, load_adapters(model, lora)
 
 
 def weights_of(adapters: Mapping[str, float]) -> list[list[str | float]]:

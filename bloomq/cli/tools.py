@@ -171,7 +171,7 @@ def bench(
 
     tests = plan(prompt, generated, depth, batch)
     loaded = load(model, "numba", threads, None, cache_dtype, quiet=as_json)
-    run = Bench(loaded.causal_lm, loaded.pack)
+    run = Bench(loaded.head, loaded.pack)
     facts = {
         "model": loaded.pack.path.name if model else "demo", "pack_mb": loaded.pack.nbytes / 1e6,
         "bits_per_weight": round(loaded.pack.bits_per_weight, 2), "bloomq": __version__,
