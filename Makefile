@@ -28,6 +28,7 @@ format: $(VENV)/.installed-test
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/classify.py
 	$(BIN)/python benchmarks/horizon.py
 	$(BIN)/python benchmarks/speculation.py
 
