@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from bloomq.converters.quantize import all_finite, quantize_block
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bloomq.errors import UsageError
@@ -202,6 +202,7 @@ def test_int8_errs_by_half_a_step_of_its_row_at_most(w):
 @quick
 @given(matrices())
 def test_nf4_errs_by_half_the_widest_gap_of_its_block_at_most(w):
+    assume(np.abs(w).max() < 65504)  # beyond float16 the scale is infinite, which callers refuse
     scheme = get_scheme("nf4")
     error = np.abs(scheme.dequantize(scheme.quantize(w), w.shape) - w)
     padded = np.zeros(scheme.padded(w.shape), np.float32)

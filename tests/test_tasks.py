@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -656,9 +657,10 @@ def test_ctrl_c_keeps_what_is_done_and_the_command_goes_on(pack: Pack, tmp_path:
 
 def test_a_reader_that_leaves_ends_the_command_quietly(pack: Pack, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXTS * 10)
+    command = [sys.executable, "-m", "bloomq", "classify", "-f", str(tmp_path / "a.txt")]
+    options = ["-m", str(pack("sequence")), "--json", "--batch-tokens", "64"]
     done = subprocess.run(
-        f"{sys.executable} -m bloomq classify -f {tmp_path}/a.txt -m {pack('sequence')} --json "
-        "--batch-tokens 64 | head -c 5",
+        f"{shlex.join([*command, *options])} | head -c 5",
         shell=True, capture_output=True, timeout=LONG_S,
     )  # fmt: skip
     assert len(done.stdout) == 5
