@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from bloomq.converters.quantize import all_finite, quantize_block
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bloomq.errors import UsageError
@@ -42,11 +42,12 @@ def matrix(n: int, k: int, *, seed: int = 0, size: float = 0.05) -> np.ndarray:
 
 @st.composite
 def matrices(draw: st.DrawFn) -> np.ndarray:
-    """Matrices of odd sizes, from tiny to large values, sometimes one value everywhere."""
+    """Matrices of odd sizes, from tiny to large values, sometimes one value everywhere; within
+    float16, beyond which a scale is infinite (`test_too_large_for_float16...`)."""
     n, k = draw(st.integers(1, 70)), draw(st.integers(1, 200))
     size = 2.0 ** draw(st.integers(-30, 12))
     if draw(st.booleans()):
-        return matrix(n, k, seed=draw(st.integers(0, 2**32 - 1)), size=size)
+        return np.clip(matrix(n, k, seed=draw(st.integers(0, 2**32 - 1)), size=size), -65504, 65504)
     return np.full((n, k), size * draw(st.sampled_from([-1, 1])), np.float32)
 
 
@@ -202,7 +203,6 @@ def test_int8_errs_by_half_a_step_of_its_row_at_most(w):
 @quick
 @given(matrices())
 def test_nf4_errs_by_half_the_widest_gap_of_its_block_at_most(w):
-    assume(np.abs(w).max() < 65504)  # beyond float16 the scale is infinite, which callers refuse
     scheme = get_scheme("nf4")
     error = np.abs(scheme.dequantize(scheme.quantize(w), w.shape) - w)
     padded = np.zeros(scheme.padded(w.shape), np.float32)
