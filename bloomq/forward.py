@@ -63,7 +63,11 @@ def run(
             if len(index):
                 results = head.backend.numpy(found)
                 if not np.isfinite(results).all():
-                    raise _not_finite(head, inputs, past.cache, span, at)
+                    if inputs.ids is not None:
+                        raise head.model.find_not_finite(inputs.ids[at], past.cache, span)
+                    raise NumericError(
+                        "NaN or infinity from inputs_embeds: their numbers are too large"
+                    )
                 out[at[0][index], at[1][index] - first] = results
     except BaseException:
         for row in range(batch):
@@ -71,17 +75,6 @@ def run(
         raise
     past.mask = columns
     return out
-
-
-def _not_finite(
-    head: Head, inputs: Inputs, cache: Cache, span: Span, at: tuple[I64, I64]
-) -> NumericError:
-    """Which layer it was, from the cache as it was before the step."""
-    if inputs.ids is None:
-        return NumericError("NaN or infinity from inputs_embeds: their numbers are too large")
-    for row, count in zip(span.rows.tolist(), span.counts.tolist(), strict=True):
-        cache.truncate(row, int(cache.lengths[row]) - count)
-    return head.model.find_not_finite(inputs.ids[at], cache, span)
 
 
 def _make_room(cache: Cache, tokens: int) -> None:

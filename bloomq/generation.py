@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from bloomq.errors import CapacityError, UsageError
 from bloomq.forward import STEP_TOKENS, cut
 from bloomq.heads import Head
-from bloomq.layers import Cache, Span, Top, X
+from bloomq.layers import Span, Top, X
 from bloomq.sampling import Sampling, draw, generator, is_whole, penalise, top_of
 from bloomq.speculation import MOST_GUESSES, Guesser, Pace
 
@@ -181,7 +181,7 @@ class Batch:
             return []
         best = self._lm.backend.top(logits, 1)
         if not np.isfinite(best.logsumexp).all():
-            self._report_not_finite(ids, self._cache, span)
+            raise self._lm.model.find_not_finite(ids, self._cache, span)
         tokens, first = [], 0
         for row, guess in zip(rows, guesses, strict=True):
             drawn = self._choose(row, guess, logits, best, first)
@@ -191,11 +191,6 @@ class Batch:
             tokens += drawn
             first += len(guess) + 1
         return tokens
-
-    def _report_not_finite(self, ids: I64, cache: Cache, span: Span) -> None:
-        for row, count in zip(span.rows.tolist(), span.counts.tolist(), strict=True):
-            cache.truncate(row, int(cache.lengths[row]) - count)
-        raise self._lm.model.find_not_finite(ids, cache, span)
 
     def _choose(self, row: int, guess: list[int], logits: X, best: Top, first: int) -> list[Token]:
         """The next tokens of a row, whose logits begin at logits[first]: one, and one more behind

@@ -170,10 +170,10 @@ class Transformer:
             )
 
     def find_not_finite(self, ids: I64, cache: Cache, span: Span) -> NumericError:
-        """Run a step again, one layer at a time, to name the first whose output is not finite.
-
-        The cache must be as it was before the step.
-        """
+        """Take back a step that the cache has counted and run it again, one layer at a time, to
+        name the first whose output is not finite."""
+        for row, count in zip(span.rows.tolist(), span.counts.tolist(), strict=True):
+            cache.truncate(row, int(cache.lengths[row]) - count)
         x = self.emb_ln(self.wte(ids))
         name = "emb_ln"
         for i, block in enumerate(self.blocks):

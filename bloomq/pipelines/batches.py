@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bloomq.errors import NumericError, UsageError
+from bloomq.errors import UsageError
 from bloomq.forward import STEP_TOKENS, cut
 from bloomq.heads import Head
 from bloomq.layers import Cache, Span
@@ -83,15 +83,8 @@ def _run(head: Head, cache: Cache, rows: list[I64], last: bool) -> list[F32]:
         wanted = span.last if last else np.arange(len(ids))
         found = head.backend.numpy(head.step(ids, cache, span, wanted))  # [W, columns]
         if not np.isfinite(found).all():
-            raise _not_finite(head, ids, cache, span)
+            raise head.model.find_not_finite(ids, cache, span)
         ends = np.arange(1, len(step)) if last else span.starts[1:-1]
         for (row, _, _), part in zip(step, np.split(found, ends), strict=True):
             parts[row].append(part)
     return [part[-1] if last else np.concatenate(part) for part in parts]
-
-
-def _not_finite(head: Head, ids: I64, cache: Cache, span: Span) -> NumericError:
-    """Which layer it was, from the cache as it was before the step."""
-    for row, count in zip(span.rows.tolist(), span.counts.tolist(), strict=True):
-        cache.truncate(row, int(cache.lengths[row]) - count)
-    return head.model.find_not_finite(ids, cache, span)
