@@ -507,7 +507,6 @@ def test_special_tokens_are_those_of_the_settings(tmp_path: Path) -> None:
 
 def test_a_pack_keeps_the_settings_of_its_checkpoint(tmp_path: Path) -> None:
     import bloomq
-    from bloomq.pipelines.texts import tokenizer_of
 
     folder, pack = write_checkpoint(tmp_path / "model", vocab_size=N_DEMO), tmp_path / "pack"
     settings(folder, {"padding_side": "right", "pad_token": "</s>", "eos_token": "no such token"})
@@ -518,7 +517,7 @@ def test_a_pack_keeps_the_settings_of_its_checkpoint(tmp_path: Path) -> None:
         BloomTokenizer.from_pretrained(pack),
         BloomTokenizer.from_pretrained(pack / "tokenizer.json"),
         BloomTokenizer.of_pack(Pack.open(pack)),
-        tokenizer_of(Pack.open(pack)),
+        bloomq.Embedder.load(pack).tokenizer,
         bloomq.load(pack).tokenizer,
     ):
         assert tokenizer is not None

@@ -45,14 +45,14 @@ def classify(
     """Sort TEXTs, or a file's, or the lines of standard input, into a classifier's classes."""
     from bloomq.modeling import BloomForSequenceClassification
     from bloomq.pipelines import Classifier
-    from bloomq.pipelines.texts import tokenizer_of
+    from bloomq.tokenizer import BloomTokenizer
 
     records = read_texts(texts, file, field)
     loaded, adapters = load_model(
         BloomForSequenceClassification, model, scheme, save_pack, lora, backend, threads,
         cache_dtype, quiet,
     )  # fmt: skip
-    pipeline = Classifier(loaded, tokenizer_of(loaded.pack))
+    pipeline = Classifier(loaded, BloomTokenizer.of_pack(loaded.pack))
 
     def work(some: list[Text]) -> list[list[Label]]:
         return pipeline.classify(
@@ -91,14 +91,14 @@ def tag(
     """Find what belongs to a class in TEXTs, in a file's, or in the lines of standard input."""
     from bloomq.modeling import BloomForTokenClassification
     from bloomq.pipelines import Tagger
-    from bloomq.pipelines.texts import tokenizer_of
+    from bloomq.tokenizer import BloomTokenizer
 
     records = read_texts(texts, file, field)
     loaded, adapters = load_model(
         BloomForTokenClassification, model, scheme, save_pack, lora, backend, threads, cache_dtype,
         quiet,
     )  # fmt: skip
-    pipeline = Tagger(loaded, tokenizer_of(loaded.pack))
+    pipeline = Tagger(loaded, BloomTokenizer.of_pack(loaded.pack))
 
     def work(some: list[Text]) -> list[list[Tag]]:
         return pipeline.tag(
@@ -162,14 +162,14 @@ def answer(
     """Find where a context answers a question; both are options, or of each line of a file."""
     from bloomq.modeling import BloomForQuestionAnswering
     from bloomq.pipelines import Answerer
-    from bloomq.pipelines.texts import tokenizer_of
+    from bloomq.tokenizer import BloomTokenizer
 
     records = read_pairs((question, context), file, (question_field, context_field))
     loaded, adapters = load_model(
         BloomForQuestionAnswering, model, scheme, save_pack, lora, backend, threads, cache_dtype,
         quiet,
     )  # fmt: skip
-    pipeline = Answerer(loaded, tokenizer_of(loaded.pack), separator=separator)
+    pipeline = Answerer(loaded, BloomTokenizer.of_pack(loaded.pack), separator=separator)
 
     def read(some: list[Record]) -> list[Pair]:
         return pipeline.pairs(
@@ -223,7 +223,7 @@ def embed(
     from bloomq.loading import demo_pack
     from bloomq.modeling import BloomModel
     from bloomq.pipelines import Embedder
-    from bloomq.pipelines.texts import tokenizer_of
+    from bloomq.tokenizer import BloomTokenizer
 
     records = read_texts(texts, file, field)
     as_array = out is not None and out.suffix == ".npy"
@@ -233,7 +233,7 @@ def embed(
         BloomModel, model or demo_pack(), scheme, save_pack, lora, backend, threads, cache_dtype,
         quiet,
     )  # fmt: skip
-    pipeline = Embedder(loaded, tokenizer_of(loaded.pack))
+    pipeline = Embedder(loaded, BloomTokenizer.of_pack(loaded.pack))
 
     def work(some: list[Text]) -> Sequence[Any]:
         vectors = pipeline.embed(

@@ -16,7 +16,7 @@ from bloomq.errors import UsageError
 from bloomq.lora import Choice
 from bloomq.modeling import BloomForQuestionAnswering
 from bloomq.pipelines.batches import BATCH_TOKENS, results
-from bloomq.pipelines.texts import least_score, read, tokenizer_of
+from bloomq.pipelines.texts import least_score, read
 from bloomq.sampling import is_whole
 from bloomq.tokenizer import BloomTokenizer
 
@@ -89,7 +89,7 @@ class Answerer:
             path, backend=backend, threads=threads, scheme=scheme, cache_dtype=cache_dtype,
             save_pack=save_pack,
         )  # fmt: skip
-        return cls(model, tokenizer_of(model.pack), separator=separator)
+        return cls(model, BloomTokenizer.of_pack(model.pack), separator=separator)
 
     def answer(
         self,

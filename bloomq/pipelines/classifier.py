@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +10,10 @@ from numpy.typing import NDArray
 from bloomq.errors import UsageError
 from bloomq.lora import Choice
 from bloomq.modeling import BloomForSequenceClassification
+from bloomq.pipelines.base import Pipeline
 from bloomq.pipelines.batches import BATCH_TOKENS, results
-from bloomq.pipelines.texts import Text, Texts, least_score, read, tokenizer_of
+from bloomq.pipelines.texts import Texts, least_score
 from bloomq.sampling import is_whole
-from bloomq.tokenizer import BloomTokenizer
 
 F64 = NDArray[np.float64]
 
@@ -29,47 +26,10 @@ class Label:
     score: float
 
 
-class Classifier:
+class Classifier(Pipeline[BloomForSequenceClassification]):
     """Sorts texts into the classes that a `BloomForSequenceClassification` was trained on."""
 
-    def __init__(self, model: BloomForSequenceClassification, tokenizer: BloomTokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        backend: str = "auto",
-        threads: int | None = None,
-        scheme: str | None = None,
-        cache_dtype: str = "auto",
-        save_pack: str | os.PathLike[str] | None = None,
-    ) -> Self:
-        """The classifier of a pack or a checkpoint's folder; options: see
-        `BloomForSequenceClassification.from_pretrained`."""
-        model = BloomForSequenceClassification.from_pretrained(
-            path, backend=backend, threads=threads, scheme=scheme, cache_dtype=cache_dtype,
-            save_pack=save_pack,
-        )  # fmt: skip
-        return cls(model, tokenizer_of(model.pack))
-
-    def read(
-        self,
-        texts: Texts,
-        *,
-        max_tokens: int | None = None,
-        truncate: bool = False,
-        names: Sequence[str] | None = None,
-    ) -> list[Text]:
-        """Texts with their tokens, which the other methods take in place of a str.
-
-        names: what errors call each; None: text 0, text 1, ...; the rest: see `scores`.
-
-        Raises: UsageError.
-        """
-        most = self.model.config.seq_length if max_tokens is None else max_tokens
-        return read(self.tokenizer, texts, most=most, truncate=truncate, names=names)
+    _kind = BloomForSequenceClassification
 
     def classify(
         self,

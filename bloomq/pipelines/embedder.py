@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,55 +10,18 @@ from numpy.typing import NDArray
 from bloomq.errors import UsageError
 from bloomq.lora import Choice
 from bloomq.modeling import BloomModel
+from bloomq.pipelines.base import Pipeline
 from bloomq.pipelines.batches import BATCH_TOKENS, results
-from bloomq.pipelines.texts import Text, Texts, read, tokenizer_of
-from bloomq.tokenizer import BloomTokenizer
+from bloomq.pipelines.texts import Texts
 
 F32 = NDArray[np.float32]
 Pooling = Literal["mean", "last", "max"]
 
 
-class Embedder:
+class Embedder(Pipeline[BloomModel]):
     """Turns texts into the hidden states of a `BloomModel`, one vector each."""
 
-    def __init__(self, model: BloomModel, tokenizer: BloomTokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        backend: str = "auto",
-        threads: int | None = None,
-        scheme: str | None = None,
-        cache_dtype: str = "auto",
-        save_pack: str | os.PathLike[str] | None = None,
-    ) -> Self:
-        """The embedder of a pack or a checkpoint's folder, with whatever head; options: see
-        `BloomModel.from_pretrained`."""
-        model = BloomModel.from_pretrained(
-            path, backend=backend, threads=threads, scheme=scheme, cache_dtype=cache_dtype,
-            save_pack=save_pack,
-        )  # fmt: skip
-        return cls(model, tokenizer_of(model.pack))
-
-    def read(
-        self,
-        texts: Texts,
-        *,
-        max_tokens: int | None = None,
-        truncate: bool = False,
-        names: Sequence[str] | None = None,
-    ) -> list[Text]:
-        """Texts with their tokens, which the other methods take in place of a str.
-
-        names: what errors call each; None: text 0, text 1, ...; the rest: see `Classifier.scores`.
-
-        Raises: UsageError.
-        """
-        most = self.model.config.seq_length if max_tokens is None else max_tokens
-        return read(self.tokenizer, texts, most=most, truncate=truncate, names=names)
+    _kind = BloomModel
 
     def embed(
         self,

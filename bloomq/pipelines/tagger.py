@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +12,9 @@ from bloomq.encoding import Offsets, Tokens
 from bloomq.errors import UsageError
 from bloomq.lora import Choice
 from bloomq.modeling import BloomForTokenClassification
+from bloomq.pipelines.base import Pipeline
 from bloomq.pipelines.batches import BATCH_TOKENS, results
-from bloomq.pipelines.texts import Text, Texts, least_score, read, tokenizer_of
-from bloomq.tokenizer import BloomTokenizer
+from bloomq.pipelines.texts import Texts, least_score
 
 F32 = NDArray[np.float32]
 
@@ -44,47 +42,11 @@ class _Run:
     last: int
 
 
-class Tagger:
+class Tagger(Pipeline[BloomForTokenClassification]):
     """Finds what a `BloomForTokenClassification` was trained to find."""
 
-    def __init__(self, model: BloomForTokenClassification, tokenizer: BloomTokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        *,
-        backend: str = "auto",
-        threads: int | None = None,
-        scheme: str | None = None,
-        cache_dtype: str = "auto",
-        save_pack: str | os.PathLike[str] | None = None,
-    ) -> Self:
-        """The tagger of a pack or a checkpoint's folder; options: see
-        `BloomForTokenClassification.from_pretrained`."""
-        model = BloomForTokenClassification.from_pretrained(
-            path, backend=backend, threads=threads, scheme=scheme, cache_dtype=cache_dtype,
-            save_pack=save_pack,
-        )  # fmt: skip
-        return cls(model, tokenizer_of(model.pack))
-
-    def read(
-        self,
-        texts: Texts,
-        *,
-        max_tokens: int | None = None,
-        truncate: bool = False,
-        names: Sequence[str] | None = None,
-    ) -> list[Text]:
-        """Texts with their tokens, which the other methods take in place of a str.
-
-        names: what errors call each; None: text 0, text 1, ...; the rest: see `Classifier.scores`.
-
-        Raises: UsageError.
-        """
-        most = self.model.config.seq_length if max_tokens is None else max_tokens
-        return read(self.tokenizer, texts, most=most, truncate=truncate, offsets=True, names=names)
+    _kind = BloomForTokenClassification
+    _offsets = True
 
     def tag(
         self,

@@ -11,7 +11,6 @@ import numpy as np
 
 from bloomq.encoding import Tokens
 from bloomq.errors import UsageError
-from bloomq.pack import Pack
 from bloomq.sampling import is_whole
 from bloomq.tokenizer import BloomTokenizer
 
@@ -26,11 +25,6 @@ class Text:
 
 
 Texts = Sequence[str] | Sequence[Text]
-
-
-def tokenizer_of(pack: Pack) -> BloomTokenizer:
-    """A pack's tokenizer. Raises: PackError where it has none, TokenizerError."""
-    return BloomTokenizer.of_pack(pack)
 
 
 def read(
