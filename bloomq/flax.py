@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from bloomq import backends
+from bloomq.checks import is_whole
 from bloomq.config import Architecture
 from bloomq.errors import BackendError, UsageError
 from bloomq.heads import Head
@@ -23,7 +24,6 @@ from bloomq.modeling.generate import generate
 from bloomq.opening import open_or_convert
 from bloomq.outputs import BaseModelOutput, CausalLMOutput, ModelOutput
 from bloomq.pack import Pack
-from bloomq.sampling import is_whole
 
 if TYPE_CHECKING:
     import jax

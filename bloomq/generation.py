@@ -14,11 +14,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from bloomq.checks import is_whole
 from bloomq.errors import CapacityError, UsageError
 from bloomq.forward import STEP_TOKENS, cut
 from bloomq.heads import Head
 from bloomq.layers import Span, Top, X
-from bloomq.sampling import Sampling, draw, generator, is_whole, penalise, top_of
+from bloomq.sampling import Sampling, draw, generator, penalise, top_of
 from bloomq.speculation import MOST_GUESSES, Guesser, Pace
 
 F32 = NDArray[np.float32]

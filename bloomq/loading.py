@@ -11,11 +11,11 @@ from pathlib import Path
 from time import perf_counter
 
 from bloomq import backends
+from bloomq.checks import is_whole
 from bloomq.errors import UsageError
 from bloomq.language_model import LanguageModel
 from bloomq.modeling import BloomForCausalLM
 from bloomq.pack import Pack
-from bloomq.sampling import is_whole
 from bloomq.tokenizer import BloomTokenizer
 
 _MOST_CONTEXT = 1 << 24

@@ -26,7 +26,15 @@ def test_the_core_needs_neither_torch_nor_bitsandbytes() -> None:
     core = " ".join(PROJECT["project"]["dependencies"])
     assert "torch" not in core
     assert "bitsandbytes" not in core
-    assert set(PROJECT["project"]["optional-dependencies"]) == {"cuda", "jax", "test", "bench"}
+    assert set(PROJECT["project"]["optional-dependencies"]) == {
+        "cuda",
+        "jax",
+        "grammar",
+        "chat",
+        "eval",
+        "test",
+        "bench",
+    }
 
 
 def test_the_demo_pack_is_in_the_package_and_whole() -> None:

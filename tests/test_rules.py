@@ -18,12 +18,13 @@ HEAVY = ("torch", "numba", "jax", "transformers", "tokenizers", "safetensors", "
 # Level of every module: imports of ours go to a lower level, or to one named here.
 LEVELS = {
     "errors": 0,
-    "files": 1, "config": 1, "outputs": 1, "losses": 1, "schemes": 1, "weights": 1,
+    "checks": 1, "files": 1, "config": 1, "outputs": 1, "losses": 1, "schemes": 1, "weights": 1,
     "encoding": 1, "byte_level": 1, "tokenizer_config": 1, "tensorfile": 1,
     "layers": 2, "lora": 2, "pack": 2, "pack_writer": 2,
     "backends.reference": 3, "backends.numba_cpu": 3, "backends.jax": 3,
     "model": 3, "heads": 3, "inputs": 3, "tracing": 3, "forward": 3, "tokenizer": 3,
-    "sampling": 4, "speculation": 4, "text": 4, "generation": 4,
+    "sampling": 4, "search": 4, "speculation": 4, "text": 4, "generation": 4, "scoring": 4,
+    "constraints": 5, "perplexity": 5, "evaluation": 5, "chat": 5, "explore": 5, "prompt_cache": 5,
     "backends": 5, "opening": 5, "modeling": 5, "flax": 5, "language_model": 5, "loading": 5,
     "describe": 5, "console": 5, "bench": 5, "pipelines": 5,
     "cli": 6, "__main__": 7,
@@ -40,7 +41,10 @@ SAME_LEVEL = {
     ("flax", "backends"), ("flax", "opening"), ("flax", "modeling"),
     ("modeling", "backends"), ("modeling", "opening"), ("language_model", "modeling"),
     ("loading", "modeling"), ("loading", "language_model"),
-    ("generation", "sampling"), ("generation", "speculation"),
+    ("generation", "sampling"), ("generation", "speculation"), ("search", "sampling"),
+    ("perplexity", "language_model"), ("evaluation", "language_model"),
+    ("evaluation", "loading"), ("explore", "language_model"), ("chat", "language_model"),
+    ("language_model", "constraints"), ("prompt_cache", "language_model"),
     ("describe", "loading"), ("describe", "backends"), ("loading", "backends"),
     ("converters", "cli"),  # `python -m bloomq.converters.hf` is the command `convert`
 }  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bloomq.checks import is_whole
 from bloomq.errors import UsageError
 from bloomq.inputs import KeyValues, check_inputs
 from bloomq.lora import Choices
@@ -15,7 +16,6 @@ from bloomq.losses import causal_lm_loss
 from bloomq.modeling.base import BloomPreTrainedModel, answer
 from bloomq.modeling.generate import Streamer, generate
 from bloomq.outputs import CausalLMOutput
-from bloomq.sampling import is_whole
 
 I64 = NDArray[np.int64]
 

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from bloomq.checks import is_whole
 from bloomq.config import BloomConfig
 from bloomq.errors import UsageError
 from bloomq.generation import Batch
 from bloomq.heads import Head
 from bloomq.inputs import check_inputs
 from bloomq.lora import Choices
-from bloomq.sampling import Sampling, is_whole
+from bloomq.sampling import Sampling
 
 I64 = NDArray[np.int64]
 

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from bloomq.checks import is_whole
 from bloomq.encoding import Offsets
 from bloomq.errors import UsageError
 from bloomq.lora import Choice
 from bloomq.modeling import BloomForQuestionAnswering
 from bloomq.pipelines.batches import BATCH_TOKENS, results
 from bloomq.pipelines.texts import least_score, read
-from bloomq.sampling import is_whole
 from bloomq.tokenizer import BloomTokenizer
 
 F32 = NDArray[np.float32]

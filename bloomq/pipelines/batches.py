@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from bloomq.checks import is_whole
 from bloomq.errors import UsageError
 from bloomq.forward import STEP_TOKENS, cut
 from bloomq.heads import Head
 from bloomq.layers import Cache, Span
 from bloomq.lora import Choice
-from bloomq.sampling import is_whole
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bloomq.checks import is_whole
 from bloomq.errors import UsageError
 from bloomq.lora import Choice
 from bloomq.modeling import BloomForSequenceClassification
 from bloomq.pipelines.base import Pipeline
 from bloomq.pipelines.batches import BATCH_TOKENS, results
 from bloomq.pipelines.texts import Texts, least_score
-from bloomq.sampling import is_whole
 
 F64 = NDArray[np.float64]
 

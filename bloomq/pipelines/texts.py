@@ -9,9 +9,9 @@ from typing import cast
 
 import numpy as np
 
+from bloomq.checks import is_whole
 from bloomq.encoding import Tokens
 from bloomq.errors import UsageError
-from bloomq.sampling import is_whole
 from bloomq.tokenizer import BloomTokenizer
 
 

@@ -4,13 +4,13 @@ sequence.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bloomq.checks import check_number, is_whole
 from bloomq.errors import UsageError
 from bloomq.layers import Top
 
@@ -38,11 +38,11 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check_number("temperature", self.temperature, 0.0, 100.0, "0 (greedy) to 100")
+        check_number("temperature", self.temperature, 0.0, 100.0, "0 (greedy) to 100")
         if not is_whole(self.top_k) or self.top_k < 0:
             raise UsageError(f"top_k is {self.top_k!r}, expected a whole number, 0 for all")
-        _check_number("top_p", self.top_p, 1e-9, 1.0, "above 0, at most 1")
-        _check_number("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, "0.001 to 1000")
+        check_number("top_p", self.top_p, 1e-9, 1.0, "above 0, at most 1")
+        check_number("repetition_penalty", self.repetition_penalty, 1e-3, 1e3, "0.001 to 1000")
         if self.seed is not None and (not is_whole(self.seed) or self.seed < 0):
             raise UsageError(f"seed is {self.seed!r}, expected a whole number from 0")
         if 0.0 < self.temperature < 1e-3:
@@ -57,21 +57,6 @@ class Sampling:
     @property
     def penalised(self) -> bool:
         return self.repetition_penalty != 1.0
-
-
-def is_whole(value: object) -> bool:
-    """Is this a whole number, of Python or NumPy, and not a truth value?"""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _check_number(name: str, value: object, low: float, high: float, expected: str) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float | np.integer | np.floating)
-        or math.isnan(value)
-        or not (low <= value <= high)
-    ):
-        raise UsageError(f"{name} is {value!r}, expected {expected}")
 
 
 def generator(sampling: Sampling, index: int) -> np.random.Generator:
