@@ -113,7 +113,7 @@ class Bench:
     def _measure(self, test: Workload, repeat: int) -> Result:
         cache = self._lm.cache(test.batch, test.depth + max(test.prompt, test.generated))
         self._fill(cache, test.depth)
-        result = Result(test, cache.nbytes / (cache.batch * cache.capacity))
+        result = Result(test, cache.token_bytes)
         self._once(test, cache, Result(test, 0))  # unmeasured
         for _ in range(repeat):
             result.bandwidth_gb_s.append(self._ceilings.read_gb_s())

@@ -7,7 +7,7 @@ from copy import copy
 import numpy as np
 from numpy.typing import NDArray
 
-from bloomq.config import Architecture
+from bloomq.config import Architecture, weight_specs
 from bloomq.errors import UsageError
 from bloomq.layers import Backend, Cache, Span, Step, X
 from bloomq.lora import Adapters, Choices
@@ -15,13 +15,6 @@ from bloomq.model import Transformer
 from bloomq.weights import Weights
 
 I64 = NDArray[np.int64]
-# Name of each architecture's head in a pack. Its bias, where there is one, is `NAME.bias`.
-_HEADS: dict[Architecture, str] = {
-    "BloomForCausalLM": "lm_head",
-    "BloomForSequenceClassification": "score",
-    "BloomForTokenClassification": "classifier",
-    "BloomForQuestionAnswering": "qa_outputs",
-}
 
 
 class Head:
@@ -45,11 +38,12 @@ class Head:
                     f"this model has the head of {self.config.architecture}, not of "
                     f"{architecture}: load it as bloomq.{self.config.architecture}"
                 )
-            name = _HEADS[architecture]
-            matrix = weights.matrix(name)
+            spec = weight_specs(self.config)[-1]
+            tied = spec.name == "ln_f"  # the embedding is the head
+            matrix = weights.matrix("lm_head" if tied else spec.name)
             self.columns = matrix.shape[0]
-            has_bias = architecture in ("BloomForTokenClassification", "BloomForQuestionAnswering")
-            bias = weights.vector(f"{name}.bias", self.columns) if has_bias else None
+            has_bias = spec.has_bias and not tied
+            bias = weights.vector(f"{spec.name}.bias", self.columns) if has_bias else None
             self.read = backend.linear(matrix, bias, norm=norm)
         self.adapters = Adapters()
         self.model = Transformer(weights, backend)
@@ -81,7 +75,7 @@ class Head:
     def cache_kind(self) -> tuple[object, ...]:
         """What the caches of two models must share for one to continue the other's."""
         sizes = self.config.n_layer, self.config.n_head, self.config.head_dim
-        return self.backend.description, *sizes, *self.adapters.loaded
+        return self.backend.arithmetic, *sizes, *self.adapters.loaded
 
     def step(self, ids: I64, cache: Cache, span: Span, wanted: I64) -> X:
         """Run the tokens of a step; results [W, columns] of those at the indices `wanted` [W] alone

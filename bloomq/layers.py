@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig
-from bloomq.errors import CapacityError
+from bloomq.errors import CapacityError, UsageError
 from bloomq.weights import Matrix, Norm
 
 X = Any
@@ -33,6 +33,7 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 Activation = Literal["gelu"]
 CacheDtype = Literal["f32", "f16", "int8"]
+PAGE_TOKENS = 64  # `Cache.drop` forgets multiples of it: the CPU kernels score so many keys at once
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +72,59 @@ class Top:
     logsumexp: NDArray[np.float64]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """What a row of a cache holds, as plain arrays: for a file, or a row elsewhere.
+
+    keys, values: [layer, S, H, D] in the cache's dtype, float32, float16 or int8; scales: float32
+    [2, layer, S, H], what int8 keys and values are multiplied with, of size 0 for others.
+    """
+
+    keys: NDArray[Any]
+    values: NDArray[Any]
+    scales: F32
+
+    @property
+    def length(self) -> int:
+        """Tokens, where `check` finds nothing wrong."""
+        return int(self.keys.shape[1])
+
+    def first(self, count: int) -> Stored:
+        """The first `count` tokens: views."""
+        scales = self.scales[:, :, :count] if self.scales.size else self.scales
+        return Stored(self.keys[:, :count], self.values[:, :count], scales)
+
+    def check(self, places: tuple[int, int, int], dtype: np.dtype[Any], capacity: int) -> None:
+        """Raises: UsageError where these are not arrays of such (layers, heads, head_dim) and
+        dtype, CapacityError where there are more tokens than `capacity`."""
+        layers, heads, head_dim = places
+        count = self.keys.shape[1] if self.keys.ndim > 1 else 0
+        of_scales = (2, layers, count, heads) if dtype == np.int8 else (0,)
+        wanted = (layers, count, heads, head_dim)
+        for name, found, shape, kind in (
+            ("keys", self.keys, wanted, dtype),
+            ("values", self.values, wanted, dtype),
+            ("scales", self.scales, of_scales, np.dtype(np.float32)),
+        ):
+            if found.shape != shape or found.dtype != kind:
+                raise UsageError(
+                    f"stored {name} are {found.dtype} {list(found.shape)}, expected {kind} "
+                    f"{list(shape)}: they are of another model or cache dtype"
+                )
+        if count > capacity:
+            raise CapacityError(f"{count} stored tokens, the cache holds {capacity}: grow it first")
+
+
+def check_drop(length: int, start: int, count: int) -> None:
+    """Raises: UsageError where a row of `length` tokens cannot drop `count` from `start` on."""
+    whole = start % PAGE_TOKENS == count % PAGE_TOKENS == 0
+    if not whole or start < 0 or count < 0 or start + count > length:
+        raise UsageError(
+            f"{count} tokens to drop from {start} on, expected multiples of {PAGE_TOKENS} within "
+            f"the {length} that the row holds"
+        )
+
+
 class Cache(Protocol):
     """Keys and values of every layer, for `batch` rows of up to `capacity` tokens."""
 
@@ -90,13 +144,31 @@ class Cache(Protocol):
         ...
 
     @property
-    def nbytes(self) -> int: ...
+    def nbytes(self) -> int:
+        """Memory held for keys and values now."""
+        ...
+
+    @property
+    def paged(self) -> bool:
+        """Does memory come page by page, as tokens are stored? Else every row has all of it from
+        the start."""
+        ...
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token of one row, their scales included."""
+        ...
+
     def keys(self, layer: int, row: int, count: int) -> F32:
         """The first `count` keys of a row, [count, H, D], as attention reads them."""
         ...
 
-    def grow(self, capacity: int) -> None:
-        """Make room for `capacity` tokens in every row, keeping what is there."""
+    def grow(self, capacity: int, batch: int | None = None) -> None:
+        """Make room for `capacity` tokens in each of `batch` rows (None: of those there are),
+        keeping what is there; never less than there is. `lengths` and `gates` of new rows are 0.
+
+        Raises: CapacityError, the cache as before.
+        """
         ...
 
     def advance(self, span: Span) -> None:
@@ -108,7 +180,29 @@ class Cache(Protocol):
         ...
 
     def copy(self, source: int, target: int) -> None:
-        """Make row `target` hold what row `source` holds, its gates too."""
+        """Make row `target` hold what row `source` holds, its gates too. On the CPU rows share
+        memory until one of them writes."""
+        ...
+
+    def drop(self, row: int, start: int, count: int) -> None:
+        """Forget `count` tokens from `start` on, both multiples of PAGE_TOKENS; those behind them
+        move down. Keys bear no position, ALiBi sees where they lie now: so the row is as if it had
+        been given the other keys and values alone.
+
+        Raises: UsageError for others than whole pages of what the row holds.
+        """
+        ...
+
+    def stored(self, row: int) -> Stored:
+        """A copy of a row's keys and values."""
+        ...
+
+    def restore(self, row: int, stored: Stored) -> None:
+        """Make a row hold what `stored` gave, here or in another process; its gates stay.
+
+        Raises: UsageError for arrays of another model or dtype; CapacityError for too many tokens,
+        the row as before.
+        """
         ...
 
 
@@ -147,6 +241,12 @@ class Backend(Protocol):
     @property
     def description(self) -> str:
         """What was chosen: instruction tier, threads and the like, in a line."""
+        ...
+
+    @property
+    def arithmetic(self) -> str:
+        """What the bits of its results depend on, in a line: two backends that say the same give
+        the same, and can continue each other's caches."""
         ...
 
     def embedding(self, table: Matrix) -> Embedding: ...

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from functools import lru_cache
 
 import numpy as np
@@ -195,6 +196,22 @@ def test_buffers_begin_and_go_on_at_cache_lines():
 
 
 # -- helpers ---------------------------------------------------------------------------------------
+
+
+def test_memory_outlives_a_buffer_whose_return_ctrl_c_cut_off(monkeypatch: pytest.MonkeyPatch):
+    """Python drops an exception that comes up in `__del__`; operations still have the address."""
+    program = Program()
+    memory = weakref.ref(root(program.buffer(1, 64, np.float32).array))
+    assert memory() is not None
+    monkeypatch.setattr(Program, "give_back", lambda self, array: None)
+    memory = weakref.ref(root(program.buffer(1, 4096, np.float32).array))
+    gc.collect()
+    assert memory() is not None
+
+
+def root(array: np.ndarray) -> np.ndarray:
+    """The array that owns a view's memory."""
+    return array if array.base is None else root(array.base)
 
 
 def test_helpers_start_at_the_first_need_and_end_with_their_pool():

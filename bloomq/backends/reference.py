@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig
-from bloomq.layers import Activation, Span, Step, Top, slopes, zeros
+from bloomq.layers import Activation, Span, Step, Stored, Top, check_drop, slopes, zeros
 from bloomq.schemes import F32, NF4_CODEBOOK, NF4_INT8_CODEBOOK, Scheme, round_up, untile_rows
 from bloomq.weights import Matrix, Norm
 
@@ -31,6 +31,10 @@ class ReferenceBackend:
     @property
     def description(self) -> str:
         return f"NumPy float32, {self.activations} activations"
+
+    @property
+    def arithmetic(self) -> str:
+        return f"reference: {self.description}"
 
     def embedding(self, table: Matrix) -> Any:
         return table.rows
@@ -70,7 +74,8 @@ class ReferenceBackend:
         ids = np.argsort(-logits, axis=1, kind="stable")[:, :k]
         scaled = logits.astype(np.float64) / temperature
         peak = scaled.max(axis=1)
-        logsumexp = peak + np.log(np.exp(scaled - peak[:, None]).sum(axis=1))
+        with np.errstate(invalid="ignore"):  # infinity less itself: the NaN is the answer
+            logsumexp = peak + np.log(np.exp(scaled - peak[:, None]).sum(axis=1))
         return Top(ids, np.take_along_axis(logits, ids, axis=1), logsumexp)
 
     def numpy(self, x: F32) -> F32:
@@ -196,15 +201,28 @@ class ReferenceCache:
     def nbytes(self) -> int:
         return self.data.nbytes
 
+    @property
+    def paged(self) -> bool:
+        return False
+
+    @property
+    def token_bytes(self) -> int:
+        _, layers, _, _, n_head, head_dim = self.data.shape
+        return int(2 * layers * n_head * head_dim * 4)
+
     def keys(self, layer: int, row: int, count: int) -> F32:
         return self.data[0, layer, row, :count]
 
-    def grow(self, capacity: int) -> None:
-        if capacity > self.capacity:
+    def grow(self, capacity: int, batch: int | None = None) -> None:
+        capacity, batch = max(self.capacity, capacity), max(self.batch, batch or 0)
+        if (capacity, batch) != (self.capacity, self.batch):
             old, places = self.data, self.data.shape
-            self.data = zeros((*places[:3], capacity, *places[4:]), np.float32)
-            self.data[:, :, :, : self.capacity] = old
-            self.capacity = capacity
+            self.data = zeros((*places[:2], batch, capacity, *places[4:]), np.float32)
+            self.data[:, :, : self.batch, : self.capacity] = old
+            more = batch - self.batch
+            self.lengths = np.pad(self.lengths, (0, more))
+            self.gates = np.pad(self.gates, ((0, more), (0, 0)))
+            self.capacity, self.batch = capacity, batch
 
     def advance(self, span: Span) -> None:
         self.lengths[span.rows] += span.counts
@@ -216,3 +234,21 @@ class ReferenceCache:
         self.data[:, :, target] = self.data[:, :, source]
         self.gates[target] = self.gates[source]
         self.lengths[target] = self.lengths[source]
+
+    def drop(self, row: int, start: int, count: int) -> None:
+        length = int(self.lengths[row])
+        check_drop(length, start, count)
+        kept = self.data[:, :, row, start + count : length].copy()
+        self.data[:, :, row, start : length - count] = kept
+        self.lengths[row] -= count
+
+    def stored(self, row: int) -> Stored:
+        keys, values = self.data[:, :, row, : self.lengths[row]].copy()  # [layer, S, H, D]
+        return Stored(keys, values, np.zeros(0, np.float32))
+
+    def restore(self, row: int, stored: Stored) -> None:
+        layers, _, _, n_head, head_dim = self.data.shape[1:]
+        stored.check((layers, n_head, head_dim), self.data.dtype, self.capacity)
+        self.data[0, :, row, : stored.length] = stored.keys
+        self.data[1, :, row, : stored.length] = stored.values
+        self.lengths[row] = stored.length

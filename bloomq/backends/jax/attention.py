@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig
 from bloomq.errors import BackendError, CapacityError
-from bloomq.layers import Attention, Span, slopes
+from bloomq.layers import Attention, Span, Stored, check_drop, slopes
 
 Array = jax.Array
 F32 = NDArray[np.float32]
@@ -170,6 +170,14 @@ class JaxCache:
     def nbytes(self) -> int:
         return sum(part.nbytes for layer in self.layers for part in layer)
 
+    @property
+    def paged(self) -> bool:
+        return False
+
+    @property
+    def token_bytes(self) -> int:
+        return self.nbytes // (self.batch * self.capacity)
+
     def keys(self, layer: int, row: int, count: int) -> F32:
         self.check_kept()
         return np.asarray(self.layers[layer][0][row])[:count]
@@ -193,16 +201,19 @@ class JaxCache:
         """The gates of the row that each token belongs to, [M, ranks]."""
         return np.repeat(self.gates[span.rows], span.counts, axis=0)
 
-    def grow(self, capacity: int) -> None:
+    def grow(self, capacity: int, batch: int | None = None) -> None:
         self.check_kept()
-        if capacity > self.capacity:
-            larger = _rounded(capacity)
-            room = ((0, 0), (0, larger - self.capacity), (0, 0), (0, 0))
+        larger, batch = max(self.capacity, _rounded(capacity)), max(self.batch, batch or 0)
+        if (larger, batch) != (self.capacity, self.batch):
+            more = batch - self.batch
+            room = ((0, more), (0, larger - self.capacity), (0, 0), (0, 0))
             self.layers = _allocated(
                 lambda: [(jnp.pad(k, room), jnp.pad(v, room)) for k, v in self.layers],
-                self.nbytes // self.capacity * larger,
+                self.token_bytes * batch * larger,
             )
-            self.capacity = larger
+            self.lengths = np.pad(self.lengths, (0, more))
+            self.gates = np.pad(self.gates, ((0, more), (0, 0)))
+            self.capacity, self.batch = larger, batch
 
     def advance(self, span: Span) -> None:
         self.lengths[span.rows] += span.counts
@@ -216,6 +227,31 @@ class JaxCache:
         self.gates[target] = self.gates[source]
         self.lengths[target] = self.lengths[source]
 
+    def drop(self, row: int, start: int, count: int) -> None:
+        self.check_kept()
+        check_drop(int(self.lengths[row]), start, count)
+        self.layers = _with_tokens_dropped(self.layers, row, start, count)
+        self.lengths[row] -= count
+
+    def stored(self, row: int) -> Stored:
+        self.check_kept()
+        length = int(self.lengths[row])
+        keys, values = (
+            np.stack([np.asarray(part[row])[:length] for part in parts])
+            for parts in zip(*self.layers, strict=True)
+        )
+        return Stored(keys, values, np.zeros(0, np.float32))
+
+    def restore(self, row: int, stored: Stored) -> None:
+        self.check_kept()
+        _, _, n_head, head_dim = self.layers[0][0].shape
+        places = (len(self.layers), n_head, head_dim)
+        stored.check(places, np.dtype(np.float32), self.capacity)
+        rest = ((0, 0), (0, self.capacity - stored.length), (0, 0), (0, 0))
+        keys, values = np.pad(stored.keys, rest), np.pad(stored.values, rest)
+        self.layers = _with_row_set(self.layers, row, keys, values)
+        self.lengths[row] = stored.length
+
 
 def _rounded(capacity: int) -> int:
     """The power of two from there on, so that caches of different texts share what is compiled."""
@@ -226,6 +262,25 @@ def _rounded(capacity: int) -> int:
 def _with_row_copied(layers: list[KeyValue], source: int, target: int) -> list[KeyValue]:
     """Row `target` as row `source`; which they are is no part of what is compiled."""
     return [(k.at[target].set(k[source]), v.at[target].set(v[source])) for k, v in layers]
+
+
+@partial(jax.jit, donate_argnums=0)
+def _with_tokens_dropped(
+    layers: list[KeyValue], row: int, start: int, count: int
+) -> list[KeyValue]:
+    """Row `row` without tokens from `start` on; those behind them move down."""
+
+    def moved(part: Array) -> Array:
+        at = jnp.arange(part.shape[1])
+        return part.at[row].set(part[row, jnp.where(at < start, at, at + count)])
+
+    return [(moved(k), moved(v)) for k, v in layers]
+
+
+@partial(jax.jit, donate_argnums=0)
+def _with_row_set(layers: list[KeyValue], row: int, keys: Array, values: Array) -> list[KeyValue]:
+    """keys, values: [layer, S, H, D]."""
+    return [(k.at[row].set(keys[i]), v.at[row].set(values[i])) for i, (k, v) in enumerate(layers)]
 
 
 def empty(config: BloomConfig, batch: int, capacity: int) -> list[KeyValue]:

@@ -36,6 +36,10 @@ class JaxBackend:
         device = jax.devices()[0]
         return f"JAX {jax.__version__}, {device.platform} ({device.device_kind}), float32"
 
+    @property
+    def arithmetic(self) -> str:
+        return f"jax: {self.description}"
+
     def embedding(self, table: Matrix) -> Embedding:
         read = partial(_look_up, _placed_parts(table), scheme=table.scheme, shape=table.shape)
         return lambda ids: read(jnp.asarray(ids, jnp.int32))

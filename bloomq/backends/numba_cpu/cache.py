@@ -1,126 +1,196 @@
-"""The memory of keys and values, as the attention kernels read it."""
+"""The memory of keys and values: rows of pages, which rows share until one of them writes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import threading
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bloomq.backends.numba_cpu.attention import CHUNK
+from bloomq.backends.numba_cpu.attention_parts import PAGE
+from bloomq.backends.numba_cpu.pages import Layout, Page, Pages, Spare
 from bloomq.backends.numba_cpu.program import Program
 from bloomq.config import BloomConfig
-from bloomq.layers import CacheDtype, Span, zeros
+from bloomq.errors import CapacityError
+from bloomq.layers import CacheDtype, Span, Stored, check_drop
 from bloomq.schemes import round_up
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
-BOUND = 11  # inputs of a program that `NumbaCache.bind` writes
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Memory:
-    """Arrays that belong together, for `capacity` tokens a row."""
-
-    capacity: int
-    data: NDArray[Any]  # keys, then values
-    scales: F32
-    key_lengths: F32
-
-    @property
-    def arrays(self) -> tuple[NDArray[Any], ...]:
-        return self.data, self.scales, self.key_lengths
+BOUND = 7  # inputs of a program that `NumbaCache.bind` writes
+_ADDRESSABLE_BYTES = 1 << 47  # of a process on x86-64
 
 
 class NumbaCache:
-    """Keys [layer, B, H, S/16, D, 16] and values [layer, B, H, S, D], as `attend` reads them.
+    """Rows of tokens, each a list of pages (see `pages.Layout`).
 
-    int8: with a float32 scale for each. `key_lengths` [layer, B, H, S/256]: the largest |k| of each
-    chunk. Memory comes from the system as it is first touched, and is exchanged as a whole: what a
-    program was told of it stays true while it runs, and a cache that cannot grow is as before.
+    A page is allocated by the step that first writes to it, and goes when the last row that refers
+    to it does. A step writes to no page that another row refers to: it takes a copy
+    first. So copying a row costs its list, and what lies before a row's length never changes.
+
+    A row's list is replaced, never changed, so what a program was told of it stays true while it
+    runs. A page's count of rows is raised before it is referred to and lowered after: whatever
+    interrupts that leaves a count too high, and so at most a page copied in vain.
     """
 
     def __init__(
         self, config: BloomConfig, batch: int, capacity: int, dtype: CacheDtype, ranks: int = 0
     ) -> None:
-        self.batch, self.dtype = batch, dtype
-        self.lengths: I64 = np.zeros(batch, np.int64)
-        self.gates: F32 = np.zeros((batch, ranks), np.float32)
-        self._places = (config.n_layer, batch, config.n_head)
-        self._head_dim = config.head_dim
-        self.memory = self._allocated(capacity)
-
-    def _allocated(self, capacity: int) -> Memory:
-        capacity = round_up(capacity, 64)  # keys are scored up to 64 at a time
-        width, scaled = padded_head(self._head_dim), self.dtype == "int8"
-        return Memory(
-            capacity, zeros((2, *self._places, capacity * width), _ELEMENTS[self.dtype]),
-            zeros((2, *self._places, capacity if scaled else 0), np.float32),
-            zeros((*self._places, -(-capacity // CHUNK)), np.float32),
-        )  # fmt: skip
+        self.dtype = dtype
+        self._layout = Layout(config.n_layer, config.n_head, config.head_dim, dtype)
+        self._spare = Spare(self._layout.page_bytes)
+        self.batch = self.capacity = 0
+        self.lengths: I64 = np.zeros(0, np.int64)
+        self.gates: F32 = np.zeros((0, ranks), np.float32)
+        self._rows: list[Pages] = []
+        self._changing = threading.Lock()  # rows that share pages may be used by several threads
+        self.grow(capacity, batch)
 
     @property
-    def capacity(self) -> int:
-        return self.memory.capacity
+    def paged(self) -> bool:
+        return True
+
+    @property
+    def token_bytes(self) -> int:
+        return self._layout.token_bytes
+
+    @property
+    def pages_in_use(self) -> int:
+        """Pages that rows refer to, each counted once."""
+        return len({page.address for row in self._rows for page in row.pages})
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.memory.arrays)
+        return self.pages_in_use * self._layout.page_bytes + self._spare.nbytes
 
-    def keys(self, layer: int, row: int, count: int) -> F32:
-        memory, n_head = self.memory, self._places[2]
-        tiles, width = -(-count // 16), padded_head(self._head_dim)
-        stored = memory.data[0, layer, row].reshape(n_head, -1, width, 16)[:, :tiles]
-        keys = np.moveaxis(stored, 3, 2).reshape(n_head, -1, width)  # [H, S, D]
-        keys = keys[:, :count, : self._head_dim].astype(np.float32)
-        if self.dtype == "int8":
-            keys *= memory.scales[0, layer, row, :, :count, None]
-        return np.asarray(keys.transpose(1, 0, 2), np.float32)
+    def grow(self, capacity: int, batch: int | None = None) -> None:
+        capacity = max(self.capacity, round_up(capacity, PAGE))
+        more = 0 if batch is None else max(0, batch - self.batch)
+        total_bytes = (self.batch + more) * capacity * self.token_bytes
+        if total_bytes > _ADDRESSABLE_BYTES:
+            raise _no_memory(total_bytes)
+        if more:
+            ranks = self.gates.shape[1]
+            self._rows += [Pages.of([]) for _ in range(more)]
+            self.gates = np.concatenate([self.gates, np.zeros((more, ranks), np.float32)])
+            self.lengths = np.concatenate([self.lengths, np.zeros(more, np.int64)])
+            self.batch += more
+        self.capacity = capacity
 
-    def grow(self, capacity: int) -> None:
-        if capacity > self.capacity:
-            larger = self._allocated(capacity)
-            for before, now in zip(self.memory.arrays, larger.arrays, strict=True):
-                now[..., : before.shape[-1]] = before  # positions lie outermost in a head's memory
-            self.memory = larger
+    # -- a step ------------------------------------------------------------------------------------
 
     def bind(self, program: Program, span: Span, *others: I64) -> None:
-        """Tell a program where this cache lies and what a step does to it; the program holds these
-        arrays, and `others`, while it runs. The first inputs are, in this order: addresses of the
-        data, the scales and the key lengths; heads of a layer, capacity, heads of all layers; rows
-        of the step, and addresses of their numbers, starts and past lengths; the gates' address."""
-        memory = self.memory
-        tokens = int(self.lengths[span.rows].sum() + span.starts[-1])
-        program.cache_bytes = tokens * self.nbytes // (self.batch * memory.capacity)
-        heads = self.batch * self._places[2]
-        held = [np.ascontiguousarray(a) for a in (span.rows, span.starts, self.lengths[span.rows])]
-        inputs = (
-            *(array.ctypes.data for array in memory.arrays), heads, memory.capacity,
-            heads * self._places[0], len(span.rows), *(array.ctypes.data for array in held),
-            self.gates.ctypes.data,
+        """Tell a program where the rows of a step lie, which get the pages that it will write to;
+        the program holds all this, and `others`, while it runs. The first inputs are, in this
+        order: the address of the rows' tables' addresses; heads of all layers; rows of the step,
+        and addresses of their numbers, starts and past lengths; the gates' address.
+
+        Raises: CapacityError where there is no memory for these pages."""
+        past = self.lengths[span.rows]
+        ends = past + span.counts
+        self._make_room(span.rows.tolist(), past.tolist(), ends.tolist())
+        rows = [self._rows[row] for row in span.rows]
+        tables = np.array([row.address for row in rows], np.int64)
+        held = [tables, *(np.ascontiguousarray(a) for a in (span.rows, span.starts, past))]
+        program.cache_bytes = int(ends.sum()) * self.token_bytes
+        at_tables, *at_span = (array.ctypes.data for array in held)
+        program.inputs[:BOUND] = (
+            at_tables, self._layout.places, len(rows), *at_span, self.gates.ctypes.data
         )  # fmt: skip
-        program.inputs[: len(inputs)] = inputs
-        program.held = (memory, self.gates, *held, *others)
+        program.held = (self.gates, rows, *held, *others)
+
+    def _make_room(self, rows: list[int], past: list[int], ends: list[int]) -> None:
+        """Pages of their own for what rows write, from past to ends."""
+        try:
+            for row, length, end in zip(rows, past, ends, strict=True):
+                pages = self._rows[row].pages
+                shared = any(page.rows > 1 for page in pages[length // PAGE :])
+                if shared or len(pages) * PAGE < end:
+                    self._write_from(row, length, end)
+        except CapacityError:
+            for row in rows:
+                self._forget_beyond(row)
+            raise
+
+    def _write_from(self, row: int, length: int, end: int) -> None:
+        with self._changing:
+            pages = list(self._rows[row].pages)
+            for i in range(min(length // PAGE, len(pages)), -(-end // PAGE)):
+                if i == len(pages):
+                    pages.append(self._page())
+                elif pages[i].rows > 1:
+                    pages[i] = self._page(pages[i], max(0, length - i * PAGE))
+            self._hold(row, pages)
+
+    def _page(self, source: Page | None = None, tokens: int = 0) -> Page:
+        """A new page, with the first tokens of another. Raises: CapacityError."""
+        try:
+            if source is None:
+                return self._layout.page(self._spare)
+            return self._layout.copied(source, tokens, self._spare)
+        except MemoryError:
+            raise _no_memory(self.nbytes + self._layout.page_bytes) from None
 
     def advance(self, span: Span) -> None:
         self.lengths[span.rows] += span.counts
 
+    # -- rows --------------------------------------------------------------------------------------
+
+    def _hold(self, row: int, pages: Sequence[Page]) -> None:
+        """Make these the pages of a row; `_changing` is held."""
+        for page in pages:
+            page.rows += 1
+        before, self._rows[row] = self._rows[row], Pages.of(pages)
+        for page in before.pages:
+            page.rows -= 1
+
+    def _needed(self, row: int) -> tuple[Page, ...]:
+        """The pages that a row's tokens lie in, without those that a broken step left behind."""
+        return self._rows[row].pages[: -(-int(self.lengths[row]) // PAGE)]
+
+    def _forget_beyond(self, row: int) -> None:
+        if len(self._needed(row)) < len(self._rows[row].pages):
+            with self._changing:
+                self._hold(row, self._needed(row))
+
     def truncate(self, row: int, length: int) -> None:
         self.lengths[row] = min(length, int(self.lengths[row]))
+        self._forget_beyond(row)
 
     def copy(self, source: int, target: int) -> None:
-        memory = self.memory
-        memory.data[:, :, target] = memory.data[:, :, source]
-        memory.scales[:, :, target] = memory.scales[:, :, source]
-        memory.key_lengths[:, target] = memory.key_lengths[:, source]
+        with self._changing:
+            self._hold(target, self._needed(source))
         self.gates[target] = self.gates[source]
         self.lengths[target] = self.lengths[source]
 
+    def drop(self, row: int, start: int, count: int) -> None:
+        check_drop(int(self.lengths[row]), start, count)
+        with self._changing:
+            pages = self._needed(row)
+            self._hold(row, pages[: start // PAGE] + pages[(start + count) // PAGE :])
+        self.lengths[row] -= count
 
-_ELEMENTS: dict[str, type[np.generic]] = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
+    def keys(self, layer: int, row: int, count: int) -> F32:
+        return self._layout.layer_keys(self._rows[row].pages, layer, count)
+
+    def stored(self, row: int) -> Stored:
+        return self._layout.stored(self._rows[row].pages, int(self.lengths[row]))
+
+    def restore(self, row: int, stored: Stored) -> None:
+        layout = self._layout
+        shape = (layout.n_layer, layout.n_head, layout.head_dim)
+        stored.check(shape, np.dtype(layout.element), self.capacity)
+        pages = []
+        for start in range(0, stored.length, PAGE):
+            pages.append(self._page())
+            layout.fill(pages[-1], stored, start)
+        with self._changing:
+            self._hold(row, pages)
+        self.lengths[row] = stored.length
 
 
-def padded_head(head_dim: int) -> int:
-    """head_dim as the cache pads it."""
-    return round_up(head_dim, 16)
+def _no_memory(size_bytes: int) -> CapacityError:
+    return CapacityError(
+        f"no memory for a cache of {size_bytes / 1e9:.1f} GB: ask for fewer tokens or rows"
+    )

@@ -17,15 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.backends.numba_cpu.attention import QUERIES, attend, store
-from bloomq.backends.numba_cpu.cache import BOUND, NumbaCache, padded_head
+from bloomq.backends.numba_cpu.cache import BOUND, NumbaCache
 from bloomq.backends.numba_cpu.ceilings import Ceilings
 from bloomq.backends.numba_cpu.embedding import look_up, take_rows
 from bloomq.backends.numba_cpu.jit import best_tier, cpu_features
 from bloomq.backends.numba_cpu.linear import Product
+from bloomq.backends.numba_cpu.pages import padded_head
 from bloomq.backends.numba_cpu.program import Buffer, Input, Program
 from bloomq.backends.numba_cpu.prologue import gate_rows, norm_rows
 from bloomq.backends.numba_cpu.threads import Pool, physical_cores
-from bloomq.backends.numba_cpu.top import PART, top_merge, top_parts
+from bloomq.backends.numba_cpu.top import BLOCKS, PART, best_ids, top_merge, top_parts
 from bloomq.config import BloomConfig
 from bloomq.errors import UsageError
 from bloomq.layers import Activation, CacheDtype, Span, Step, Top, slopes
@@ -70,6 +71,10 @@ class NumbaBackend:
     def description(self) -> str:
         count = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return f"{self.tier}, {count}, {self.cache_dtype} cache"
+
+    @property
+    def arithmetic(self) -> str:
+        return f"numba: {self.tier}, {self.cache_dtype} cache"
 
     def embedding(self, table: Matrix) -> NumbaEmbedding:
         return NumbaEmbedding(self.pool, table)
@@ -125,23 +130,20 @@ class NumbaBackend:
     def top(self, logits: F32, k: int, temperature: float = 1.0) -> Top:
         batch, vocab = logits.shape
         parts = -(-vocab // PART)
-        part_k, factor = min(k, PART, vocab), np.float32(1 / temperature)
-        program = Program()
-        part_values = np.empty((batch, parts, part_k), np.float32)
-        part_ids = np.empty((batch, parts, part_k), np.int64)
+        program, factor = Program(), np.float32(1 / temperature)
+        maxima = np.empty((batch, parts * BLOCKS), np.float32)
         peaks, sums = np.empty((2, batch, parts))
-        values, ids = np.empty((batch, k), np.float32), np.empty((batch, k), np.int64)
-        logsumexp = np.empty(batch)
-        found = [array.ctypes.data for array in (part_values, part_ids, peaks, sums)]
-        best = [array.ctypes.data for array in (values, ids, logsumexp)]
-        program.add(
-            top_parts(self.tier), batch * parts, 4, logits.ctypes.data, logits.strides[0], vocab,
-            parts, factor, part_k, *found, touched=logits.nbytes,
-        )  # fmt: skip
-        program.add(top_merge(), batch, 1, parts, factor, part_k, *found, k, *best)
-        program.keep(logits, part_values, part_ids, peaks, sums, values, ids, logsumexp)
+        ids, logsumexp = np.empty((batch, 1), np.int64), np.empty(batch)
+        given = logits.ctypes.data, logits.strides[0], vocab, parts, factor
+        found = [array.ctypes.data for array in (maxima, peaks, sums)]
+        program.add(top_parts(self.tier), batch * parts, 4, *given, *found, touched=logits.nbytes)
+        program.add(top_merge(), batch, 1, *given, *found, ids.ctypes.data, logsumexp.ctypes.data)
+        program.keep(logits, maxima, peaks, sums, ids, logsumexp)
         self.pool.run(program)
-        return Top(ids, values, logsumexp)
+        if k > 1:
+            rows = zip(logits, maxima, strict=True)
+            ids = np.stack([best_ids(row, largest, min(k, vocab)) for row, largest in rows])
+        return Top(ids, logits[np.arange(batch)[:, None], ids], logsumexp)
 
     def numpy(self, x: F32) -> F32:
         return x

@@ -111,6 +111,7 @@ class Program:
             memory = self._free[count].pop()
         else:
             memory = _aligned(count)
+            self._alive.append(memory)  # also if Ctrl-C cuts off the buffer's `__del__`
             self.nbytes += count
         array = memory.view(dtype).reshape(padded_rows, stride // size)
         return Buffer(self, array, rows, columns)

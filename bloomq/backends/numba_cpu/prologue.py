@@ -181,7 +181,7 @@ def gate_rows() -> Any:
     @kernel
     def gate_rows(arguments, first, last):  # type: ignore[no-untyped-def]
         inputs, x, stride, ranks, out, out_stride = fields(arguments, 6)
-        n_rows, rows, starts, _, gates = fields(inputs, 11)[6:]
+        n_rows, rows, starts, _, gates = fields(inputs, 7)[2:]
         for r in range(first, last):
             gate = floats(gates + 4 * ranks * longs(rows, n_rows)[r], ranks)
             for token in range(longs(starts, n_rows + 1)[r], longs(starts, n_rows + 1)[r + 1]):
