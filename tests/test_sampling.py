@@ -1,24 +1,32 @@
-"""From logits to a token: hand-computed cases, transformers' processors, and many draws."""
+"""The sampler of a sequence: draws, random numbers, constraints, mirostat, and the logits that it
+reads."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sampling_oracle import expected, logits_of, probabilities, row_of
 
+from bloomq.backends.numba_cpu.layers import NumbaBackend
+from bloomq.backends.reference import ReferenceBackend
 from bloomq.errors import UsageError
 from bloomq.layers import Top
-from bloomq.sampling import Sampling, draw, generator, is_whole, penalise, top_of
+from bloomq.sampling import ORDER, Logits, Sampler, Sampling, generator, masked
+from bloomq.sampling.draws import pick, pick_large
 
-LN = math.log
-STEPS = 4000  # of the sweep below
+STEPS = 2000  # of the sweep below
+VOCABULARY = 250_880
 
 
 class Sweep:
-    """A stand-in for a generator: the middle of each of STEPS equal pieces of [0, 1), in turn."""
+    """A stand-in for a generator: the middle of each of some equal pieces of [0, 1), in turn."""
 
     def __init__(self, steps: int = STEPS) -> None:
         self.steps, self.at = steps, 0
@@ -28,169 +36,160 @@ class Sweep:
         return (self.at - 0.5) / self.steps
 
 
-def shares(sampling: Sampling, logits: np.ndarray, top: Callable | None = None) -> np.ndarray:
-    """The probability of each token, within 2 / STEPS: how often it is drawn as u sweeps [0, 1)."""
-    sweep, found = Sweep(), np.zeros(len(logits))
-    top = top or (lambda k, temperature: top_of(logits, k, temperature))
-    for _ in range(STEPS):
-        found[draw(sampling, sweep, len(logits), top, lambda: logits)] += 1 / STEPS
-    return found
+class Always:
+    """A stand-in for a generator: one number again and again."""
+
+    def __init__(self, number: float) -> None:
+        self.number, self.taken = number, 0
+
+    def random(self) -> float:
+        self.taken += 1
+        return self.number
 
 
-def logits_of(*probabilities: float) -> np.ndarray:
-    return np.log(np.array(probabilities)).astype(np.float32)
+class Only:
+    """A constraint that lets a set of tokens through, and notes what it is told."""
+
+    def __init__(self, tokens: Sequence[int], vocab_size: int) -> None:
+        self.mask = np.isin(np.arange(vocab_size), tokens)
+        self.accepted: list[int] = []
+
+    def allowed(self) -> np.ndarray:
+        return self.mask
+
+    def accept(self, token: int) -> None:
+        self.accepted.append(token)
 
 
-# -- by hand ---------------------------------------------------------------------------------------
+class Counting(ReferenceBackend):
+    """Notes what is asked of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tops: list[int] = []
+        self.fetched = 0
+
+    def top(self, logits: np.ndarray, k: int, temperature: float = 1.0) -> Top:
+        self.tops.append(k)
+        return super().top(logits, k, temperature)
+
+    def numpy(self, x: np.ndarray) -> np.ndarray:
+        self.fetched += 1
+        return super().numpy(x)
 
 
-def test_greedy_takes_the_likeliest_and_of_equals_the_lowest_id():
-    logits = np.array([1, 5, 5, -2], np.float32)
-    assert draw(Sampling(), Sweep(), 4, lambda k, t: top_of(logits, k, t), lambda: logits) == 1
+def sampler(size: int, rng: Any = None, constraint: Any = None, **options: Any) -> Sampler:
+    made = Sampler(Sampling(**options), [0], 0, size, constraint=constraint)
+    if rng is not None:
+        made._rng = rng
+    return made
 
 
-def test_temperature_one_draws_the_softmax():
-    found = shares(Sampling(temperature=1.0), logits_of(0.5, 0.125, 0.25, 0.125))
-    assert found == pytest.approx([0.5, 0.125, 0.25, 0.125], abs=2 / STEPS)
+def shares(values: np.ndarray, **options: Any) -> np.ndarray:
+    """How often each token is drawn as the random number sweeps [0, 1): its probability, within
+    2 / STEPS."""
+    draws, row = sampler(len(values), Sweep(), **options), row_of(values)
+    return np.bincount([draws(row, []) for _ in range(STEPS)], minlength=len(values)) / STEPS
 
 
-def test_temperature_a_half_squares_the_odds():
-    found = shares(Sampling(temperature=0.5), logits_of(0.6, 0.3, 0.1))
-    assert found == pytest.approx([36 / 46, 9 / 46, 1 / 46], abs=2 / STEPS)
+def chi_square_p(square: float, freedom: int) -> float:
+    """The probability that chi-square exceeds `square`. Source: Abramowitz and Stegun 26.4.4-5."""
+    half, first = square / 2, freedom % 2 / 2
+    terms = (math.exp((first + i) * math.log(half) - half - math.lgamma(first + i + 1))
+             for i in range(freedom // 2))  # fmt: skip
+    return sum(terms) + (math.erfc(math.sqrt(half)) if freedom % 2 else 0.0)
 
 
-def test_a_high_temperature_is_nearly_flat():
-    found = shares(Sampling(temperature=100.0), np.array([3, 0, -3, 1], np.float32))
-    assert found == pytest.approx([0.25] * 4, abs=0.01)
+# -- draws -----------------------------------------------------------------------------------------
 
 
-def test_a_low_temperature_is_nearly_greedy():
-    found = shares(Sampling(temperature=0.001), np.array([3, 3.01, -80, 80, 79.9], np.float32))
-    assert found[3] == pytest.approx(1)
+@pytest.mark.parametrize("backend", [ReferenceBackend(), NumbaBackend()], ids=["numpy", "numba"])
+def test_greedy_takes_the_likeliest_and_of_equals_the_lowest_id(backend):
+    assert sampler(4)(row_of(np.array([1, 5, 5, -2]), backend), []) == 1
 
 
-def test_top_k_keeps_the_k_likeliest_and_renormalises():
-    found = shares(Sampling(temperature=1.0, top_k=2), logits_of(0.1, 0.5, 0.15, 0.25))
-    assert found == pytest.approx([0, 2 / 3, 0, 1 / 3], abs=2 / STEPS)
+@settings(max_examples=100, deadline=None)
+@given(values=st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=200))
+def test_greedy_is_argmax(values):
+    array = np.array(values, np.float32)
+    for backend in (ReferenceBackend(), NumbaBackend(1)):
+        assert sampler(len(values))(row_of(array, backend), []) == array.argmax()
 
 
-def test_top_k_beyond_the_vocabulary_keeps_all():
-    found = shares(Sampling(temperature=1.0, top_k=50), logits_of(0.1, 0.9))
-    assert found == pytest.approx([0.1, 0.9], abs=2 / STEPS)
+SHAPED = [
+    {}, {"temperature": 0.6}, {"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.2}, {"typical_p": 0.6},
+    {"top_n_sigma": 2.0}, {"dynamic_temperature": 0.7},
+    {"top_k": 6, "top_p": 0.9, "temperature": 1.4, "order": (*ORDER[1:], "temperature")},
+]  # fmt: skip
 
 
-def test_top_k_of_ties_keeps_the_lowest_ids():
-    found = shares(Sampling(temperature=1.0, top_k=2), logits_of(0.1, 0.3, 0.3, 0.3))
-    assert found == pytest.approx([0, 0.5, 0.5, 0], abs=2 / STEPS)
+@pytest.mark.parametrize("options", SHAPED, ids=str)
+def test_tokens_are_drawn_with_the_probabilities_that_the_filters_leave(options):
+    values = (1.5 * np.random.default_rng(3).standard_normal(12)).astype(np.float32)
+    options = {"temperature": 1.0, **options}
+    wanted, _ = expected(values, Sampling(**options))
+    assert shares(values, **options) == pytest.approx(wanted, abs=2 / STEPS)
 
 
-def test_top_p_keeps_the_fewest_that_reach_it():
-    logits = logits_of(0.05, 0.5, 0.15, 0.3)
-    for top_p, kept in ((0.4, [1]), (0.6, [1, 3]), (0.79, [1, 3]), (0.81, [1, 3, 2]), (0.96, None)):
-        found = shares(Sampling(temperature=1.0, top_p=top_p), logits)
-        expected = np.exp(logits.astype(np.float64))
-        if kept is not None:
-            expected[[i for i in range(4) if i not in kept]] = 0
-        assert found == pytest.approx(expected / expected.sum(), abs=2 / STEPS), top_p
-
-
-def test_top_p_always_keeps_the_likeliest():
-    assert shares(Sampling(temperature=1.0, top_p=1e-9), logits_of(0.3, 0.7)).tolist() == [
-        0,
-        pytest.approx(1),
-    ]
-
-
-def test_top_p_cuts_what_top_k_left_renormalised():
-    # of 0.4 0.3 0.2 0.1 top_k 3 leaves 4/9 3/9 2/9; 0.75 is reached by the first two
-    found = shares(Sampling(temperature=1.0, top_k=3, top_p=0.75), logits_of(0.1, 0.4, 0.3, 0.2))
-    assert found == pytest.approx([0, 4 / 7, 3 / 7, 0], abs=2 / STEPS)
-
-
-def test_penalise_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
-    logits = np.array([2.0, -2.0, 0.0, 6.0, -6.0], np.float32)
-    changed = penalise(logits, np.array([0, 1, 2]), 2.0)
-    assert changed.tolist() == [1, -4, 0, 6, -6]
-    assert logits.tolist() == [2, -2, 0, 6, -6]  # the logits themselves are left alone
-
-
-def test_a_penalty_under_one_makes_seen_tokens_likelier():
-    assert penalise(np.array([2, -2], np.float32), np.array([0, 1]), 0.5).tolist() == [4, -1]
-
-
-def test_top_of_agrees_with_a_stable_sort():
-    logits = np.rint(np.random.default_rng(0).standard_normal(300) * 2).astype(np.float32)
-    order = np.argsort(-logits, kind="stable")
-    for k in (1, 2, 17, 299, 300, 1000):
-        top = top_of(logits, k, 0.5)
-        assert top.ids[0].tolist() == order[:k].tolist()
-        assert top.logits[0].tolist() == logits[order[:k]].tolist()
-        scaled = logits.astype(np.float64) / 0.5
-        assert top.logsumexp[0] == pytest.approx(np.log(np.exp(scaled).sum()), rel=1e-12)
-
-
-# -- against transformers --------------------------------------------------------------------------
-
-CASES = [
-    {"temperature": 1.0},
-    {"temperature": 0.7},
-    {"temperature": 1.5, "top_k": 5},
-    {"temperature": 0.7, "top_p": 0.9},
-    {"temperature": 1.0, "top_k": 20, "top_p": 0.5},
-    {"temperature": 0.9, "repetition_penalty": 1.3},
-    {"temperature": 0.8, "top_k": 10, "top_p": 0.95, "repetition_penalty": 0.7},
-    {"temperature": 2.0, "top_k": 1},
-]
-
-
-@pytest.mark.parametrize("options", CASES, ids=str)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_kept_tokens_and_probabilities_equal_those_of_transformers(options, seed):
-    torch = pytest.importorskip("torch")
-    hf = pytest.importorskip("transformers")
-    rng = np.random.default_rng(seed)
-    logits = (3 * rng.standard_normal(40)).astype(np.float32)
-    seen = rng.integers(0, 40, 12)
-    scores = torch.tensor(logits)[None]
-    if "repetition_penalty" in options:
-        penalty = hf.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"])
-        scores = penalty(torch.tensor(seen)[None], scores)
-    scores = hf.TemperatureLogitsWarper(options["temperature"])(None, scores)
-    if "top_k" in options:
-        scores = hf.TopKLogitsWarper(options["top_k"])(None, scores)
-    if "top_p" in options:
-        scores = hf.TopPLogitsWarper(options["top_p"])(None, scores)
-    expected = torch.softmax(scores[0].double(), 0).numpy()
-    sampling = Sampling(**options)
-    if sampling.penalised:
-        logits = penalise(logits, np.unique(seen), sampling.repetition_penalty)
-    found = shares(sampling, logits)
-    assert not found[expected == 0].any()
-    assert found[expected > 2 / STEPS].all()
-    assert np.abs(found - expected).max() <= 2 / STEPS
-
-
-# -- many draws ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"top_k": 6}, {"top_p": 0.8}, {"top_k": 9, "top_p": 0.9}], ids=str
-)
+@pytest.mark.parametrize("options", [*SHAPED, {"xtc_probability": 0.5}], ids=str)
 def test_draws_follow_the_distribution_by_chi_square(options):
-    logits = (1.5 * np.random.default_rng(7).standard_normal(12)).astype(np.float32)
-    sampling = Sampling(temperature=0.9, seed=11, **options)
-    expected = shares(sampling, logits)
-    rng, draws = generator(sampling, 0), 20_000
-    counts = Counter(
-        draw(sampling, rng, 12, lambda k, t: top_of(logits, k, t), lambda: logits)
-        for _ in range(draws)
-    )
-    kept = np.flatnonzero(expected)
+    values = (1.5 * np.random.default_rng(7).standard_normal(12)).astype(np.float32)
+    options = {"temperature": 0.9, **options}
+    sampling, draws = Sampling(**options, seed=11), 6000
+    wanted = (expected(values, sampling)[0] + expected(values, sampling, exclude=True)[0]) / 2
+    if not sampling.xtc_probability:
+        wanted = expected(values, sampling)[0]
+    made, row = Sampler(sampling, [0], 0, 12), row_of(values)
+    counts = Counter(made(row, []) for _ in range(draws))
+    kept = np.flatnonzero(wanted)
     assert set(counts) <= set(kept.tolist())
-    square = sum((counts[i] - draws * expected[i]) ** 2 / (draws * expected[i]) for i in kept)
-    # mean and deviation of chi-square with n degrees of freedom: n and sqrt(2 n); the seed is fixed
-    freedom = len(kept) - 1
-    assert square < freedom + 4 * math.sqrt(2 * freedom)
+    square = sum((counts[i] - draws * wanted[i]) ** 2 / (draws * wanted[i]) for i in kept.tolist())
+    assert chi_square_p(square, len(kept) - 1) > 1e-6
+
+
+def test_the_probability_of_chi_square_is_that_of_tables():
+    for square, freedom, p in ((11.07, 5, 0.05), (29.588, 10, 0.001), (23.928, 1, 1e-6)):
+        assert chi_square_p(square, freedom) == pytest.approx(p, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [1, 5, 255, 256, 257, 1000])
+def test_a_large_draw_is_the_inverse_of_the_cumulative_sum(size):
+    values = np.random.default_rng(size).standard_normal(size).astype(np.float32)
+    total = np.cumsum(np.exp(values.astype(np.float64)))
+    for u in (0.0, 0.1, 0.5, 0.9, 0.999):
+        wanted = int(np.searchsorted(total, u * total[-1], side="right"))
+        assert pick_large(values.copy(), u) == pick(np.exp(values.astype(np.float64)), u) == wanted
+
+
+def test_the_highest_number_never_draws_a_token_of_probability_0():
+    highest = float(np.nextafter(1.0, 0.0))
+    assert pick(np.array([0.0, 0.3, 0.7, 0.0]), highest) == 2
+    for size in (5, 300, 1000):
+        scores = np.full(size, -np.inf, np.float32)
+        scores[1:3] = 1.0
+        assert pick_large(scores.copy(), highest) == 2
+        assert pick_large(scores.copy(), 0.0) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"top_p": 0.99}, {"min_p": 0.3}], ids=str)
+def test_the_highest_number_draws_a_token_that_is_kept(options):
+    values = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    options = {"temperature": 1.0, **options}
+    token = sampler(1000, Always(float(np.nextafter(1.0, 0.0))), **options)(row_of(values), [])
+    assert probabilities(values, Sampling(**options))[token] > 0
+
+
+def test_results_of_earlier_versions_stay():
+    """The order of tokens under the cumulative sum: by id where nothing is cut, else best first."""
+    values = logits_of(0.1, 0.4, 0.3, 0.2)
+    for u, token in ((0.05, 0), (0.3, 1), (0.6, 2), (0.9, 3)):
+        assert sampler(4, Always(u), temperature=1.0)(row_of(values), []) == token
+    for u, token in ((0.05, 1), (0.5, 2), (0.9, 3)):
+        assert sampler(4, Always(u), temperature=1.0, top_k=3)(row_of(values), []) == token
+        assert sampler(4, Always(u), temperature=1.0, top_p=0.9)(row_of(values), []) == token
+
+
+# -- random numbers --------------------------------------------------------------------------------
 
 
 def test_a_seed_gives_the_same_numbers_again_and_another_seed_others():
@@ -217,148 +216,236 @@ def test_a_large_seed_is_taken_whole():
     assert a != b
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
-def test_every_draw_takes_one_number_so_that_streams_stay_in_step(options):
-    logits, sweep = logits_of(0.5, 0.3, 0.1, 0.1), Sweep()
-    sampling = Sampling(temperature=1.0, **options)
-    for count in range(1, 4):
-        draw(sampling, sweep, 4, lambda k, t: top_of(logits, k, t), lambda: logits)
-        assert sweep.at == count
-
-
-# -- a large vocabulary ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("scale", "whole"), [(0.1, True), (8.0, False)], ids=["flat: all logits", "peaked: top 1024"]
-)
-def test_a_nucleus_takes_all_logits_only_where_1024_candidates_do_not_reach_top_p(scale, whole):
-    logits = (scale * np.random.default_rng(0).standard_normal(50_000)).astype(np.float32)
-    fetched, asked = [], []
-
-    def top(k: int, temperature: float) -> Top:
-        asked.append(k)
-        return top_of(logits, k, temperature)
-
-    def fetch() -> np.ndarray:
-        fetched.append(1)
-        return logits
-
-    sampling = Sampling(temperature=1.0, top_p=0.9)
-    p = np.exp(logits.astype(np.float64))
-    p /= p.sum()
-    order = np.argsort(-p, kind="stable")
-    total = np.cumsum(p[order])
-    count = int(np.searchsorted(total, 0.9)) + 1
-    assert (count > 1024) == whole
-    sweep = Sweep(50)
-    for i in range(50):
-        token = draw(sampling, sweep, 50_000, top, fetch)
-        at = int(np.searchsorted(total, (i + 0.5) / 50 * total[count - 1], side="right"))
-        assert token == order[at]
-    assert len(fetched) == (50 if whole else 0)
-    assert set(asked) == {1024}
-
-
-def test_a_small_vocabulary_never_fetches_its_logits_for_a_nucleus():
-    logits = np.zeros(100, np.float32)
-
-    def fetch() -> np.ndarray:
-        raise AssertionError("fetched")
-
-    sampling = Sampling(temperature=1.0, top_p=0.999)
-    tokens = {
-        draw(sampling, Sweep(1), 100, lambda k, t: top_of(logits, k, t), fetch) for _ in range(3)
-    }
-    assert tokens == {50}
-
-
-class Highest:
-    """The largest float under 1."""
-
-    def random(self) -> float:
-        return float(np.nextafter(1.0, 0.0))
-
-
-@pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"top_p": 0.99}], ids=str)
-def test_the_highest_number_draws_a_token_that_is_kept(options):
-    logits = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
-    sampling = Sampling(temperature=1.0, **options)
-    token = draw(sampling, Highest(), 1000, lambda k, t: top_of(logits, k, t), lambda: logits)
-    assert 0 <= token < 1000
-    if "top_k" in options:
-        assert token == np.argsort(-logits, kind="stable")[6]
-
-
-# -- values that cannot be -------------------------------------------------------------------------
-
-WRONG = [
-    ("temperature", -0.1, "0 (greedy) to 100"),
-    ("temperature", 100.5, "0 (greedy) to 100"),
-    ("temperature", math.nan, "0 (greedy) to 100"),
-    ("temperature", math.inf, "0 (greedy) to 100"),
-    ("temperature", True, "0 (greedy) to 100"),
-    ("temperature", "1", "0 (greedy) to 100"),
-    ("temperature", None, "0 (greedy) to 100"),
-    ("temperature", 1e-4, "0 (greedy) or at least 0.001"),
-    ("top_k", -1, "a whole number, 0 for all"),
-    ("top_k", 2.0, "a whole number, 0 for all"),
-    ("top_k", "5", "a whole number, 0 for all"),
-    ("top_p", 0.0, "above 0, at most 1"),
-    ("top_p", 1.01, "above 0, at most 1"),
-    ("top_p", -0.5, "above 0, at most 1"),
-    ("top_p", math.nan, "above 0, at most 1"),
-    ("top_p", False, "above 0, at most 1"),
-    ("repetition_penalty", 0.0, "0.001 to 1000"),
-    ("repetition_penalty", -1.0, "0.001 to 1000"),
-    ("repetition_penalty", 1001, "0.001 to 1000"),
-    ("repetition_penalty", math.nan, "0.001 to 1000"),
-    ("seed", -1, "a whole number from 0"),
-    ("seed", 1.5, "a whole number from 0"),
-    ("seed", "1", "a whole number from 0"),
-]
-
-
-@pytest.mark.parametrize(("name", "value", "expected"), WRONG, ids=str)
-def test_an_impossible_value_is_refused_by_name(name, value, expected):
-    with pytest.raises(UsageError) as caught:
-        Sampling(**{name: value})
-    assert str(caught.value) == f"{name} is {value!r}, expected {expected}"
-
-
-@pytest.mark.parametrize("kind", [np.int8, np.int64, np.uint64])
-def test_numpys_whole_numbers_are_taken_as_pythons(kind: type):
-    ours, theirs = Sampling(top_k=3, seed=9), Sampling(top_k=kind(3), seed=kind(9))
-    draws = [generator(sampling, 2).random(4).tolist() for sampling in (ours, theirs)]
-    assert draws[0] == draws[1]
-
-
-@pytest.mark.parametrize(
-    ("value", "whole"),
+    ("options", "numbers"),
     [
-        (0, True), (-3, True), (2**80, True), (np.int8(3), True), (np.uint64(2**63), True),
-        (True, False), (np.bool_(True), False), (1.0, False), (np.float32(1), False),
-        ("1", False), (None, False), (np.array([1]), False),
+        ({"temperature": 1.0}, 1), ({"temperature": 1.0, "top_k": 3}, 1),
+        ({"temperature": 0.7, "top_p": 0.5}, 1), ({"temperature": 1.0, "mirostat_tau": 2.0}, 1),
+        ({"temperature": 1.0, "forced_prefix": [1, 1]}, 1), ({}, 0),
+        ({"temperature": 1.0, "xtc_probability": 0.1}, 2),
+        ({"temperature": 1.0, "xtc_probability": 0.1, "forced_prefix": [2]}, 2),
     ],
-    ids=repr,
+    ids=str,
 )  # fmt: skip
-def test_whole_numbers_are_integers_and_no_truth_values(value, whole):
-    assert is_whole(value) is whole
+def test_every_token_takes_as_many_numbers_so_that_streams_stay_in_step(options, numbers):
+    rng, produced = Always(0.3), []
+    draws, row = sampler(4, rng, **options), row_of(logits_of(0.5, 0.3, 0.1, 0.1))
+    for count in range(1, 4):
+        produced.append(draws(row, produced))
+        assert rng.taken == count * numbers
 
 
-@pytest.mark.parametrize("value", [True, False, np.True_], ids=repr)
-@pytest.mark.parametrize("name", ["top_k", "seed"])
-def test_a_truth_value_is_not_a_whole_number(name, value):
-    with pytest.raises(UsageError, match=rf"^{name} is .*, expected a whole number"):
-        Sampling(**{name: value})
+def test_xtc_excludes_as_often_as_it_is_told_to():
+    values = logits_of(0.5, 0.3, 0.15, 0.05)
+    draws = sampler(4, temperature=1.0, xtc_probability=0.25, xtc_threshold=0.12, seed=3)
+    counts = Counter(draws(row_of(values), []) for _ in range(4000))
+    # excluded: 0 and 1, so that 0.75 and 0.25 are left of 2 and 3
+    wanted = {0: 0.375, 1: 0.225, 2: 0.75 * 0.15 + 0.25 * 0.75, 3: 0.75 * 0.05 + 0.25 * 0.25}
+    square = sum((counts[i] - 4000 * p) ** 2 / (4000 * p) for i, p in wanted.items())
+    assert chi_square_p(square, 3) > 1e-6
+
+
+# -- mirostat --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"temperature": 1.5}], ids=str)
+def test_mirostat_follows_the_published_algorithm(options):
+    tau, eta, rng = 3.0, 0.3, np.random.default_rng(0)
+    options = {"temperature": 1.0, "mirostat_tau": tau, "mirostat_eta": eta, **options}
+    numbers = Always(0.0)
+    draws, bound = sampler(200, numbers, **options), 2 * tau
+    bounds = []
+    for _ in range(40):
+        values = (2 * rng.standard_normal(200)).astype(np.float32)
+        numbers.number = rng.random()
+        wanted, _ = expected(values, Sampling(**options), surprise=bound)
+        token = draws(row_of(values), [])
+        assert wanted[token] > 0
+        bound -= eta * (-np.log2(wanted[token]) - tau)
+        assert draws._surprise == pytest.approx(bound, abs=1e-3)
+        bounds.append(bound)
+    assert np.ptp(bounds) > 0.5
+
+
+def test_mirostat_keeps_the_mean_surprise_near_its_target():
+    values = (2 * np.random.default_rng(1).standard_normal(5000)).astype(np.float32)
+    p = np.exp(values.astype(np.float64))
+    p /= p.sum()
+    means = []
+    for tau in (2.0, 5.0):
+        draws = sampler(5000, temperature=1.0, mirostat_tau=tau, seed=0)
+        kept = []
+        for _ in range(300):
+            before = draws._surprise
+            token = draws(row_of(values), [])
+            shown = p * (-np.log2(p) <= before)
+            shown = shown if shown.any() else p * (p == p.max())
+            kept.append(-np.log2(shown[token] / shown.sum()))
+        means.append(np.mean(kept[50:]))
+    assert means == pytest.approx([2.0, 5.0], abs=0.4)
+
+
+# -- history ---------------------------------------------------------------------------------------
+
+
+def test_a_sampler_sees_prompt_and_output_as_they_grow():
+    values = np.array([3.0, 2.9, 2.8, 2.7], np.float32)
+    made = Sampler(Sampling(repetition_penalty=2.0), [0], 0, 4)
+    produced: list[int] = []
+    for _ in range(3):
+        produced.append(made(row_of(values), produced))
+    assert produced == [1, 2, 3]
+
+
+def test_a_long_output_is_followed_to_its_end():
+    made = Sampler(Sampling(no_repeat_ngram_size=1), [], 0, 300)
+    produced: list[int] = []
+    row = row_of(-np.arange(300, dtype=np.float32))
+    for _ in range(300):
+        produced.append(made(row, produced))
+    assert produced == list(range(300))
+    with pytest.raises(UsageError, match="no token is left to choose: constraint, bad_words"):
+        made(row, produced)
+
+
+def test_a_forced_prefix_and_a_least_length_shape_the_beginning_alone():
+    made = Sampler(Sampling(forced_prefix=[3], min_new_tokens=3), [0], 0, 4, ends=(2,))
+    produced: list[int] = []
+    for _ in range(4):
+        produced.append(made(row_of(np.array([0, 1, 2, -1])), produced))
+    assert produced == [3, 1, 1, 2]
+
+
+def test_options_with_tokens_beyond_the_vocabulary_are_refused_before_the_first_token():
+    with pytest.raises(UsageError, match="forced_prefix names token 9, this model's vocabulary"):
+        Sampler(Sampling(forced_prefix=[9]), [0], 0, 9)
+
+
+# -- constraints -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"temperature": 0}, {"temperature": 0.001}, {"temperature": 100}, {"top_p": 1}, {"seed": 0}],
-    ids=str,
+    "options", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 3}], ids=str
 )
-def test_values_at_the_edge_are_taken(options):
-    sampling = Sampling(**options)
-    assert sampling.greedy == (sampling.temperature == 0)
-    assert not sampling.penalised
+def test_only_allowed_tokens_come_and_the_constraint_is_told_of_each(options):
+    only = Only([1, 4], 6)
+    draws = sampler(6, constraint=only, seed=1, **options)
+    row = row_of(np.array([9, 1, 5, 3, 1.5, 0]))
+    tokens = [draws(row, []) for _ in range(30)]
+    assert set(tokens) <= {1, 4} and only.accepted == tokens
+    assert (set(tokens) == {4}) == (not options)
+
+
+def test_a_constraint_leaves_the_odds_of_what_it_allows():
+    values = logits_of(0.4, 0.1, 0.3, 0.2)
+    draws = sampler(4, Sweep(), Only([1, 3], 4), temperature=1.0)
+    row = row_of(values)
+    counts = np.bincount([draws(row, []) for _ in range(STEPS)], minlength=4) / STEPS
+    assert counts == pytest.approx([0, 1 / 3, 0, 2 / 3], abs=2 / STEPS)
+
+
+def test_greedy_looks_further_only_where_the_likeliest_token_is_not_allowed():
+    for tokens, asked in (([1, 2], [1]), ([0, 2], [1, 1])):
+        backend = Counting()
+        token = sampler(3, constraint=Only(tokens, 3))(row_of(np.array([1, 3, 2]), backend), [])
+        assert token == tokens[0] if tokens[0] else 2
+        assert backend.tops == asked
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 2}])
+def test_a_constraint_that_allows_nothing_is_an_error(options):
+    draws = sampler(3, constraint=Only([], 3), **options)
+    with pytest.raises(UsageError, match="no token is left to choose: constraint, bad_words"):
+        draws(row_of(np.array([1, 3, 2])), [])
+
+
+def test_a_forced_token_that_the_constraint_forbids_is_an_error():
+    draws = sampler(3, constraint=Only([0], 3), forced_prefix=[1])
+    with pytest.raises(UsageError, match="no token is left to choose: constraint, bad_words"):
+        draws(row_of(np.array([1, 3, 2])), [])
+
+
+def test_a_mask_of_another_vocabulary_is_refused():
+    draws = sampler(3, constraint=Only([0], 4))
+    with pytest.raises(UsageError, match=r"the constraint's mask is \(4,\), expected one truth"):
+        draws(row_of(np.array([1, 3, 2])), [])
+
+
+def test_a_mask_leaves_scores_as_they_are_and_forbids_the_rest():
+    values = np.array([1.5, -2.0, 0.0, -np.inf, 3e38], np.float32)
+    found = masked(values, np.array([True, False, True, True, True]))
+    assert found.tolist() == [1.5, -np.inf, 0.0, -np.inf, pytest.approx(3e38)]
+    assert found.dtype == np.float32 and values[1] == -2
+
+
+# -- logits, and how much is asked of the backend --------------------------------------------------
+
+
+def test_logits_are_one_row_of_many_and_no_copy():
+    rows = np.random.default_rng(0).standard_normal((3, 50)).astype(np.float32)
+    logits = Logits(ReferenceBackend(), rows, 1)
+    assert logits.vocab_size == 50
+    assert np.shares_memory(logits.values(), rows)
+    assert logits.values().tolist() == rows[1].tolist()
+    assert logits.top(3).ids[0].tolist() == np.argsort(-rows[1])[:3].tolist()
+    assert logits.logit(7) == rows[1, 7]
+    assert logits.logsumexp(0.5) == pytest.approx(np.log(np.exp(rows[1] / 0.5).sum()))
+
+
+def test_what_the_caller_found_for_all_rows_is_not_computed_again():
+    rows = np.random.default_rng(0).standard_normal((3, 500)).astype(np.float32)
+    for options in ({}, {"temperature": 0.7, "top_k": 9}, {"temperature": 1.0, "top_p": 0.5}):
+        backend, draws = Counting(), sampler(500, seed=0, **options)
+        best = ReferenceBackend().top(rows, draws.wants)
+        tokens = [
+            sampler(500, seed=0, **options)(Logits(backend, rows, 1, given), [])
+            for given in (best, None)
+        ]
+        assert tokens[0] == tokens[1]
+        assert len(backend.tops) == 1  # of the second
+
+
+def test_a_temperature_alone_asks_the_backend_for_nothing_but_the_logits():
+    backend = Counting()
+    sampler(50, seed=0, temperature=0.7)(row_of(np.zeros(50), backend), [])
+    assert backend.tops == [] and backend.fetched == 1
+
+
+@pytest.mark.parametrize(("scale", "more"), [(8.0, False), (0.1, True)], ids=["peaked", "flat"])
+def test_a_nucleus_asks_for_more_only_where_the_few_do_not_reach_it(scale, more):
+    values = (scale * np.random.default_rng(0).standard_normal(20_000)).astype(np.float32)
+    backend = Counting()
+    draws = sampler(20_000, Always(0.5), temperature=1.0, top_p=0.9)
+    token = draws(row_of(values, backend), [])
+    p = probabilities(values, Sampling(temperature=1.0, top_p=0.9))
+    order = np.argsort(-values, kind="stable")
+    assert token == order[np.searchsorted(np.cumsum(p[order]), 0.5, side="right")]
+    assert (len(backend.tops) > 1) == more and backend.fetched == 0
+    again = len(backend.tops)
+    draws(row_of(values, backend), [])
+    assert len(backend.tops) == again + 1  # the second token begins with as many as the first took
+
+
+EVERYTHING: list[dict[str, Any]] = [
+    {}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05},
+    {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0, "typical_p": 0.5},
+    {"temperature": 1.0, "top_n_sigma": 1.0}, {"temperature": 1.0, "xtc_probability": 0.5},
+    {"temperature": 1.0, "dynamic_temperature": 0.5}, {"temperature": 1.0, "mirostat_tau": 4.0},
+    {"temperature": 1.0, "repetition_penalty": 1.2, "dry_multiplier": 0.8, "min_p": 0.1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", EVERYTHING, ids=str)
+def test_tokens_are_the_same_for_one_thread_and_two_and_in_any_batch(options):
+    rows = (3 * np.random.default_rng(2).standard_normal((3, VOCABULARY))).astype(np.float32)
+    tokens = []
+    for threads, batched in ((1, True), (2, True), (2, False)):
+        backend = NumbaBackend(threads)
+        draws = Sampler(Sampling(**options, seed=4), [5, 6, 7], 2, VOCABULARY)
+        produced: list[int] = []
+        for index in range(3):
+            given = rows if batched else rows[index : index + 1]
+            row = Logits(backend, given, index if batched else 0)
+            produced.append(draws(row, produced))
+        tokens.append(produced)
+    assert tokens[0] == tokens[1] == tokens[2]

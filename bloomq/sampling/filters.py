@@ -1,0 +1,163 @@
+"""What cuts and shapes the distribution before a draw: temperature, top-k, top-p, min-p, typical,
+top-n-sigma, XTC, mirostat.
+
+A filter takes candidates and gives candidates; None means that the answer depends on tokens that
+are not listed. `filtered` then lists more, until all are: the same set is kept as over the whole
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from bloomq.sampling.candidates import Candidates
+from bloomq.sampling.logits import Logits
+from bloomq.sampling.options import LEAST_TEMPERATURE, Sampling
+
+FEW = 256  # tokens listed at first: a nucleus has fewer in most places of a text
+_GROWTH = 8  # how many times more, where they do not suffice
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What differs from token to token: does XTC exclude this time, and mirostat's bound in bits
+    (None: mirostat is off)."""
+
+    exclude: bool = False
+    surprise: float | None = None
+
+
+Filter = Callable[[Sampling, Turn, Candidates], Candidates | None]
+
+
+def temperature(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
+    """Scores divided by the temperature; by a dynamic one, that follows the entropy: from
+    temperature - range, where one token has all, to temperature + range, where all are equal.
+
+    Source of the dynamic one: llama.cpp's llama_sampler_temp_ext (kalomaze).
+    """
+    middle, extent = sampling.temperature, sampling.dynamic_temperature
+    if not extent:
+        return c if middle == 1.0 else c.cooled(middle)
+    size = c.size()
+    if size < 2:
+        return c
+    unsure = max(c.entropy(), 0.0) / np.log(size)
+    low, high = max(middle - extent, 0.0), middle + extent
+    dynamic = low + (high - low) * unsure**sampling.dynamic_exponent
+    return c.cooled(max(float(dynamic), LEAST_TEMPERATURE))
+
+
+def top_k(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
+    """The k likeliest, of equals those of the lower id."""
+    if len(c.ids) < sampling.top_k and c.more:
+        return None
+    return c.first(min(sampling.top_k, len(c.ids)))
+
+
+def top_p(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
+    """The fewest whose probabilities reach top_p. Source: arXiv 1904.09751."""
+    count = int(c.shares().cumsum().searchsorted(sampling.top_p)) + 1
+    if count > len(c.ids) and c.more:
+        return None
+    return c.first(min(count, len(c.ids)))
+
+
+def min_p(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
+    """Those at least min_p times as likely as the likeliest. Source: arXiv 2407.01082."""
+    return _from(c, c.scores[0] + np.log(sampling.min_p))
+
+
+def top_n_sigma(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
+    """Those whose scores are within n standard deviations of the best. Source: arXiv 2411.07641."""
+    return _from(c, c.scores[0] - sampling.top_n_sigma * c.deviation())
+
+
+def _from(c: Candidates, least: float) -> Candidates | None:
+    """Those with scores of at least `least`."""
+    count = int((-c.scores).searchsorted(-least, side="right"))
+    if count == len(c.ids) and c.more:
+        return None
+    return c.first(max(count, 1))
+
+
+def typical(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
+    """Those whose surprise is nearest to the entropy, the fewest whose probabilities reach
+    typical_p; of equally near ones all. Source: arXiv 2202.00666, transformers'
+    TypicalLogitsWarper."""
+    surprise = c.logsumexp() - c.scores
+    entropy = c.entropy()
+    distance = np.abs(surprise - entropy)
+    nearest = np.argsort(distance, kind="stable")
+    reached = int(np.searchsorted(np.cumsum(np.exp(-surprise[nearest])), sampling.typical_p))
+    # Any other token is at least as surprising as the last that is listed.
+    if c.more and (reached >= len(nearest) or distance[nearest[reached]] >= surprise[-1] - entropy):
+        return None
+    bound = distance[nearest[min(reached, len(nearest) - 1)]]
+    kept = np.flatnonzero(distance <= bound)
+    return c if len(kept) == len(c.ids) and not c.more else c.only(kept)
+
+
+def xtc(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
+    """All but those above the threshold, of which the least likely stays. Source: p-e-w,
+    text-generation-webui pull request 6335; llama.cpp's llama_sampler_xtc."""
+    if not turn.exclude:
+        return c
+    above = int(np.searchsorted(-c.shares(), -sampling.xtc_threshold, side="right"))
+    if above == len(c.ids) and c.more:
+        return None
+    return c.without_first(above - 1) if above > 1 else c
+
+
+def mirostat(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
+    """Those with a surprise of at most the bound, at least the likeliest. Source: arXiv
+    2007.14966, algorithm 2, as in llama.cpp's llama_sampler_mirostat_v2."""
+    if turn.surprise is None:
+        return c
+    return _from(c, c.logsumexp() - turn.surprise * np.log(2))
+
+
+FILTERS: dict[str, Filter] = {
+    "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+    "typical": typical, "top_n_sigma": top_n_sigma, "xtc": xtc,
+}  # fmt: skip
+
+
+def active(sampling: Sampling) -> tuple[str, ...]:
+    """The names of the filters that do something, in their order."""
+    on = {
+        "temperature": sampling.temperature != 1.0 or sampling.dynamic_temperature > 0,
+        "top_k": sampling.top_k > 0, "top_p": sampling.top_p < 1.0, "min_p": sampling.min_p > 0,
+        "typical": sampling.typical_p < 1.0, "top_n_sigma": sampling.top_n_sigma > 0,
+        "xtc": sampling.xtc_probability > 0,
+    }  # fmt: skip
+    return tuple(name for name in sampling.order if on[name])
+
+
+def filtered(
+    sampling: Sampling, names: tuple[str, ...], row: Logits, turn: Turn, few: int = FEW
+) -> Candidates:
+    """What the filters `names` and mirostat leave of a row; at least one token. few: tokens listed
+    at first, which changes the time and nothing else."""
+    steps = [*(FILTERS[name] for name in names), mirostat]
+    plain = names[:1] == ("temperature",) and not sampling.dynamic_temperature
+    first, size = sampling.temperature if plain else 1.0, sampling.top_k or few
+    while True:
+        found = _apply(sampling, turn, steps, Candidates.of(row, size, first))
+        if found is not None:
+            return found
+        size = max(few, size * _GROWTH)
+
+
+def _apply(
+    sampling: Sampling, turn: Turn, steps: list[Filter], start: Candidates
+) -> Candidates | None:
+    found: Candidates | None = start
+    for step in steps:
+        if found is None:
+            break
+        found = step(sampling, turn, found)
+    return found

@@ -1,0 +1,78 @@
+"""One token's logits, on the backend that computed them, and what samplers ask of them."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bloomq.layers import Backend, Top, X
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+
+class Logits:
+    """Row `index` of logits [R, V] of a backend, copied only where the backend must.
+
+    best: `backend.top` of all these rows at temperature 1, where the caller has it already: it is
+    then not computed again for the few tokens that it has.
+    """
+
+    __slots__ = ("_backend", "_best", "_row", "_sums", "_values")
+
+    def __init__(self, backend: Backend, rows: X, index: int, best: Top | None = None) -> None:
+        self._backend = backend
+        if isinstance(rows, np.ndarray):
+            self._row: X = rows[index : index + 1]
+        else:
+            self._row = rows if len(rows) == 1 else backend.take(rows, np.array([index]))
+        self._values: F32 | None = None
+        self._best: tuple[I64, F32] | None = None  # the most of the best tokens that are known
+        self._sums: dict[float, float] = {}  # temperature -> logsumexp
+        if best is not None:
+            self._best = best.ids[index], best.logits[index]
+            self._sums[1.0] = float(best.logsumexp[index])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._row.shape[1])
+
+    def top(self, k: int, temperature: float = 1.0) -> Top:
+        """The row's best k and its logsumexp: a Top of one row."""
+        top = self._backend.top(self._row, min(k, self.vocab_size), temperature)
+        if self._best is None or len(self._best[0]) < len(top.ids[0]):
+            self._best = top.ids[0], top.logits[0]
+        self._sums[temperature] = float(top.logsumexp[0])
+        return top
+
+    def best(self, k: int, temperature: float = 1.0) -> tuple[I64, F32]:
+        """Ids and logits [k] of the best k; where they must be computed, the logsumexp at
+        `temperature`, which comes with them, is kept."""
+        k = min(k, self.vocab_size)
+        if self._best is None or len(self._best[0]) < k:
+            top = self.top(k, temperature)
+            return top.ids[0], top.logits[0]
+        ids, logits = self._best
+        return ids[:k], logits[:k]
+
+    def logsumexp(self, temperature: float = 1.0) -> float:
+        """log sum exp(logits / temperature), computed once."""
+        if temperature not in self._sums:
+            self.top(1, temperature)
+        return self._sums[temperature]
+
+    def values(self) -> F32:
+        """The logits, float32 [V]: to be read, not written."""
+        if self._values is None:
+            self._values = self._backend.numpy(self._row)[0]
+        return self._values
+
+    def edited(self, values: F32) -> Logits:
+        """These values [V] as logits on the same backend."""
+        return Logits(self._backend, values[None], 0)
+
+    def logit(self, token: int) -> float:
+        """One token's logit."""
+        if self._best is not None and self._best[0][0] == token:
+            return float(self._best[1][0])
+        return float(self.values()[token])

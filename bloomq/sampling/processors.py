@@ -1,0 +1,109 @@
+"""Scores edited by what the text so far is: functions of the history alone.
+
+Invariant: no random number, no state; the same text gives the same scores, so beams, guesses and
+single sequences share these. Each processor changes a row in place; `edited` gives it a private
+copy. Sequences are int64 arrays: text is prompt and output together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bloomq.sampling.dry import penalise_repetitions
+from bloomq.sampling.options import Sampling
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+
+
+def edited(
+    sampling: Sampling,
+    values: F32,
+    prompt: Sequence[int] | I64,
+    produced: Sequence[int] | I64,
+    ends: Sequence[int] = (),
+) -> F32:
+    """Scores [V] behind `prompt` and `produced`; `values` [V] itself where nothing is asked for.
+
+    ends: the end-of-text tokens, which min_new_tokens holds back. A token that is forbidden gets
+    -infinity; of a forced one all others do, and it gets 0.
+    """
+    output = np.asarray(produced, np.int64)
+    early = len(output) < max(sampling.min_new_tokens, len(sampling.forced_prefix))
+    if not (sampling.edits_always or early):
+        return values
+    out = np.array(values, np.float32)
+    if len(output) < len(sampling.forced_prefix):
+        out[:] = -np.inf
+        out[sampling.forced_prefix[len(output)]] = 0
+        return out
+    text = np.concatenate([np.asarray(prompt, np.int64), output])
+    if sampling.logit_bias:
+        add_biases(out, dict(sampling.logit_bias))
+    if sampling.penalised:
+        _penalise(out, sampling, text, output)
+    if sampling.dry_multiplier:
+        penalise_repetitions(out, sampling, text)
+    if sampling.no_repeat_ngram_size:
+        out[ngram_ends(text, sampling.no_repeat_ngram_size)] = -np.inf
+    if sampling.bad_words:
+        out[word_ends(text, sampling.bad_words)] = -np.inf
+    if len(output) < sampling.min_new_tokens and len(ends):
+        out[np.asarray(ends, np.int64)] = -np.inf
+    return out
+
+
+def add_biases(out: F32, biases: dict[int, float]) -> None:
+    """score += bias. Source: the OpenAI interface, logit_bias."""
+    out[list(biases)] += np.array(list(biases.values()), np.float32)
+
+
+def _penalise(out: F32, sampling: Sampling, text: I64, output: I64) -> None:
+    """The penalties, over the last `penalty_window` tokens."""
+    window = sampling.penalty_window
+    seen = text[-window:] if window else text
+    new = output[-window:] if window else output
+    if sampling.repetition_penalty != 1.0:
+        penalise_seen(out, seen, sampling.repetition_penalty)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        penalise_counts(out, new, sampling.presence_penalty, sampling.frequency_penalty)
+
+
+def penalise_seen(out: F32, seen: I64, penalty: float) -> None:
+    """The scores of the tokens `seen`: divided by the penalty where positive, multiplied where
+    negative. Source: CTRL (arXiv 1909.05858), in transformers' form."""
+    picked = out[seen]  # read before any is written: a token that occurs twice counts once
+    out[seen] = np.where(picked > 0, picked / np.float32(penalty), picked * np.float32(penalty))
+
+
+def penalise_counts(out: F32, produced: I64, presence: float, frequency: float) -> None:
+    """score -= presence + count * frequency, of tokens produced. Source: the OpenAI interface."""
+    ids, counts = np.unique(produced, return_counts=True)
+    out[ids] -= (presence + counts * frequency).astype(np.float32)
+
+
+def ngram_ends(text: I64, n: int) -> I64:
+    """Tokens that would complete n in a row that the text has already.
+
+    Source: transformers' NoRepeatNGramLogitsProcessor.
+    """
+    if len(text) < n:
+        return np.empty(0, np.int64)
+    starts = np.arange(len(text) - n + 1)
+    for i in range(n - 1):
+        starts = starts[text[starts + i] == text[len(text) - n + 1 + i]]
+    return text[starts + n - 1]
+
+
+def word_ends(text: I64, words: Sequence[Sequence[int]]) -> I64:
+    """The last tokens of those words whose other tokens the text ends with.
+
+    Source: transformers' NoBadWordsLogitsProcessor.
+    """
+    longest = max(map(len, words))
+    tail = text[max(len(text) - longest + 1, 0) :].tolist()
+    found = [word[-1] for word in words if tail[len(tail) - len(word) + 1 :] == list(word[:-1])]
+    return np.array(found, np.int64)
