@@ -56,6 +56,7 @@ class Bloomq:
         self.note = self.model.backend.name
 
     def prefill(self, ids: list[int]) -> float:
+        self.model.forget()  # what it knows of these ids from the last time
         seconds: float = self.model.generate(ids, max_new_tokens=1).stats.prompt_s
         return seconds
 

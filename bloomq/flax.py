@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from bloomq.checks import is_whole
 from bloomq.config import Architecture
 from bloomq.errors import BackendError, UsageError
 from bloomq.heads import Head
-from bloomq.modeling.generate import generate
+from bloomq.modeling.generate import Asked, generate
 from bloomq.opening import open_or_convert
 from bloomq.outputs import BaseModelOutput, CausalLMOutput, ModelOutput
 from bloomq.pack import Pack
@@ -246,6 +246,9 @@ class FlaxBloomForCausalLM(FlaxBloomPreTrainedModel):
         top_k: int = 50,
         top_p: float = 1.0,
         repetition_penalty: float = 1.0,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         prng_key: X = None,
@@ -262,12 +265,15 @@ class FlaxBloomForCausalLM(FlaxBloomPreTrainedModel):
 
         from bloomq.backends.jax.inputs import seed_of
 
-        sequences = generate(
-            self._head if params is None else self._built(params), input_ids, attention_mask,
+        asked = Asked(
             max_new_tokens=max_new_tokens, max_length=max_length, do_sample=do_sample,
             temperature=temperature, top_k=top_k, top_p=top_p,
-            repetition_penalty=repetition_penalty, num_return_sequences=1, num_beams=1,
-            eos_token_id=eos_token_id, pad_token_id=pad_token_id, streamer=None,
-            seed=seed_of(prng_key), adapters=None,
+            repetition_penalty=repetition_penalty, num_beams=num_beams,
+            length_penalty=length_penalty, early_stopping=early_stopping, seed=seed_of(prng_key),
+        )  # fmt: skip
+        sequences = generate(
+            self._head if params is None else self._built(params), input_ids, attention_mask,
+            asked, eos_token_id=eos_token_id, pad_token_id=pad_token_id, streamer=None,
+            adapters=None,
         )  # fmt: skip
         return FlaxGenerateOutput(jnp.asarray(sequences, jnp.int32))

@@ -3,46 +3,44 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bloomq import perplexity, scoring
+from bloomq.checks import is_whole
 from bloomq.config import BloomConfig
-from bloomq.errors import PackError, UsageError
-from bloomq.generation import Batch, Clock, FinishReason, Generation, PrefillProgress
+from bloomq.constraints import AnyConstraint
+from bloomq.constraints.matching import Compiler
+from bloomq.errors import CapacityError, PackError, UsageError
+from bloomq.generation import Engine, Generation, Piece, PrefillProgress, Reader, Window, read
 from bloomq.heads import Head
 from bloomq.layers import Backend
-from bloomq.lora import Choices
+from bloomq.lora import Choice, Choices
 from bloomq.modeling import BloomForCausalLM
 from bloomq.outputs import CausalLMOutput
+from bloomq.prompts import Prompt, is_ids, several
 from bloomq.sampling import Sampling
-from bloomq.speculation import DraftModel, Guesser, Lookup
-from bloomq.text import TextAssembler
+from bloomq.search import AnySearch
+from bloomq.speculation import DraftModel, Lookup
 from bloomq.tokenizer import BloomTokenizer
-
-Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A token of a stream: its id, its logprob, and the text that it made certain ("" while a
-    character or a possible stop string is incomplete)."""
-
-    text: str
-    id: int
-    logprob: float
+from bloomq.windows import WindowProtocol
+from bloomq.writing import Guessers, Options, Writer
 
 
 class Stream:
-    """An iterator over the pieces of one generation. `generation` is what has been produced so far,
+    """An iterator over the pieces of one generation. `generation` is what has been read so far,
     also after an exception or Ctrl-C ended the loop."""
 
-    def __init__(self, model: LanguageModel, prompt: Prompt, options: _Options) -> None:
-        self._run = _Run(model, [prompt], options)
-        self._pieces = self._run.pieces()
+    def __init__(
+        self, engine: Engine, reader: Reader, load_s: float, progress: PrefillProgress
+    ) -> None:
+        self._reader, self._load_s = reader, load_s
+        self._pieces = read(engine, [reader], progress)
 
     def __iter__(self) -> Iterator[Piece]:
         return self
@@ -52,77 +50,15 @@ class Stream:
 
     @property
     def generation(self) -> Generation:
-        return self._run.result(0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    sampling: Sampling
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    progress: PrefillProgress
-    guessers: Callable[[int], Guesser] | None
-    adapters: Choices
-
-
-class _Run:
-    """One call of generate: the batch, the text of each sequence, and why each ended."""
-
-    def __init__(self, model: LanguageModel, prompts: Sequence[Prompt], options: _Options) -> None:
-        self._model, self._options = model, options
-        self._clock = Clock(len(prompts))
-        self._prompts = [model.prompt_ids(prompt) for prompt in prompts]
-        lm = model.head
-        self._batch = Batch(
-            lm, self._prompts, options.sampling,
-            max_new_tokens=options.max_new_tokens, context=model.context,
-            guessers=options.guessers, gates=lm.adapters.gates(options.adapters, len(prompts)),
-        )  # fmt: skip
-        tokenizer = model.tokenizer
-        if tokenizer is None and options.stop:
-            raise UsageError("stop strings need a tokenizer, which this pack has not")
-        self._assemblers = [
-            None if tokenizer is None else TextAssembler(tokenizer.stream(), options.stop)
-            for _ in prompts
-        ]
-        self._texts = ["" for _ in prompts]
-        self._reasons: list[FinishReason | None] = [None for _ in prompts]
-
-    def pieces(self) -> Iterator[tuple[int, Piece]]:
-        """(index of the sequence, piece) as they come."""
-        eos = self._model.config.eos_token_id
-        for token in self._batch.run(self._options.progress):
-            self._clock.tick(token.index)
-            index, assembler = token.index, self._assemblers[token.index]
-            text = "" if assembler is None else assembler.push(token.id)
-            if assembler is not None and assembler.stopped:
-                self._reasons[index] = "stop"
-            elif token.id == eos:
-                self._reasons[index] = "eos"
-            elif len(self._batch.sequences[index].ids) == self._options.max_new_tokens:
-                self._reasons[index] = "length"
-            if self._reasons[index] is not None:
-                self._batch.stop(index)
-                text += "" if assembler is None else assembler.finish()
-            self._texts[index] += text
-            yield index, Piece(text, token.id, token.logprob)
-
-    def result(self, index: int) -> Generation:
-        """What sequence `index` has produced; "interrupted" where it has not ended."""
-        sequence, assembler = self._batch.sequences[index], self._assemblers[index]
-        reason = self._reasons[index]
-        text = self._texts[index]
-        if reason is None and assembler is not None:
-            text += assembler.held
-        stats = self._clock.stats(index, sequence, self._model.load_s)
-        return Generation(
-            text, tuple(sequence.ids), tuple(sequence.logprobs),
-            reason or "interrupted", stats,
-        )  # fmt: skip
+        return self._reader.result(self._load_s)
 
 
 class LanguageModel:
-    """A loaded BLOOM: call it for logits, `generate` or `stream` for text."""
+    """A loaded BLOOM: call it for logits, `generate` or `stream` for text.
+
+    Texts that begin as an earlier one did are not read again: the keys and values of the latest
+    `context` tokens stay in memory until there is none for others, or until `forget`.
+    """
 
     def __init__(
         self,
@@ -135,6 +71,9 @@ class LanguageModel:
         self.model, self.tokenizer, self.pack = model, tokenizer, model.pack
         self.context, self.load_s = int(context), load_s
         self.backend_reason = reason
+        self._engine: Engine | None = None
+        self._compiler = Compiler(tokenizer, model.config.vocab_size)
+        self._making = threading.Lock()
 
     @property
     def config(self) -> BloomConfig:
@@ -147,6 +86,18 @@ class LanguageModel:
     @property
     def head(self) -> Head:
         return self.model.head
+
+    @property
+    def engine(self) -> Engine:
+        """What runs this model's texts, together; a new one after adapters came or went."""
+        with self._making:
+            if self._engine is None or self._engine.head is not self.head:
+                self._engine = Engine(self.head, context=self.context, idle_tokens=self.context)
+            return self._engine
+
+    def forget(self) -> None:
+        """Give back the memory of texts that have ended."""
+        self.engine.forget()
 
     @property
     def adapters(self) -> dict[str, int]:
@@ -179,19 +130,36 @@ class LanguageModel:
         prompt: Prompt | Sequence[Prompt],
         *,
         max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
         seed: int | None = None,
+        sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        window: Window | None = None,
+        constraint: AnyConstraint | None = None,
+        top_logprobs: int = 0,
+        best_of: int = 1,
+        num_return_sequences: int = 1,
+        search: AnySearch | None = None,
         draft: LanguageModel | Literal["lookup"] | None = None,
         adapters: Choices = None,
         progress: PrefillProgress = lambda done, total: None,
     ) -> Any:
         """Continue a prompt (text, or token ids): a Generation; or several at once: a list of them.
 
-        Sampling options: see `Sampling`; stop: strings that end the text, and are not part of it;
+        sampling: how tokens are chosen, None: always the likeliest; temperature, top_k, top_p,
+        min_p, repetition_penalty, seed: these fields of it, in its place.
+        stop: strings that end the text, and are not part of it; stop_ids: tokens that end it,
+        beside the model's own; window: see `Window`; constraint:
+        what the text must be, a `JsonSchema`, a `Regex` or a `Grammar`; top_logprobs: how many
+        alternatives of each token come with it.
+        best_of: so many texts are drawn, of which the num_return_sequences with the likeliest
+        tokens are returned; search: `BeamOptions` or `ContrastOptions`, instead of drawing; where
+        several results are asked for, a prompt has a list of them, best first.
         draft: who guesses tokens ahead, which changes the speed and nothing else: a smaller model
         of the same vocabulary, or "lookup" for what the text itself repeats; adapters: None for the
         base, the name of a loaded one, a mapping of names to scales, or a list with one of these
@@ -200,22 +168,27 @@ class LanguageModel:
 
         Raises: UsageError, CapacityError, NumericError.
         """
-        sampling = Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p,
-            repetition_penalty=repetition_penalty, seed=seed,
-        )  # fmt: skip
-        options = _Options(
-            sampling, max_new_tokens, _stop_strings(stop), progress, self._guessers(draft), adapters
+        chosen = _sampling(sampling, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        options = self._options(
+            chosen, max_new_tokens, stop, stop_ids, window, constraint, top_logprobs, draft
         )
-        single = isinstance(prompt, str) or _is_ids(prompt)
-        prompts: Any = [prompt] if single else _several(prompt)
-        run = _Run(self, prompts, options)
-        try:
-            for _ in run.pieces():
-                pass
-        except KeyboardInterrupt:
-            pass  # what was produced is worth more than a traceback
-        results = [run.result(index) for index in range(len(prompts))]
+        single = isinstance(prompt, str) or is_ids(prompt)
+        given: list[Any] = [prompt] if single else several(prompt)
+        prompts = [self.prompt_ids(one) for one in given]
+        if not prompts:
+            raise UsageError("no prompts: give at least one")
+        writer = self._writer()
+        gates = writer.engine.head.adapters.gates(adapters, len(prompts))
+        if search is None:
+            results: list[Any] = writer.drawn(
+                prompts, options, best_of, num_return_sequences, gates, progress
+            )
+        elif best_of != 1 or num_return_sequences != 1:
+            raise UsageError(
+                "best_of and num_return_sequences are of draws: a search has its own options"
+            )
+        else:
+            results = writer.searched(prompts, options, search, gates, progress)
         return results[0] if single else results
 
     def stream(
@@ -223,29 +196,156 @@ class LanguageModel:
         prompt: Prompt,
         *,
         max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        repetition_penalty: float = 1.0,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
         seed: int | None = None,
+        sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        window: Window | None = None,
+        constraint: AnyConstraint | None = None,
+        top_logprobs: int = 0,
         draft: LanguageModel | Literal["lookup"] | None = None,
         adapters: Choices = None,
         progress: PrefillProgress = lambda done, total: None,
     ) -> Stream:
-        """`generate` for one prompt, piece by piece."""
-        sampling = Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p,
-            repetition_penalty=repetition_penalty, seed=seed,
-        )  # fmt: skip
-        options = _Options(
-            sampling, max_new_tokens, _stop_strings(stop), progress, self._guessers(draft), adapters
+        """`generate` for one prompt, piece by piece. Streams that are read in turn, or by several
+        threads, share their steps."""
+        chosen = _sampling(sampling, temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        options = self._options(
+            chosen, max_new_tokens, stop, stop_ids, window, constraint, top_logprobs, draft
         )
-        return Stream(self, prompt, options)
+        writer = self._writer()
+        gates = writer.engine.head.adapters.gates(adapters, 1)[0]
+        reader = writer.reader(self.prompt_ids(prompt), 0, options, gates)
+        return Stream(writer.engine, reader, self.load_s, progress)
 
-    def _guessers(
-        self, draft: LanguageModel | Literal["lookup"] | None
-    ) -> Callable[[int], Guesser] | None:
+    def generate_each(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        parallel: int = 8,
+        first: int = 0,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        stop_ids: Sequence[int] = (),
+        window: Window | None = None,
+        constraint: AnyConstraint | None = None,
+        top_logprobs: int = 0,
+        draft: LanguageModel | Literal["lookup"] | None = None,
+        adapters: Choices = None,
+    ) -> Iterator[Generation]:
+        """A Generation of each of any number of prompts, in their order, each when it is done.
+
+        `parallel` texts run at a time; where one ends, the next takes its place. first: the number
+        of the first prompt, by which it draws: so the rest of a list that was interrupted gives
+        what the whole would have. Options: see `generate`.
+        """
+        if isinstance(prompts, str):
+            raise UsageError(f"prompts are {prompts!r:.60}, expected several: put one into a list")
+        chosen = _sampling(sampling, None, None, None, None, None, None)
+        options = self._options(
+            chosen, max_new_tokens, stop, stop_ids, window, constraint, top_logprobs, draft
+        )
+        writer = self._writer()
+        gates = writer.engine.head.adapters.gates(adapters, 1)[0]
+        return writer.each(map(self.prompt_ids, prompts), options, first, parallel, gates)
+
+    def score(
+        self,
+        text: Prompt | Sequence[Prompt],
+        *,
+        context: Prompt = (),
+        top: int = 0,
+        adapters: Choices = None,
+    ) -> Any:
+        """How likely a text is behind `context`: its Scores; of several texts, a list of them.
+
+        top: the likeliest tokens of each place come with it. A text's first token has no logprob
+        where nothing stands before it. Raises: UsageError, CapacityError, NumericError.
+        """
+        single = isinstance(text, str) or is_ids(text)
+        first = [] if is_ids(context) and not len(context) else self.prompt_ids(context)
+        given: list[Any] = [text] if single else several(text)
+        rows = [[*first, *self.prompt_ids(one)] for one in given]
+        for row in rows:
+            if len(row) > self.context:
+                raise CapacityError(
+                    f"a text of {len(row)} tokens exceeds the context of {self.context}: shorten "
+                    "it, or load with a larger context"
+                )
+        found = scoring.score(
+            self.head, rows, first=[len(first)] * len(rows), top=top,
+            gates=self.head.adapters.gates(adapters, len(rows)),
+        )  # fmt: skip
+        return found[0] if single else found
+
+    def perplexity(
+        self,
+        text: Prompt,
+        *,
+        protocol: WindowProtocol = "fixed",
+        window: int | None = None,
+        stride: int | None = None,
+        base: LanguageModel | None = None,
+        most_tokens: int | None = None,
+        adapters: Choice = None,
+        progress: perplexity.Progress = lambda done, total, so_far: None,
+    ) -> perplexity.Perplexity:
+        """How surprising a long text is, in windows: see `perplexity.perplexity`; base: another
+        model, from which the divergence of this one is measured too."""
+        return perplexity.perplexity(
+            self, text, protocol=protocol, window=window, stride=stride, base=base,
+            most_tokens=most_tokens, adapters=adapters, progress=progress,
+        )  # fmt: skip
+
+    def _writer(self) -> Writer:
+        return Writer(self.engine, self.tokenizer, self._compiler, self.load_s)
+
+    def _options(
+        self,
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: str | Sequence[str],
+        stop_ids: Sequence[int],
+        window: Window | None,
+        constraint: AnyConstraint | None,
+        top_logprobs: int,
+        draft: LanguageModel | Literal["lookup"] | None,
+    ) -> Options:
+        if window is not None and not isinstance(window, Window):
+            raise UsageError(f"window is {window!r:.60}, expected a bloomq.Window")
+        if window is not None and isinstance(draft, LanguageModel):
+            raise UsageError("a draft model together with a window: it would keep the whole text")
+        if not is_whole(max_new_tokens) or max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {max_new_tokens!r}, expected at least 1")
+        if not is_whole(top_logprobs) or not 0 <= top_logprobs <= self.config.vocab_size:
+            raise UsageError(
+                f"top_logprobs is {top_logprobs!r}, expected 0 to {self.config.vocab_size}"
+            )
+        strings = stop_strings(stop)
+        if strings and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer, which this pack has not")
+        return Options(
+            sampling=sampling, max_new_tokens=int(max_new_tokens), stop=strings,
+            ends=self._ends(stop_ids), window=window,
+            top_logprobs=int(top_logprobs), guessers=self._guessers(draft), constraint=constraint,
+        )  # fmt: skip
+
+    def _ends(self, more: Sequence[int]) -> tuple[int, ...]:
+        """The tokens that end a text. Raises: UsageError."""
+        most = self.config.vocab_size - 1
+        ids: list[Any] = list(more) if isinstance(more, list | tuple | np.ndarray) else [None]
+        if not all(is_whole(one) and 0 <= one <= most for one in ids):
+            raise UsageError(f"stop_ids are {more!r:.80}, expected token ids from 0 to {most}")
+        eos = self.config.eos_token_id
+        return tuple(dict.fromkeys([*([] if eos is None else [eos]), *map(int, more)]))
+
+    def _guessers(self, draft: LanguageModel | Literal["lookup"] | None) -> Guessers | None:
         """What makes a sequence's guesser. Raises: UsageError."""
         if draft is None:
             return None
@@ -264,7 +364,7 @@ class LanguageModel:
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """A prompt as token ids. Raises: UsageError, PackError for text without a tokenizer."""
         if not isinstance(prompt, str):
-            if not _is_ids(prompt):
+            if not is_ids(prompt):
                 raise UsageError(f"prompt is {prompt!r:.80}, expected text or a list of token ids")
             ids = [int(token) for token in prompt]
             for token in ids:
@@ -277,23 +377,27 @@ class LanguageModel:
         return self.tokenizer.encode(prompt)
 
 
-def _is_ids(prompt: object) -> bool:
-    """Is this one prompt of token ids: whole numbers in a list, tuple or one-dimensional array?"""
-    if isinstance(prompt, np.ndarray):
-        return prompt.ndim == 1 and prompt.dtype.kind in "iu"
-    if not isinstance(prompt, list | tuple):
-        return False
-    return all(isinstance(t, int | np.integer) and not isinstance(t, bool) for t in prompt)
+def _sampling(
+    base: Sampling | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    seed: int | None,
+) -> Sampling:
+    """`base` with the fields that are given."""
+    if base is not None and not isinstance(base, Sampling):
+        raise UsageError(f"sampling is {base!r:.80}, expected a bloomq.Sampling")
+    given = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "seed": seed,
+    }  # fmt: skip
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return replace(base or Sampling(), **changes)
 
 
-def _several(prompts: object) -> list[Any]:
-    """Several prompts, as a list. Raises: UsageError for what is neither one nor several."""
-    if isinstance(prompts, list | tuple | np.ndarray):
-        return list(prompts)
-    raise UsageError(f"prompt is {prompts!r:.80}, expected text, token ids, or a list of either")
-
-
-def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(stop, str | list | tuple):
         raise UsageError(f"stop is {stop!r}, expected a string or a list of them")
     strings = (stop,) if isinstance(stop, str) else tuple(stop)

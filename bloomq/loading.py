@@ -6,6 +6,7 @@ This and the command line are the only places that know all three.
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from time import perf_counter
@@ -38,7 +39,7 @@ def load(
 
     backend: "auto", "numba", "cuda", "jax" or "reference"; threads: of the CPU, None for one a
     physical core; context: the most tokens of prompt and output together, None for what the model
-    was trained on (ALiBi carries further, at some loss).
+    was trained on. ALiBi carries further, at some loss: a UserWarning says so.
 
     Raises: InputNotFound, PackError, TokenizerError, BackendError, UsageError.
     """
@@ -48,6 +49,12 @@ def load(
         context = pack.config.seq_length
     if not is_whole(context) or not 2 <= context <= _MOST_CONTEXT:
         raise UsageError(f"context is {context!r}, expected 2 to {_MOST_CONTEXT} tokens")
+    if context > pack.config.seq_length:
+        warnings.warn(
+            f"a context of {context} tokens, the model was trained on {pack.config.seq_length}: "
+            "beyond them ALiBi extrapolates, at some loss",
+            stacklevel=2,
+        )
     choice = backends.choose(backend, pack, threads, cache_dtype)
     tokenizer = BloomTokenizer.of_pack(pack) if pack.has_tokenizer else None
     model = BloomForCausalLM(pack, choice.backend)

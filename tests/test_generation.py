@@ -13,12 +13,11 @@ import pytest
 from models import Tiny, copied, pack
 
 import bloomq
-from bloomq import generation
 from bloomq.errors import CapacityError, NumericError, UsageError
-from bloomq.generation import STEP_TOKENS, Batch, Clock, Row, Stats
+from bloomq.forward import STEP_TOKENS
+from bloomq.generation import Stats, results
 from bloomq.language_model import LanguageModel
 from bloomq.pack import Pack
-from bloomq.sampling import Sampling
 from bloomq.text import TextAssembler
 
 TINY = Tiny(n_head=4, head_dim=16, vocab_size=211, seed=4)
@@ -80,12 +79,14 @@ def test_prompts_longer_than_a_prefill_step_equal_themselves_alone(tiny: Languag
     lengths = (STEP_TOKENS - 1, 3, 2 * STEP_TOKENS + 77, STEP_TOKENS)
     prompts = [tokens(i, length) for i, length in enumerate(lengths)]
     done: list[tuple[int, int]] = []
+    tiny.forget()
     batch = tiny.generate(
         prompts, max_new_tokens=6, progress=lambda n, of: done.append((n, of)), **options
     )
     total = sum(lengths)
-    steps = [*range(STEP_TOKENS, total, STEP_TOKENS), total]
-    assert done == [(step, total) for step in steps]
+    assert done[0] == (STEP_TOKENS, total)
+    assert done == sorted(set(done))
+    assert done[-1] == (total, total)
     for row, prompt in enumerate(prompts):
         if options:  # a sampled row's numbers are those of its place
             alone = tiny.generate([[5]] * row + [prompt], max_new_tokens=6, **options)[row]
@@ -144,6 +145,7 @@ def test_top_k_of_one_is_greedy(demo: LanguageModel):
 
 
 def test_stats_count_tokens_and_time(demo: LanguageModel):
+    demo.forget()
     stats = demo.generate("Once upon a time", max_new_tokens=6).stats
     assert stats.prompt_tokens == len(demo.prompt_ids("Once upon a time"))
     assert stats.generated_tokens == 6
@@ -167,28 +169,20 @@ def test_stats_do_not_depend_on_when_they_are_read(demo: LanguageModel):
     assert stream.generation.stats == now
 
 
-def test_a_clock_times_each_sequence_by_its_own_tokens(monkeypatch: pytest.MonkeyPatch):
+def test_a_clock_times_a_sequence_by_its_tokens(monkeypatch: pytest.MonkeyPatch):
     now = [10.0]
-    monkeypatch.setattr(generation, "perf_counter", lambda: now[0])
-    clock = Clock(3)
-
-    def at(time_s: float, index: int | None) -> None:
-        now[0] = time_s
-        if index is not None:
-            clock.tick(index)
-
-    def row_of(tokens: int) -> Row:
-        return Row(np.zeros(7, np.int64), np.random.default_rng(0), ids=[5] * tokens)
-
-    for time_s, index in ((11, 1), (12, 0), (12.5, 1), (15, 1), (20, None)):
-        at(time_s, index)
-    assert clock.stats(0, row_of(1), 0.5) == Stats(7, 1, 2.0, 0.0, 0.5)
-    assert clock.stats(1, row_of(3), 0.5) == Stats(7, 3, 1.0, 4.0, 0.5)
-    assert clock.stats(1, row_of(3), 0.5).generated_tokens_per_s == 2 / 4.0
-    assert clock.stats(2, row_of(0), 0.5) == Stats(7, 0, 10.0, 0.0, 0.5)  # still at its prompt
-    at(30, None)
-    assert clock.stats(1, row_of(3), 0.5) == Stats(7, 3, 1.0, 4.0, 0.5)
-    assert clock.stats(2, row_of(0), 0.5).prompt_s == 20.0
+    monkeypatch.setattr(results, "perf_counter", lambda: now[0])
+    clock = results.Clock()
+    now[0] = 12.0
+    assert (clock.prompt_s, clock.generate_s) == (2.0, 0.0)  # still at its prompt
+    clock.tick()
+    now[0] = 15.0
+    assert (clock.prompt_s, clock.generate_s) == (2.0, 0.0)
+    clock.tick()
+    now[0] = 30.0
+    assert (clock.prompt_s, clock.generate_s) == (2.0, 3.0)
+    assert Stats(7, 3, 1.0, 4.0, 0.5).generated_tokens_per_s == 2 / 4.0
+    assert Stats(7, 3, 2.0, 4.0, 0.5, reused_tokens=3).prompt_tokens_per_s == 4 / 2.0
 
 
 def test_rates_of_no_time_and_no_tokens_are_zero():
@@ -348,17 +342,10 @@ def test_numpys_whole_numbers_are_taken_as_pythons(demo: LanguageModel):
 
 @pytest.mark.parametrize("kind", [np.int8, np.uint8])
 def test_a_small_kind_of_number_gives_no_smaller_cache(demo: LanguageModel, kind: type):
-    """Nothing is run: the kernels would write beyond its end."""
+    """200 + 100 are 44 of 8 bits."""
     with np.errstate(over="ignore"):
-        found, expected = (
-            Batch(demo.head, [[5, 6, 7]], Sampling(), max_new_tokens=count, context=2048)
-            for count in (kind(5), 5)
-        )
-    assert found._cache.nbytes == expected._cache.nbytes
-
-
-def test_a_small_kind_of_number_goes_with_a_long_prompt(demo: LanguageModel):
-    Batch(demo.head, [[5] * 300], Sampling(), max_new_tokens=np.int8(5), context=2048)
+        found = demo.generate([5] * 200, max_new_tokens=kind(100))
+    assert found.ids == demo.generate([5] * 200, max_new_tokens=100).ids
 
 
 def test_max_new_tokens_end_a_row(demo: LanguageModel):
@@ -509,16 +496,14 @@ def test_an_empty_prompt_is_refused(demo: LanguageModel, prompt):
 def test_no_prompts_are_refused(demo: LanguageModel):
     with pytest.raises(UsageError, match=r"^no prompts: give at least one$"):
         demo.generate(np.zeros((0, 3), np.int64))
-    with pytest.raises(UsageError, match=r"^no prompts: give at least one$"):
-        Batch(demo.head, [], Sampling(), max_new_tokens=1, context=8)
 
 
 @pytest.mark.parametrize(
     ("length", "new", "remedy"),
     [
-        (2000, 49, "ask for at most 48 new tokens, or load with a larger context"),
-        (2048, 1, "shorten it, or load with a larger context"),
-        (3000, 5, "shorten it, or load with a larger context"),
+        (2000, 49, "ask for at most 48 new tokens, load with a larger context, or give a window"),
+        (2048, 1, "shorten it, load with a larger context, or give a window"),
+        (3000, 5, "shorten it, load with a larger context, or give a window"),
     ],
 )
 def test_a_prompt_beyond_the_context_is_refused_with_what_would_fit(
@@ -654,7 +639,11 @@ def test_logits_that_turn_bad_while_decoding_leave_the_cache_as_it_was(tiny, mon
     monkeypatch.setattr(tiny.head, "step", bad)
     with pytest.raises(NumericError, match=r"^NaN or infinity after ln_f or the head: "):
         tiny.generate([5, 6, 7], max_new_tokens=5)
-    assert seen[-1].lengths.tolist() == [4]  # the prompt and one token
+    assert tiny.engine.used_rows == 0
+    monkeypatch.undo()
+    again = tiny.generate([5, 6, 7], max_new_tokens=5)
+    tiny.forget()
+    assert again.ids == tiny.generate([5, 6, 7], max_new_tokens=5).ids
 
 
 @pytest.fixture(autouse=True)

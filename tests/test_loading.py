@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -288,3 +289,11 @@ def test_a_pack_is_not_changed_by_being_loaded_and_used(base: Path, tmp_path: Pa
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     bloomq.load(path).generate([1, 2, 3], max_new_tokens=3)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+def test_a_context_beyond_the_training_is_warned_of():
+    with pytest.warns(UserWarning, match="trained on 2048: beyond them ALiBi extrapolates"):
+        assert bloomq.load(context=4096).context == 4096
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bloomq.load(context=2048)

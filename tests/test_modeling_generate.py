@@ -296,10 +296,54 @@ def test_a_streamer_takes_one_sequence(models):
         models.ours(SPEC).generate(ids_of(SPEC, 2, 5), streamer=Heard())
 
 
+# -- searched, edited ------------------------------------------------------------------------------
+
+EDITED: list[dict[str, Any]] = [
+    {"no_repeat_ngram_size": 2},
+    {"bad_words_ids": [[5], [7, 8]]},
+    {"min_new_tokens": 6, "eos_token_id": [9, 11, 20]},
+    {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+]
+
+
+@pytest.mark.parametrize("options", EDITED, ids=str)
+def test_edited_tokens_are_those_of_transformers(models, options):
+    ids = ids_of(SPEC, 3, 9)
+    ours = models.ours(SPEC).generate(ids, max_new_tokens=12, pad_token_id=3, **options)
+    expected = generated(models.theirs(SPEC), ids, max_new_tokens=12, pad_token_id=3, **options)
+    assert ours.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.0},
+     {"num_beams": 2, "early_stopping": True, "eos_token_id": [9, 11, 20, 33]},
+     {"num_beams": 3, "repetition_penalty": 1.2, "min_new_tokens": 4}],
+    ids=str,
+)  # fmt: skip
+def test_beams_of_left_padded_batches_are_those_of_transformers(models, options):
+    ids, mask = ids_of(SPEC, 4, 13), padded("left", 4, 13)
+    given = {"max_new_tokens": 10, "pad_token_id": 3, **options}
+    ours = models.ours(SPEC).generate(ids, mask, **given)
+    assert ours.tolist() == generated(models.theirs(SPEC), ids, mask, **given).tolist()
+
+
+def test_contrastive_search_of_a_batch_is_that_of_each_prompt(models):
+    ids, model = ids_of(SPEC, 2, 7), models.ours(SPEC)
+    both = model.generate(ids, penalty_alpha=0.6, top_k=4, max_new_tokens=8)
+    for row, prompt in zip(both, ids, strict=True):
+        alone = model.generate([prompt], penalty_alpha=0.6, top_k=4, max_new_tokens=8)
+        assert row.tolist() == alone[0].tolist()
+
+
 # -- refused ---------------------------------------------------------------------------------------
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"num_beams": 4}, r"num_beams is 4, this version searches with 1 beam$"),
+    ({"num_beams": 0}, r"num_beams is 0, expected 1 to 4096$"),
+    ({"num_beams": 2, "do_sample": True}, r"beam search with temperature 1\.0, expected 0"),
+    ({"num_beams": 2, "num_return_sequences": 3}, r"num_return_sequences is 3, expected 1 to num"),
+    ({"penalty_alpha": 2.0}, r"penalty_alpha is 2\.0, expected 0 to 1$"),
+    ({"min_new_tokens": -1}, r"min_new_tokens is -1, expected a whole number from 0$"),
     ({"num_return_sequences": 2}, r"num_return_sequences is 2, expected 1, or more with do_sample"),
     ({"num_return_sequences": 0, "do_sample": True}, r"num_return_sequences is 0, expected 1, or"),
     ({"num_return_sequences": "2", "do_sample": True}, r"num_return_sequences is '2', expected 1"),

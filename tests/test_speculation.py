@@ -11,9 +11,9 @@ from models import Tiny, pack
 
 import bloomq
 from bloomq.errors import UsageError
-from bloomq.generation import Batch
+from bloomq.generation import Engine, Reader, Request, read
 from bloomq.language_model import LanguageModel
-from bloomq.sampling import Sampling
+from bloomq.sampling import Sampler, Sampling
 from bloomq.speculation import MOST_GUESSES, DraftModel, Lookup, Pace
 
 PROMPTS = [
@@ -74,6 +74,22 @@ def test_a_model_that_drafts_for_itself_is_always_right(demo):
     assert stats.guessed_tokens == stats.right_guesses > 40
 
 
+def guessed(model, prompts, guesser, new_tokens) -> list[tuple[list[int], list[float]]]:
+    """Ids and logprobs of prompts, each with a guesser of its own."""
+    engine = Engine(model.head, context=model.context)
+    readers = []
+    for index, prompt in enumerate(prompts):
+        sampler = Sampler(Sampling(), prompt, index, model.config.vocab_size)
+        request = Request(
+            prompt=tuple(prompt), max_new_tokens=new_tokens, sampler=sampler, guesser=guesser
+        )
+        readers.append(Reader(engine.sequence(request), None, ()))
+    for _ in read(engine, readers):
+        pass
+    results = [reader.result(0.0) for reader in readers]
+    return [(list(result.ids), list(result.logprobs)) for result in results]
+
+
 def test_right_guesses_save_steps(demo, monkeypatch):
     """A guesser that knows the answer: steps of 4, then of 8, the largest block."""
     prompt = demo.prompt_ids("Once upon a time")
@@ -88,11 +104,7 @@ def test_right_guesses_save_steps(demo, monkeypatch):
     monkeypatch.setattr(
         demo.head, "step", lambda ids, *rest: sizes.append(len(ids)) or step(ids, *rest)
     )
-    batch = Batch(
-        demo.head, [prompt], Sampling(), max_new_tokens=40, context=demo.context,
-        guessers=lambda capacity: Knowing(),
-    )  # fmt: skip
-    assert [token.id for token in batch.run()] == answer
+    assert [ids for ids, _ in guessed(demo, [prompt], Knowing, 40)] == [answer]
     block = 1 + MOST_GUESSES
     assert sizes == [len(prompt), 4, block, block, block, block, 3]  # 1 + 4 + 4 * 8 + 3 = 40
 
@@ -125,14 +137,8 @@ def test_wrong_guesses_leave_no_trace_in_the_cache(demo):
 
     prompts = [demo.prompt_ids(prompt) for prompt in PROMPTS]
     found = []
-    for guessers in (None, lambda capacity: Wrong()):
-        batch = Batch(
-            demo.head, prompts, Sampling(), max_new_tokens=30, context=demo.context,
-            guessers=guessers,
-        )  # fmt: skip
-        for _ in batch.run():
-            pass
-        found.append([(row.ids, row.logprobs) for row in batch.sequences])
+    for guesser in (None, Wrong):
+        found.append(guessed(demo, prompts, guesser, 30))
     assert found[0] == found[1]
 
 

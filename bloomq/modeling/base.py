@@ -126,7 +126,7 @@ class BloomPreTrainedModel:
         }
 
 
-def answer(output: Output, return_dict: bool | None) -> Any:
+def as_asked(output: Output, return_dict: bool | None) -> Any:
     """The output; as a tuple where return_dict is False."""
     return output.to_tuple() if return_dict is False else output
 
@@ -162,6 +162,6 @@ class BloomModel(BloomPreTrainedModel):
         hidden, rest = self._run(
             inputs, inputs.mask, use_cache, output_attentions, output_hidden_states, adapters
         )
-        return answer(BaseModelOutput(hidden, **rest), return_dict)
+        return as_asked(BaseModelOutput(hidden, **rest), return_dict)
 
     forward = __call__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,8 +13,8 @@ from bloomq.errors import UsageError
 from bloomq.inputs import KeyValues, check_inputs
 from bloomq.lora import Choices
 from bloomq.losses import causal_lm_loss
-from bloomq.modeling.base import BloomPreTrainedModel, answer
-from bloomq.modeling.generate import Streamer, generate
+from bloomq.modeling.base import BloomPreTrainedModel, as_asked
+from bloomq.modeling.generate import Asked, Streamer, generate
 from bloomq.outputs import CausalLMOutput
 
 I64 = NDArray[np.int64]
@@ -58,18 +58,12 @@ class BloomForCausalLM(BloomPreTrainedModel):
         if labels is not None and logits_to_keep:
             raise UsageError("labels need all logits: leave logits_to_keep at 0")
         first = length - logits_to_keep if logits_to_keep else 0
-        wanted = np.arange(length) >= np.full((inputs.shape[0], 1), first)
+        wanted = np.broadcast_to(np.arange(length) >= first, inputs.shape)
         logits, rest = self._run(
-            inputs,
-            wanted,
-            use_cache,
-            output_attentions,
-            output_hidden_states,
-            adapters,
-            first,
+            inputs, wanted, use_cache, output_attentions, output_hidden_states, adapters, first
         )
         loss = None if labels is None else causal_lm_loss(logits, labels, inputs.mask)
-        return answer(CausalLMOutput(loss, logits, **rest), return_dict)
+        return as_asked(CausalLMOutput(loss, logits, **rest), return_dict)
 
     forward = __call__
 
@@ -80,13 +74,23 @@ class BloomForCausalLM(BloomPreTrainedModel):
         *,
         max_new_tokens: int | None = None,
         max_length: int | None = None,
+        min_new_tokens: int | None = None,
         do_sample: bool = False,
         temperature: float | None = 1.0,
         top_k: int | None = 50,
         top_p: float | None = 1.0,
+        min_p: float | None = None,
+        typical_p: float | None = 1.0,
         repetition_penalty: float | None = 1.0,
+        no_repeat_ngram_size: int | None = 0,
+        bad_words_ids: Sequence[Sequence[int]] | None = None,
         num_return_sequences: int = 1,
         num_beams: int = 1,
+        num_beam_groups: int = 1,
+        diversity_penalty: float = 0.0,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        penalty_alpha: float | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
         streamer: Streamer | None = None,
@@ -100,18 +104,25 @@ class BloomForCausalLM(BloomPreTrainedModel):
 
         Names and defaults are transformers': 20 new tokens where neither max_new_tokens nor
         max_length (prompt and output) is given; greedy unless do_sample; None switches a sampling
-        option off. seed: same seed, same tokens. use_cache is taken for transformers' sake: nothing
-        depends on it. adapters: None for the base, a name, a mapping of names to scales, or a list
-        with one of these for each prompt. An argument that is not here is refused by Python, not
-        ignored.
+        option off. num_beams above 1 searches, as penalty_alpha does (contrastive search, among the
+        top_k likeliest): see `BeamOptions` and `ContrastOptions`. seed: same seed, same tokens.
+        use_cache is taken for transformers' sake: nothing depends on it. adapters: None for the
+        base, a name, a mapping of names to scales, or a list with one of these for each prompt. An
+        argument that is not here is refused by Python, not ignored.
 
         Raises: UsageError, NumericError.
         """
-        return generate(
-            self.head, input_ids, attention_mask, max_new_tokens=max_new_tokens,
-            max_length=max_length, do_sample=do_sample, temperature=temperature, top_k=top_k,
-            top_p=top_p, repetition_penalty=repetition_penalty,
+        asked = Asked(
+            max_new_tokens=max_new_tokens, max_length=max_length, min_new_tokens=min_new_tokens,
+            do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            typical_p=typical_p, repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size, bad_words_ids=bad_words_ids,
             num_return_sequences=num_return_sequences, num_beams=num_beams,
-            eos_token_id=eos_token_id, pad_token_id=pad_token_id, streamer=streamer, seed=seed,
-            adapters=adapters,
+            num_beam_groups=num_beam_groups, diversity_penalty=diversity_penalty,
+            length_penalty=length_penalty, early_stopping=early_stopping,
+            penalty_alpha=penalty_alpha, seed=seed,
+        )  # fmt: skip
+        return generate(
+            self.head, input_ids, attention_mask, asked, eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id, streamer=streamer, adapters=adapters,
         )  # fmt: skip

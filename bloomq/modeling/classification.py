@@ -11,7 +11,7 @@ from bloomq.errors import UsageError
 from bloomq.inputs import Inputs, KeyValues, check_inputs
 from bloomq.lora import Choices
 from bloomq.losses import sequence_loss, token_loss
-from bloomq.modeling.base import BloomPreTrainedModel, answer
+from bloomq.modeling.base import BloomPreTrainedModel, as_asked
 from bloomq.outputs import SequenceClassifierOutput, TokenClassifierOutput
 
 I64 = NDArray[np.int64]
@@ -56,7 +56,7 @@ class BloomForSequenceClassification(BloomPreTrainedModel):
         )
         logits = out[rows, pooled]
         loss = None if labels is None else sequence_loss(logits, labels, self.config)
-        return answer(SequenceClassifierOutput(loss, logits, **rest), return_dict)
+        return as_asked(SequenceClassifierOutput(loss, logits, **rest), return_dict)
 
     forward = __call__
 
@@ -113,6 +113,6 @@ class BloomForTokenClassification(BloomPreTrainedModel):
         )
         del rest["past_key_values"]  # no field of this output, as in transformers
         loss = None if labels is None else token_loss(logits, labels, inputs.mask)
-        return answer(TokenClassifierOutput(loss, logits, **rest), return_dict)
+        return as_asked(TokenClassifierOutput(loss, logits, **rest), return_dict)
 
     forward = __call__

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from bloomq.inputs import check_inputs
 from bloomq.lora import Choices
 from bloomq.losses import span_loss
-from bloomq.modeling.base import BloomPreTrainedModel, answer
+from bloomq.modeling.base import BloomPreTrainedModel, as_asked
 from bloomq.outputs import QuestionAnsweringOutput
 
 
@@ -47,6 +47,6 @@ class BloomForQuestionAnswering(BloomPreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = span_loss(starts, ends, start_positions, end_positions, inputs.mask)
-        return answer(QuestionAnsweringOutput(loss, starts, ends, **rest), return_dict)
+        return as_asked(QuestionAnsweringOutput(loss, starts, ends, **rest), return_dict)
 
     forward = __call__
