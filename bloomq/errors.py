@@ -7,6 +7,7 @@
     ├── ConfigError (ValueError)         a config.json that bloomq cannot honour
     ├── TokenizerError (ValueError)      a tokenizer.json that is damaged or does not fit the model
     ├── PackError (ValueError)           a pack that is damaged, or written by a newer version
+    ├── PromptCacheError (ValueError)    a prompt's cache that is damaged or of another model
     ├── OutputError (OSError)            the output cannot be written: exists, disk full, no rights
     ├── BackendError (RuntimeError)      a backend that is unknown, absent or cannot run this pack
     ├── CapacityError (ValueError)       more tokens than the cache has room for
@@ -42,6 +43,10 @@ class TokenizerError(BloomqError, ValueError):
 
 class PackError(BloomqError, ValueError):
     """A pack that is damaged, incomplete or of a newer format."""
+
+
+class PromptCacheError(BloomqError, ValueError):
+    """A file of a prompt's keys and values that is damaged, or belongs to another model."""
 
 
 class OutputError(BloomqError, OSError):

@@ -43,10 +43,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorFile:
-    """An open safetensors file."""
+    """An open safetensors file. metadata: the texts that its writer put into the header."""
 
     path: Path
     size: int
+    metadata: Mapping[str, str]
     entries: Mapping[str, Entry]
     _map: NDArray[np.uint8]
 
@@ -71,6 +72,7 @@ class TensorFile:
                 if size < 8:
                     raise CheckpointError(f"{path}: {size} bytes: not a safetensors file")
                 with safe_open(path, framework="np") as checked:
+                    metadata = dict(checked.metadata() or {})
                     for name in checked.offset_keys():
                         tensor = checked.get_slice(name)
                         entry = _entry(path, name, tensor.get_dtype(), tensor.get_shape(), start)
@@ -88,18 +90,40 @@ class TensorFile:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
         if start != size:
             raise CheckpointError(f"{path}: {size} bytes, expected {start} by its header")
-        return cls(path, size, entries, np.frombuffer(mapped, np.uint8))
+        return cls(path, size, metadata, entries, np.frombuffer(mapped, np.uint8))
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """A tensor's bytes, mapped and read-only."""
         entry = self.entries[name]
         return self._map[entry.start : entry.start + entry.nbytes]
 
+    def copied(self, name: str) -> Array:
+        """A tensor in memory of its own: what happens to the file is nothing to it any more.
+
+        Raises: CheckpointError where the file has changed.
+        """
+        entry = self.entries[name]
+        array: Array = np.frombuffer(_read(self.path, entry), DTYPES[entry.dtype])
+        return array.reshape(entry.shape)
+
     def array(self, name: str) -> Array:
         """A tensor, mapped and read-only."""
         entry = self.entries[name]
         array: Array = self.raw(name).view(DTYPES[entry.dtype]).reshape(entry.shape)
         return array
+
+
+def _read(path: Path, entry: Entry) -> bytes:
+    """A tensor's bytes. Raises: CheckpointError."""
+    try:
+        with path.open("rb") as file:
+            file.seek(entry.start)
+            data = file.read(entry.nbytes)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if len(data) != entry.nbytes:
+        raise CheckpointError(f"{path}: grew shorter while it was read: another program has it")
+    return data
 
 
 def _looks_pickled(path: Path) -> bool:
