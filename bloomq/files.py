@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import stat
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from bloomq.errors import BloomqError, InputNotFound
+from bloomq.errors import BloomqError, InputNotFound, OutputError, UsageError
 
 
 def exists(path: Path) -> bool:
@@ -24,6 +27,13 @@ def exists(path: Path) -> bool:
 def shown(name: str) -> str:
     """A name from a file as an error may show it: it could hold line breaks or control codes."""
     return name if name.isprintable() else repr(name)
+
+
+def as_path(name: object) -> Path:
+    """The name of a file as a caller gave it. Raises: UsageError for what is none."""
+    if not isinstance(name, str | os.PathLike):
+        raise UsageError(f"the name of a file is {name!r:.40}, expected text or a path")
+    return Path(name)
 
 
 def read_bounded(path: Path, limit_bytes: int, error: type[BloomqError]) -> bytes:
@@ -54,3 +64,49 @@ def read_bounded(path: Path, limit_bytes: int, error: type[BloomqError]) -> byte
     if len(data) > limit_bytes:
         raise error(f"{path}: over {limit_bytes} bytes: too large for what it should be")
     return data
+
+
+def check_replaceable(
+    path: Path, limit_bytes: int, is_ours: Callable[[bytes], bool], kind: str
+) -> None:
+    """What lies there is nothing, or a file of at most `limit_bytes` that we wrote, of the kind
+    that an error names. What is no file is left to `write_whole`. Raises: OutputError."""
+    if not exists(path) or not path.is_file():
+        return
+    try:
+        ours = is_ours(read_bounded(path, limit_bytes, OutputError))
+    except OutputError:
+        ours = False
+    if not ours:
+        raise OutputError(f"{path}: is there, and no {kind}: choose another name")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A file that holds all of `data`; after any error what was there is as it was.
+
+    Raises: OutputError.
+    """
+    try:
+        if exists(path) and not path.is_file():
+            raise OutputError(f"{path}: is not a regular file: choose another name")
+        target = path.resolve()  # a link's own target is replaced, not the link
+        name = target.with_name(f".{target.name[:60]}.{secrets.token_hex(4)}")
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with open(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(handle)
+            if exists(target):
+                os.chmod(name, stat.S_IMODE(target.stat().st_mode))
+            os.replace(name, target)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(name)
+            raise
+    except OutputError:
+        raise
+    except ValueError:  # a NUL in the name
+        raise OutputError(f"{path}: is no name of a file") from None
+    except OSError as problem:
+        raise OutputError(f"{path}: cannot be written: {problem.strerror}") from None

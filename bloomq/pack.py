@@ -98,7 +98,10 @@ class Pack:
             raise PackError(str(error)) from None
         specs = weight_specs(config)
         schemes = _read_schemes(manifest, specs, where)
-        settings = settings_of(manifest.get("tokenizer", {}), f"{where}: tokenizer", PackError)
+        settings = settings_of(
+            manifest.get("tokenizer", {}), manifest.get("chat_template"), f"{where}: tokenizer",
+            PackError,
+        )  # fmt: skip
         files, array_file = _open_shards(path, manifest)
         expected: dict[str, Part] = {}
         for spec in specs:

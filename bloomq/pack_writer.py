@@ -115,6 +115,8 @@ class PackWriter:
         }
         if settings is not None and settings.to_dict():
             manifest["tokenizer"] = settings.to_dict()
+        if settings is not None and settings.chat_templates:
+            manifest["chat_template"] = settings.chat_templates
         manifest["checksum"] = manifest_checksum(manifest)
         _write_file(self._folder / MANIFEST, json.dumps(manifest, indent=1).encode() + b"\n")
         _flush_folder(self._folder)

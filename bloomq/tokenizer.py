@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from bloomq.byte_level import TextStream, byte_alphabet
+from bloomq.chat.template import ChatTemplate, Message
 from bloomq.encoding import (
     Encoding,
     Ids,
@@ -41,11 +42,16 @@ _PANICKING = re.compile(rb'"type"\s*:\s*"Precompiled"|"continuing_subword_prefix
 class BloomTokenizer:
     """Text to ids and ids to text, exactly as the tokenizer.json says; made by `from_pretrained`.
 
-    special: the names of unk_token, bos_token, eos_token and pad_token.
+    special: the names of unk_token, bos_token, eos_token and pad_token; chat_template: Jinja, or
+    several by name.
     """
 
     def __init__(
-        self, tokenizer: "Tokenizer", padding_side: Side, special: Mapping[str, str] = SPECIAL
+        self,
+        tokenizer: "Tokenizer",
+        padding_side: Side,
+        special: Mapping[str, str] = SPECIAL,
+        chat_template: str | Mapping[str, str] | None = None,
     ) -> None:
         if padding_side not in ("left", "right"):
             raise UsageError(f"padding_side {padding_side!r}: expected 'left' or 'right'")
@@ -62,6 +68,8 @@ class BloomTokenizer:
         self.all_special_ids: list[int] = sorted(self._special.values())
         self._byte_of_char = byte_alphabet()
         self._bytes_of_id: dict[int, bytes] = {}  # filled as ids are met
+        self.chat_template = chat_template or None
+        self._compiled: ChatTemplate | None = None  # the template that was used last
 
     @classmethod
     def from_pretrained(
@@ -79,7 +87,10 @@ class BloomTokenizer:
             return cls.of_pack(Pack.open(file.parent), padding_side=padding_side)
         data, settings = _content(file), read_settings(file.parent)
         side = settings.padding_side if padding_side is None else padding_side
-        return cls.from_bytes(data, str(file), padding_side=side, special=settings.special)
+        return cls.from_bytes(
+            data, str(file), padding_side=side, special=settings.special,
+            chat_template=settings.chat_templates,
+        )  # fmt: skip
 
     @classmethod
     def of_pack(cls, pack: Pack, *, padding_side: Side | None = None) -> "BloomTokenizer":
@@ -94,7 +105,10 @@ class BloomTokenizer:
             )
         source, settings = str(pack.path / TOKENIZER), pack.tokenizer_settings
         side = settings.padding_side if padding_side is None else padding_side
-        made = cls.from_bytes(data, source, padding_side=side, special=settings.special)
+        made = cls.from_bytes(
+            data, source, padding_side=side, special=settings.special,
+            chat_template=settings.chat_templates,
+        )  # fmt: skip
         if made.vocab_size > pack.config.vocab_size:
             raise TokenizerError(
                 f"{source}: {made.vocab_size} tokens, the model has {pack.config.vocab_size}: "
@@ -123,6 +137,7 @@ class BloomTokenizer:
         *,
         padding_side: Side = "left",
         special: Mapping[str, str] = SPECIAL,
+        chat_template: str | Mapping[str, str] | None = None,
     ) -> "BloomTokenizer":
         """The tokenizer of a tokenizer.json's content; errors name `source`."""
         from tokenizers import Tokenizer, decoders, models  # here: `import bloomq` stays light
@@ -131,7 +146,7 @@ class BloomTokenizer:
             tokenizer = None if _PANICKING.search(data) else Tokenizer.from_buffer(data)
         kinds = (models.BPE, decoders.ByteLevel)
         if tokenizer and all(map(isinstance, (tokenizer.model, tokenizer.decoder), kinds)):
-            return cls(tokenizer, padding_side, special)
+            return cls(tokenizer, padding_side, special, chat_template)
         fault = "expected a byte-level BPE such as BLOOM's, found another kind"
         raise TokenizerError(f"{source}: {fault}; take the tokenizer.json of the model")
 
@@ -217,6 +232,55 @@ class BloomTokenizer:
     def batch_decode(self, rows: Iterable[Ids], *, skip_special_tokens: bool = False) -> list[str]:
         """The text of each row."""
         return [self.decode(row, skip_special_tokens=skip_special_tokens) for row in rows]
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Message],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        tokenize: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        return_tensors: Literal["np"] | None = None,
+    ) -> str | Encoding:
+        """A conversation, messages of `role` and `content`, as text that ends where the answer
+        begins; with `tokenize` as an `Encoding`.
+
+        What transformers' method writes, whose defaults are False and True: it tokenizes, and
+        begins no answer. chat_template: Jinja, or the name of one of several, None: the
+        tokenizer's; variables: more names for the template.
+
+        Raises: UsageError for messages that are none; TokenizerError without a template, and for
+        one that fails.
+        """
+        source = self._template_named(chat_template)
+        if self._compiled is None or self._compiled.source != source:
+            self._compiled = ChatTemplate(source)
+        special = {
+            "bos_token": self.bos_token, "eos_token": self.eos_token, "unk_token": self.unk_token,
+            "pad_token": self.pad_token,
+        }  # fmt: skip
+        known = {name: token for name, token in special.items() if token is not None}
+        text = self._compiled.render(
+            conversation, add_generation_prompt=add_generation_prompt, tools=tools,
+            documents=documents, variables={**known, **(variables or {})},
+        )  # fmt: skip
+        return self(text, return_tensors=return_tensors) if tokenize else text
+
+    def _template_named(self, given: str | None) -> str:
+        """The Jinja of a name, of Jinja itself, or of None."""
+        ours = self.chat_template
+        named = {"default": ours} if isinstance(ours, str) else dict(ours or {})
+        if given is not None:
+            return named.get(given, given)
+        if "default" not in named:
+            names = ", ".join(sorted(named)) or "none at all"
+            raise TokenizerError(
+                f"the tokenizer has no default chat template, but {names}: pass chat_template"
+            )
+        return named["default"]
 
     def stream(self) -> TextStream:
         """A new decoder for ids that come one by one; special tokens give no text."""

@@ -63,8 +63,8 @@ class Checkpoint:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the config, the tokenizer with its settings, and the tensors' names, types,
-        shapes and values, wherever they lie.
+        """SHA-256 of the config, the tokenizer with its settings and chat templates, and the
+        tensors' names, types, shapes and values, wherever they lie.
 
         Values: vectors, and tensors of up to 1 MiB or 64 rows, whole; of larger ones 64 rows, from
         the first to the last, evenly between. So it is quick to take (of 14 GB it reads some 110
@@ -72,7 +72,9 @@ class Checkpoint:
         """
         text = None if self.tokenizer is None else hashlib.sha256(self.tokenizer).hexdigest()
         tensors = [[name, t.dtype, list(t.shape)] for name, t in self.tensors.items()]
+        templates = self.settings.chat_templates
         facts = [self.config.to_dict(), text, self.settings.to_dict(), tensors]
+        facts += [templates] if templates else []  # packs of a checkpoint without keep theirs
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for tensor in self.tensors.values():
             for start, stop in _sample(tensor):

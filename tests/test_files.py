@@ -10,8 +10,16 @@ import pytest
 from conftest import write_checkpoint
 
 from bloomq.config import BloomConfig, read_json
-from bloomq.errors import BloomqError, CheckpointError, ConfigError, InputNotFound, PackError
-from bloomq.files import exists, read_bounded, shown
+from bloomq.errors import (
+    BloomqError,
+    CheckpointError,
+    ConfigError,
+    InputNotFound,
+    OutputError,
+    PackError,
+    UsageError,
+)
+from bloomq.files import as_path, check_replaceable, exists, read_bounded, shown, write_whole
 from bloomq.pack import Pack
 from bloomq.tensorfile import TensorFile
 
@@ -211,3 +219,65 @@ def test_a_fifo_in_place_of_a_manifest_is_named(tmp_path: Path):
     with pytest.raises(PackError) as caught:
         Pack.open(tmp_path)
     assert str(caught.value) == f"{tmp_path / 'manifest.json'}: {NO_FILE}: convert again"
+
+
+# -- write_whole -----------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole_with_its_rights_and_through_its_links(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"old")
+    (tmp_path / "file").chmod(0o640)
+    (tmp_path / "link").symlink_to("file")
+    write_whole(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    before = os.umask(0o027)
+    try:
+        write_whole(tmp_path / "made", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o640
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "link", "made"}
+
+
+def test_what_cannot_be_written_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "file").write_bytes(b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="cannot be written: No space left on device"):
+        write_whole(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"old"
+    monkeypatch.undo()
+    for name, message in (("a\0b", "is no name of a file"), ("x" * 300, "File name too long")):
+        with pytest.raises(OutputError, match=message):
+            write_whole(tmp_path / name, b"")
+    with pytest.raises(OutputError, match="is not a regular file: choose another name"):
+        write_whole(tmp_path, b"")
+
+
+# -- check_replaceable, as_path --------------------------------------------------------------------
+
+
+def test_nothing_but_files_of_ours_is_replaced(tmp_path: Path):
+    def check(name: str) -> None:
+        check_replaceable(tmp_path / name, 8, lambda data: data == b"ours", "page of ours")
+
+    (tmp_path / "ours").write_bytes(b"ours")
+    for name in ("ours", "none", ".", "a\0b"):  # what is no file is left to `write_whole`
+        check(name)
+    for name, data in (("theirs", b"theirs"), ("long", b"ours and more")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(OutputError, match="is there, and no page of ours: choose another nam"):
+            check(name)
+
+
+def test_a_name_that_is_none_is_refused():
+    assert as_path("a/b") == as_path(Path("a/b")) == Path("a/b")
+    with pytest.raises(UsageError, match=r"the name of a file is \[\], expected text or a path"):
+        as_path([])

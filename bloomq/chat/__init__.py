@@ -1,0 +1,1 @@
+"""Conversations: chat templates as text, and a model that answers turn by turn."""
