@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Answerer": "pipelines.answerer",
+    "BeamOptions": "search",
     "BloomConfig": "config",
     "BloomForCausalLM": "modeling",
     "BloomForQuestionAnswering": "modeling",
@@ -26,21 +27,32 @@ _WHERE = {
     "BloomTokenizer": "tokenizer",
     "BloomTokenizerFast": "tokenizer",
     "Classifier": "pipelines.classifier",
+    "ContrastOptions": "search",
+    "Conversation": "chat.conversation",
     "Embedder": "pipelines.embedder",
+    "Exploration": "exploration",
     "FlaxBloomForCausalLM": "flax",
     "FlaxBloomModel": "flax",
     "Generation": "generation",
+    "Grammar": "constraints",
+    "JsonSchema": "constraints",
     "LanguageModel": "language_model",
     "Pack": "pack",
+    "Perplexity": "perplexity",
+    "Regex": "constraints",
+    "Sampling": "sampling",
+    "Scores": "scoring",
     "Tagger": "pipelines.tagger",
+    "Window": "generation",
     "convert": "converters.convert",
     "demo_pack": "loading",
+    "explore": "exploration",
     "load": "loading",
     **dict.fromkeys(
         (
             "BackendError", "BloomqError", "CapacityError", "CheckpointError", "ConfigError",
-            "InputNotFound", "NumericError", "OutputError", "PackError", "TokenizerError",
-            "UsageError",
+            "InputNotFound", "NumericError", "OutputError", "PackError", "PromptCacheError",
+            "TokenizerError", "UsageError",
         ),
         "errors",
     ),
@@ -48,11 +60,18 @@ _WHERE = {
 __all__ = sorted(_WHERE)
 
 if TYPE_CHECKING:
+    from bloomq.chat.conversation import Conversation as Conversation
     from bloomq.config import BloomConfig as BloomConfig
+    from bloomq.constraints import Grammar as Grammar
+    from bloomq.constraints import JsonSchema as JsonSchema
+    from bloomq.constraints import Regex as Regex
     from bloomq.converters.convert import convert as convert
+    from bloomq.exploration import Exploration as Exploration
+    from bloomq.exploration import explore as explore
     from bloomq.flax import FlaxBloomForCausalLM as FlaxBloomForCausalLM
     from bloomq.flax import FlaxBloomModel as FlaxBloomModel
     from bloomq.generation import Generation as Generation
+    from bloomq.generation import Window as Window
     from bloomq.language_model import LanguageModel as LanguageModel
     from bloomq.loading import demo_pack as demo_pack
     from bloomq.loading import load as load
@@ -63,10 +82,15 @@ if TYPE_CHECKING:
     from bloomq.modeling import BloomModel as BloomModel
     from bloomq.modeling import BloomPreTrainedModel as BloomPreTrainedModel
     from bloomq.pack import Pack as Pack
+    from bloomq.perplexity import Perplexity as Perplexity
     from bloomq.pipelines.answerer import Answerer as Answerer
     from bloomq.pipelines.classifier import Classifier as Classifier
     from bloomq.pipelines.embedder import Embedder as Embedder
     from bloomq.pipelines.tagger import Tagger as Tagger
+    from bloomq.sampling import Sampling as Sampling
+    from bloomq.scoring import Scores as Scores
+    from bloomq.search import BeamOptions as BeamOptions
+    from bloomq.search import ContrastOptions as ContrastOptions
     from bloomq.tokenizer import BloomTokenizer as BloomTokenizer
     from bloomq.tokenizer import BloomTokenizerFast as BloomTokenizerFast
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext
 from time import perf_counter
 from typing import Any, TextIO
 
@@ -16,6 +17,7 @@ from bloomq.files import shown
 from bloomq.generation import Generation
 
 Progress = Callable[[int, int], None]
+INTERRUPTED = 130  # exit code after Ctrl-C
 _BAR_AFTER_TOKENS = 512  # shorter prompts are through before a bar could be read
 
 
@@ -24,15 +26,31 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and stream.isatty()
 
 
+def colours_shown(stream: TextIO | None) -> bool:
+    """Does it show colours, and dim and bold text? Source: no-color.org."""
+    allowed = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return allowed and is_terminal(stream)
+
+
+def dimmed(text: str) -> str:
+    """A text for stderr, dim where that is shown."""
+    return click.style(text, dim=True) if colours_shown(sys.stderr) else text
+
+
 def note(text: str) -> None:
     """A dim line on stderr."""
-    click.secho(text, err=True, dim=True)
+    click.echo(dimmed(text), err=True)
+
+
+def heading(text: str, stream: TextIO) -> None:
+    """A line of its own, bold where that is shown."""
+    click.echo(click.style(text, bold=True) if colours_shown(stream) else text, file=stream)
 
 
 def echo_prompt(text: str) -> None:
     """Show the prompt before its continuation, to a person only: a pipe gets the continuation."""
     if is_terminal(sys.stdout) and is_terminal(sys.stderr):
-        click.secho(text, err=True, dim=True, nl=False)
+        click.echo(dimmed(text), err=True, nl=False)
 
 
 def stats_line(generation: Generation) -> str:
@@ -57,17 +75,7 @@ def announce_compilation() -> None:
 
 
 def read_line() -> str | None:
-    """The next line a person (or a pipe) enters, None at the end.
-
-    Raises: UsageError for bytes that are no text.
-    """
-    if is_terminal(sys.stdin):
-        with suppress(ImportError):  # not on Windows
-            import readline  # noqa: F401  line editing and history for input()
-        try:
-            return input("> ")
-        except EOFError:
-            return None
+    """The next line of a pipe, None at the end. Raises: UsageError for bytes that are no text."""
     line = b"" if sys.stdin is None else sys.stdin.buffer.readline()
     return decoded(line).rstrip("\n") if line else None
 
@@ -135,6 +143,22 @@ def text_progress(label: str, begun_at: int = 0) -> Iterator[Progress]:
 
 
 @contextmanager
+def estimate_progress(label: str, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar with an estimate that settles, for callbacks (done, total, estimate)."""
+    from rich.progress import TaskProgressColumn, TextColumn
+
+    columns = TaskProgressColumn(), TextColumn("{task.fields[estimate]}")
+    with nullcontext() if quiet else _bar(*columns) as bar:
+        if bar is None:
+            yield lambda done, total, estimate: None
+            return
+        task = bar.add_task(label, total=None, estimate="")
+        yield lambda done, total, estimate: bar.update(
+            task, completed=done, total=total, estimate=estimate
+        )
+
+
+@contextmanager
 def prefill_progress(quiet: bool) -> Iterator[Progress]:
     """A bar while a long prompt is read, gone before the first token is printed."""
     if quiet or not is_terminal(sys.stderr):
@@ -165,7 +189,7 @@ def print_facts(facts: Mapping[str, Mapping[str, Any]]) -> None:
     """Facts in sections, aligned, on stdout: plain text, since names come from files."""
     width = max(len(name) for rows in facts.values() for name in rows)
     for section, rows in facts.items():
-        click.secho(section, bold=True)
+        heading(section, sys.stdout)
         for name, value in rows.items():
             click.echo(f"  {name:{width}}  {shown(str(value))}")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from conftest import edit_manifest
 
-COMMANDS = ("generate", "chat", "convert", "info", "verify", "warmup")
+COMMANDS = ("generate", "chat", "explore", "convert", "info", "verify", "warmup")
 LONG_S = 120
 
 
@@ -300,7 +300,9 @@ def test_a_full_disk_behind_stdout_is_one_line_and_exit_1(command: str) -> None:
 
 
 def test_chat_goes_on_after_a_line_that_is_too_long() -> None:
-    done = run("chat", "-n", "4", "-c", "40", stdin="Hello\n" + "too long " * 100 + "\nAgain\n")
+    done = run(
+        "chat", "-n", "4", "-c", "40", stdin="Hello\n" + "too long " * 100 + "\nAgain\n", check=1
+    )
     assert done.stdout.count("\n") == 2
     assert "new ones exceed the context of 40: shorten it" in done.stderr
 
@@ -363,7 +365,10 @@ class Terminal:
 STREAMS = ("stdin", "stdout", "stderr")
 
 
-def test_a_conversation_on_a_terminal_ends_with_ctrl_d() -> None:
+def test_a_conversation_on_a_terminal_ends_with_ctrl_d(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     terminal = Terminal("chat", "-n", "5")
     terminal.wait_for_a_prompt()
     terminal.type(b"Hello\n")

@@ -198,7 +198,12 @@ def test_embed_prints_vectors_or_writes_an_array(call: Call, tmp_path: Path) -> 
     assert [json.loads(line) for line in (tmp_path / "x.jsonl").open()] == rows
     last = call("embed", *texts, "--pooling", "last").rows
     assert last != rows
-    assert not list(tmp_path.glob("*.job"))
+    files = ["x.jsonl", "x.jsonl.job", "x.npy", "x.npy.job"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    whole = (tmp_path / "x.npy").read_bytes()
+    again = call("embed", *texts, "--normalize", "-o", tmp_path / "x.npy").stderr
+    assert "x.npy: is complete: all 2 results are there" in again
+    assert (tmp_path / "x.npy").read_bytes() == whole
 
 
 @pytest.mark.parametrize("command", ["classify", "tag", "answer", "embed"])
@@ -395,7 +400,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("embed", "a", "-o", ""), ".: is no name of a file: choose another with --out"),
     (("embed", "a", "-o", "/"), "/: is no name of a file: choose another with --out"),
     (("embed", "a", "--batch-tokens", "0"), "batch_tokens is 0, expected 1 or more"),
-    (("embed", "a", "--max-tokens", "0"), "max_tokens is 0, expected 1 or more"),
+    (("embed", "a", "--max-tokens", "0"), "--max-tokens is 0, expected 1 or more"),
     (("answer",), "no question: give it with --question, or a file of them with --file"),
     (("answer", "--question", "a"), "no context: give it with --context or on standard input"),
     (
@@ -507,21 +512,40 @@ def test_an_interrupted_job_goes_on_behind_its_last_line(
     assert sum(sizes) == 60 - done
     assert f"{60 - done} texts behind {done} of before in" in goes_on.stderr
     assert out.read_bytes() == whole.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out.jsonl", "whole.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.txt", "out.jsonl", "out.jsonl.job", "whole.jsonl", "whole.jsonl.job",
+    ]  # fmt: skip
 
 
-def test_a_job_that_is_whole_but_for_its_last_word_only_says_it(
-    call: Call, pack: Pack, tmp_path: Path
-) -> None:
+def test_a_job_that_is_whole_only_says_it(call: Call, pack: Pack, tmp_path: Path) -> None:
     out, sidecar = tmp_path / "out.jsonl", tmp_path / "out.jsonl.job"
     job = ("classify", "a", "b", "-m", pack("sequence"), "-o", out)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
-        call(*job)
-    before = out.read_bytes()
-    assert sidecar.exists()
-    assert "0 texts behind 2 of before" in call(*job).stderr
-    assert out.read_bytes() == before and not sidecar.exists()
+    call(*job)
+    before, written = out.read_bytes(), out.stat().st_mtime_ns
+    assert call(*job).stderr.endswith(f"{out}: is complete: all 2 results are there\n")
+    assert call(*job, "-q").stderr == ""
+    assert (out.read_bytes(), out.stat().st_mtime_ns) == (before, written)
+    told = json.loads(sidecar.read_text())
+    assert told.pop("finished_bytes") == len(before)
+    sidecar.write_text(json.dumps(told))  # as a run that is killed behind the last result leaves it
+    assert "is complete" in call(*job).stderr
+    assert json.loads(sidecar.read_text())["finished_bytes"] == len(before)
+
+
+def test_a_file_that_was_changed_since_it_was_whole_is_left_alone(
+    call: Call, pack: Pack, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    job = ("classify", "a", "b", "-m", pack("sequence"), "-o", out)
+    call(*job)
+    for change in (b"", out.read_bytes()[:-1], out.read_bytes() + b"my note"):
+        out.write_bytes(change)
+        expected = f"{out}: has changed since it was whole: remove it, or choose another name"
+        assert call(*job, code=1).error == expected
+        assert out.read_bytes() == change
+    out.unlink()
+    call(*job)
+    assert out.read_bytes().count(b"\n") == 2
 
 
 def test_an_interruption_before_the_first_result_leaves_nothing(
@@ -562,7 +586,7 @@ def test_another_job_does_not_go_on_with_a_file(
     assert "was begun by a job with another command and" in call(*job, code=1).error
     out.unlink()
     call(*job, *change)  # a new file may be begun whatever lies beside it
-    assert not (tmp_path / "out.jsonl.job").exists()
+    assert call(*job, code=1).error.startswith(f"{out}: was begun by a job with another {differs}")
 
 
 def test_a_file_that_is_there_is_not_replaced(call: Call, pack: Pack, tmp_path: Path) -> None:
@@ -613,7 +637,7 @@ def test_an_array_goes_on_behind_its_last_whole_row(tmp_path: Path, cut: int) ->
         assert partial.done == max(0, cut - 128) // 12
         partial.append(array[partial.done :].tobytes(), 5 - partial.done)
     np.testing.assert_array_equal(np.load(path), array)
-    assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npy", "x.npy.job"]
 
 
 def test_a_full_disk_is_one_line(

@@ -12,9 +12,13 @@ from typing import NoReturn
 
 import click
 
-from bloomq import __version__
+from bloomq import __version__, console
+from bloomq.cli.chat import chat
+from bloomq.cli.explore import explore
+from bloomq.cli.perplexity import perplexity
+from bloomq.cli.score import score
 from bloomq.cli.tasks import answer, classify, embed, tag
-from bloomq.cli.text import INTERRUPTED, chat, generate
+from bloomq.cli.text import generate
 from bloomq.cli.tools import bench, convert, info, verify, warmup
 from bloomq.errors import BloomqError, UsageError
 
@@ -31,7 +35,7 @@ def main(args: list[str] | None = None) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        sys.exit(INTERRUPTED)
+        sys.exit(console.INTERRUPTED)
     except BrokenPipeError:  # the reader of our pipe has left: nothing more to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -53,6 +57,7 @@ def commands() -> None:
 
 
 for _command in (
-    generate, chat, classify, tag, answer, embed, convert, info, verify, warmup, bench,
+    generate, chat, explore, classify, tag, answer, embed, score, perplexity, convert, info,
+    verify, warmup, bench,
 ):  # fmt: skip
     commands.add_command(_command)

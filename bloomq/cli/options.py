@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from bloomq import console
 from bloomq.errors import UsageError
@@ -39,24 +41,16 @@ model_options = option_group(
     click.option("-c", "--context", type=int,
                  help="Most tokens of prompt and output.  [default: as trained]"),
 )  # fmt: skip
-sampling_options = option_group(
-    click.option("-n", "--max-new-tokens", type=int, default=64, show_default=True,
-                 help="Tokens to produce at most."),
-    click.option("--temperature", type=float, default=0.0, show_default=True,
-                 help="0: always the likeliest token."),
-    click.option("--top-k", type=int, default=0, show_default=True,
-                 help="Draw from the k likeliest; 0: all."),
-    click.option("--top-p", type=float, default=1.0, show_default=True,
-                 help="Draw from the fewest tokens of this total probability."),
-    click.option("--repetition-penalty", type=float, default=1.0, show_default=True,
-                 help="Above 1: make tokens that occurred less likely."),
-    click.option("--seed", type=int, help="Same seed, same text.  [default: a new one]"),
-    click.option("--stop", multiple=True, help="End before this text; may be repeated."),
-    click.option("--draft", help="Guess tokens ahead, for speed alone: 'lookup' (what the text "
-                 "repeats) or a smaller model's pack."),
+lora_option = option_group(
     click.option("--lora", multiple=True, metavar="DIR[=SCALE]",
                  help="Use a LoRA adapter that PEFT saved; may be repeated: they add up."),
 )  # fmt: skip
+
+
+def is_given(option: str) -> bool:
+    """Does the command line name this option, be it with its usual value?"""
+    source = click.get_current_context().get_parameter_source(option)
+    return source is not None and source is not ParameterSource.DEFAULT
 
 
 def load(
@@ -68,9 +62,12 @@ def load(
 
     if not quiet:
         console.announce_compilation()
-    loaded = loading.load(
-        model, backend=backend, threads=threads, context=context, cache_dtype=cache_dtype
-    )
+    with warnings.catch_warnings(record=True) as told:
+        loaded = loading.load(
+            model, backend=backend, threads=threads, context=context, cache_dtype=cache_dtype
+        )
+    for warning in told:
+        console.note(f"warning: {warning.message}")
     if not quiet:
         name = loaded.pack.path.name if model else "embedded demo"
         console.note(f"{name} on {loaded.backend.name} ({loaded.backend_reason})")

@@ -1,6 +1,8 @@
 """An output file that a later run of the same job continues.
 
-Beside an unfinished FILE lies FILE.job, which says what job it is of; it goes when FILE is whole.
+Beside FILE lies FILE.job, which says what job it is of. It stays when FILE is whole: the same job
+again finds that nothing is left to do, so a command can be run until it is done. Nothing else needs
+it.
 Invariant: a file is continued by the job that began it and by no other, and what lies in it are
 that job's whole units (lines, rows of an array), in order.
 """
@@ -18,8 +20,10 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from bloomq.errors import OutputError, UsageError
+from bloomq.files import write_whole
 
 _BLOCK_BYTES = 1 << 20
+_FINISHED = "finished_bytes"  # in FILE.job: how long FILE was when it was whole
 
 
 class Layout(Protocol):
@@ -73,11 +77,16 @@ class Rows:
 
 @dataclass(slots=True)
 class Partial:
-    """done: units that are in the file."""
+    """done: of so many units, those that are in the file."""
 
     path: Path
     file: IO[bytes]
+    units: int
     done: int
+
+    @property
+    def is_whole(self) -> bool:
+        return self.done == self.units
 
     def append(self, data: bytes, units: int) -> None:
         """Whole units, which a run that is killed now has kept. Raises: OutputError."""
@@ -90,11 +99,11 @@ class Partial:
 
 @contextmanager
 def continued(path: Path, job: Mapping[str, Any], units: int, layout: Layout) -> Iterator[Partial]:
-    """The file of a job of so many units, begun or continued; after an exception it stays as far
-    as it came, if anything is in it.
+    """The file of a job of so many units, begun, continued or whole; after an exception it stays as
+    far as it came, if anything is in it.
 
-    Raises: OutputError where the file is not of this job or cannot be written; UsageError for a
-    path without a name.
+    Raises: OutputError where the file is not of this job, was changed since it was whole, or cannot
+    be written; UsageError for a path without a name.
     """
     if not path.name:  # of "", ".", or the root
         raise UsageError(f"{path}: is no name of a file: choose another with --out")
@@ -102,23 +111,25 @@ def continued(path: Path, job: Mapping[str, Any], units: int, layout: Layout) ->
     with _errors(path):
         new = not path.exists()
         if not new:
-            _check_job(path, sidecar, job)
+            _check_job(path, sidecar, job)  # before the file is touched
         file = path.open("x+b" if new else "r+b", buffering=0)  # nothing waits for `close`
     with file:
         with _errors(path):
             _lock(file, path)
             if new:
-                sidecar.write_text(json.dumps(job))
-            partial = Partial(path, file, _continue(file, layout))
+                write_whole(sidecar, json.dumps(job).encode())
+            partial = Partial(path, file, units, _continue(file, layout))
         if partial.done > units:
             raise OutputError(f"{path}: has {partial.done} of {units} results: remove it")
         try:
             yield partial
         finally:
             with _errors(path):
-                if partial.done == 0 and units:  # nothing to continue: leave nothing behind
+                if partial.is_whole:
+                    finished = {**job, _FINISHED: file.seek(0, os.SEEK_END)}
+                    write_whole(sidecar, json.dumps(finished).encode())
+                elif partial.done == 0:  # nothing to continue: leave nothing behind
                     path.unlink(missing_ok=True)
-                if partial.done in (0, units):
                     sidecar.unlink(missing_ok=True)
 
 
@@ -139,18 +150,24 @@ def _check_job(path: Path, sidecar: Path, job: Mapping[str, Any]) -> None:
         raise OutputError(f"{path}: already exists: choose another name") from None
     except ValueError:
         begun = {}
-    differs = [key for key in job if not isinstance(begun, dict) or begun.get(key) != job[key]]
+    begun = begun if isinstance(begun, dict) else {}
+    differs = [key for key in job if begun.get(key) != job[key]]
     if differs:
         raise OutputError(
             f"{path}: was begun by a job with another {' and '.join(differs)}: remove it, or "
             "choose another name"
+        )
+    if begun.get(_FINISHED, size := path.stat().st_size) != size:  # what is cut off may be dear
+        raise OutputError(
+            f"{path}: has changed since it was whole: remove it, or choose another name"
         )
 
 
 def _continue(file: IO[bytes], layout: Layout) -> int:
     """Cut off what is not whole; how many units are."""
     done, size = layout.whole(file)
-    file.truncate(size if done else 0)
+    if file.seek(0, os.SEEK_END) != size or not done:
+        file.truncate(size if done else 0)
     file.seek(0, os.SEEK_END)
     if not done:
         file.write(layout.begin())

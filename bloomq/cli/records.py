@@ -67,8 +67,7 @@ def read_texts(texts: Sequence[str], file: Path | None, field: str) -> Records:
         return _given([(text,) for text in texts])
     if not _is_piped():
         raise UsageError("no texts: give some as arguments, with --file or on standard input")
-    text = console.read_all()
-    return _some(list(_lines(text, "standard input", _ONE)), "standard input", text.encode())
+    return _from_standard_input(_ONE)
 
 
 def read_pairs(
@@ -110,22 +109,40 @@ def _is_piped() -> bool:
     return sys.stdin is not None and not console.is_terminal(sys.stdin)
 
 
+def _from_standard_input(fields: Fields) -> Records:
+    text = console.read_all()
+    return _some(list(_lines(text, "standard input", fields)), "standard input", text.encode())
+
+
 def from_file(path: Path, fields: Fields) -> Records:
-    """A text a line of a .txt, or these fields of each line of a .jsonl or each row of a .csv.
+    """A text a line of a .txt, or these fields of each line of a .jsonl or each row of a .csv; of
+    "-", standard input, a text a line.
 
     Raises: UsageError, which names the line; InputNotFound.
     """
+    if str(path) == "-":
+        return _from_standard_input(fields)
     read = _READERS.get(path.suffix.lower())
     data = read_bounded(path, MOST_BYTES, UsageError)
     if read is None:
         raise UsageError(f"{path}: ends in {path.suffix!r}, expected {', '.join(_READERS)}")
+    text = _decoded(data, path)
+    return _some(list(read(text, str(path), fields)), str(path), data)
+
+
+def text_of(path: Path) -> str:
+    """All of a file of text. Raises: UsageError, InputNotFound."""
+    return _decoded(read_bounded(path, MOST_BYTES, UsageError), path)
+
+
+def _decoded(data: bytes, path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")  # as Excel writes it, too
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: byte {error.start} is no UTF-8: convert the file") from None
     if "\0" in text:
         raise UsageError(f"{path}: has NUL bytes: it is no text file")
-    return _some(list(read(text, str(path), fields)), str(path), data)
+    return text
 
 
 def _some(items: list[Record], where: str, data: bytes) -> Records:

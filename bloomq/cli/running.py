@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,15 +18,25 @@ import click
 from bloomq import __version__, console
 from bloomq.cli.partial import Layout, Lines, continued
 from bloomq.cli.records import Record, Records
-from bloomq.cli.text import INTERRUPTED
 
 if TYPE_CHECKING:
+    from bloomq.layers import Backend
     from bloomq.modeling import BloomPreTrainedModel
+    from bloomq.pack import Pack
 
 _CHUNK = 4  # batches of tokens, whose texts are sorted by length together: what Ctrl-C may lose
 # What is tokenized at once: enough for every core, and 50 MB where tokens are of 4 characters.
 _READ_RECORDS, _READ_CHARS = 1000, 1 << 20
-_THREADS = re.compile(r"\d+ threads?(, )?")
+
+
+def job(
+    command: str, pack: Pack, backend: Backend, records: Records, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What results depend on, and so what a file must have been begun with to be continued."""
+    return {
+        "command": command, "version": __version__, "input": records.digest,
+        "model": pack.manifest["checksum"], "backend": backend.arithmetic, "options": dict(options),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +56,7 @@ class Task:
     work: Callable[[list[Any]], Sequence[Any]]
 
     def job(self) -> dict[str, Any]:
-        """What a file must have been begun with to be continued: not by how many threads, which
-        change no result."""
-        backend = self.model.backend
-        return {
-            "command": self.name, "version": __version__, "input": self.records.digest,
-            "model": self.model.pack.manifest["checksum"],
-            "backend": f"{backend.name}: {_THREADS.sub('', backend.description)}",
-            "options": dict(self.options),
-        }  # fmt: skip
+        return job(self.name, self.model.pack, self.model.backend, self.records, self.options)
 
     def chunks(self, first: int, most: int) -> Iterator[tuple[list[Record], list[Any]]]:
         """The records from `first` on, so many tokens at a time, and what was read of those with a
@@ -144,7 +146,26 @@ def run(
         def save(records: list[Record], results: Sequence[Any]) -> None:
             partial.append(b"".join(map(unit, records, results)), len(records))
 
+        if partial.is_whole:
+            return say_whole(output.path, total, output.quiet)
         return _run(task, output, most, partial.done, save)
+
+
+def say_whole(path: Path, total: int, quiet: bool) -> int:
+    """Of a file that a job has finished before; the exit code."""
+    if not quiet:
+        what = "the result is" if total == 1 else f"all {total} results are"
+        console.note(f"{path}: is complete: {what} there")
+    return 0
+
+
+def without_nan(value: Any) -> Any:
+    """With None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run(
@@ -168,7 +189,7 @@ def _run(
     except KeyboardInterrupt:
         where = f" in {output.path}, the same command goes on" if output.path and done else ""
         console.note(f"interrupted: {done} of {total} are done{where}")
-        return INTERRUPTED
+        return console.INTERRUPTED
     if not output.quiet:
         seconds, before = perf_counter() - started, f" behind {first} of before" if first else ""
         count = f"{done - first} text{'' if done - first == 1 else 's'}{before}"

@@ -77,7 +77,6 @@ def load_model(
     if not quiet:
         name, description = model.backend.name, model.backend.description
         console.note(f"{pack.path.name} on {name} ({description})")
-    # It needs `load_adapter` alone, which every class has.
     return model, load_adapters(model, lora)
 
 

@@ -61,7 +61,7 @@ def classify(
 
     def show(record: Record, labels: list[Label], several: bool) -> str:
         found = [f"{shown(one.label)} {one.score:.4f}" for one in labels] or ["-"]
-        return f"{'  '.join(found)}  {_beside(record)}" if several else "\n".join(found)
+        return f"{'  '.join(found)}  {beside(record)}" if several else "\n".join(found)
 
     options = {
         "adapters": weights_of(adapters),
@@ -271,10 +271,17 @@ def _check_rows(records: Records) -> None:
             )
 
 
+def check_most(most: int | None) -> None:
+    """Raises: UsageError for --max-tokens that leave no text."""
+    if most is not None and most < 1:
+        raise UsageError(f"--max-tokens is {most}, expected 1 or more")
+
+
 def _reader(
     pipeline: Classifier | Tagger | Embedder, most: int | None, truncate: bool
 ) -> Callable[[list[Record]], list[Text]]:
-    """The tokens of records, whose errors say where a text comes from."""
+    """The tokens of records, whose errors say where a text comes from. Raises: UsageError."""
+    check_most(most)
     return lambda some: pipeline.read(
         _column(some, 0), max_tokens=most, truncate=truncate, names=_names(some)
     )
@@ -303,7 +310,7 @@ def _line(given: str, found: str) -> Callable[[Record, Any], Mapping[str, Any]]:
     }  # fmt: skip
 
 
-def _beside(record: Record) -> str:
+def beside(record: Record) -> str:
     """The beginning of a text, on one line."""
     text = " ".join(record.fields[0].split())
     return shown(text if len(text) <= _BESIDE else f"{text[: _BESIDE - 1]}…")
@@ -317,4 +324,4 @@ def _shown_spans(
         f"{label} {span.score:.4f}  {span.start}-{span.end}  {shown(span.text)}".lstrip()
         for label, span in zip(labels, spans, strict=True)
     ] or ["-"]
-    return "\n    ".join([_beside(record), *lines]) if several else "\n".join(lines)
+    return "\n    ".join([beside(record), *lines]) if several else "\n".join(lines)
