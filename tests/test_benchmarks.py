@@ -16,6 +16,12 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
     ("command", "expected"),
     [
         (["horizon.py", "--depths", "64"], r"64 tokens: [\d.]+ ms of attention a step, [\d.]+ wi"),
+        (["search.py", "-n", "8", "--repeat", "1"], r"4 beams +[\d.]+ +[\d.]+-[\d.]+ +[\d.]+"),
+        (["sampling.py", "--repeat", "1", "--no-peer"], r"mirostat 5 +\d+ +\d+ to \d+ +[\d.]+%"),
+        (
+            ["generation.py", "-n", "4", "--texts", "4", "--repeat", "1", "--prompt", "64"],
+            r"from a file +[\d.]+ ms",
+        ),
         (["speculation.py", "-n", "8", "--repeat", "1"], r"repetition +\d+ +\d+ +[\d.]+ +[\d.]+"),
     ],
 )

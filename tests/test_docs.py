@@ -39,6 +39,14 @@ def test_the_code_for_those_who_come_from_transformers_runs(tmp_path: Path, demo
     assert run("page.py", cwd=tmp_path).strip()
 
 
+def test_the_code_about_generation_runs(tmp_path: Path):
+    page = (ROOT / "docs" / "generation.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) >= 6
+    (tmp_path / "page.py").write_text("\n".join(blocks))
+    assert run("page.py", cwd=tmp_path).strip()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_every_link_of_a_page_leads_somewhere(page: Path):
     for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

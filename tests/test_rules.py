@@ -13,18 +13,24 @@ import pytest
 import bloomq
 
 ROOT = Path(__file__).parent.parent
-HEAVY = ("torch", "numba", "jax", "transformers", "tokenizers", "safetensors", "rich")
+HEAVY = (
+    "torch", "numba", "jax", "transformers", "tokenizers", "safetensors", "rich", "llguidance",
+    "jinja2",
+)  # fmt: skip
 
 # Level of every module: imports of ours go to a lower level, or to one named here.
 LEVELS = {
     "errors": 0,
     "checks": 1, "files": 1, "config": 1, "outputs": 1, "losses": 1, "schemes": 1, "weights": 1,
     "encoding": 1, "byte_level": 1, "tokenizer_config": 1, "tensorfile": 1,
-    "layers": 2, "lora": 2, "pack": 2, "pack_writer": 2,
+    "chat.sandbox": 1,
+    "layers": 2, "lora": 2, "pack": 2, "pack_writer": 2, "chat.template": 2,
     "backends.reference": 3, "backends.numba_cpu": 3, "backends.jax": 3,
     "model": 3, "heads": 3, "inputs": 3, "tracing": 3, "forward": 3, "tokenizer": 3,
     "sampling": 4, "search": 4, "speculation": 4, "text": 4, "generation": 4, "scoring": 4,
-    "constraints": 5, "perplexity": 5, "evaluation": 5, "chat": 5, "explore": 5, "prompt_cache": 5,
+    "sharing": 4, "divergence": 4, "windows": 4, "token_texts": 4, "prompts": 4, "writing": 5,
+    "constraints": 5, "perplexity": 5, "answers": 5, "evaluation": 5, "chat": 5, "exploration": 5,
+    "prompt_cache": 5,
     "backends": 5, "opening": 5, "modeling": 5, "flax": 5, "language_model": 5, "loading": 5,
     "describe": 5, "console": 5, "bench": 5, "pipelines": 5,
     "cli": 6, "__main__": 7,
@@ -41,10 +47,16 @@ SAME_LEVEL = {
     ("flax", "backends"), ("flax", "opening"), ("flax", "modeling"),
     ("modeling", "backends"), ("modeling", "opening"), ("language_model", "modeling"),
     ("loading", "modeling"), ("loading", "language_model"),
-    ("generation", "sampling"), ("generation", "speculation"), ("search", "sampling"),
-    ("perplexity", "language_model"), ("evaluation", "language_model"),
-    ("evaluation", "loading"), ("explore", "language_model"), ("chat", "language_model"),
-    ("language_model", "constraints"), ("prompt_cache", "language_model"),
+    ("generation", "sampling"), ("generation", "text"), ("generation", "speculation"),
+    ("search", "sampling"),
+    ("search", "generation"),
+    ("scoring", "sharing"), ("divergence", "scoring"),
+    ("language_model", "perplexity"), ("answers", "language_model"), ("evaluation", "answers"),
+    ("evaluation", "language_model"),
+    ("evaluation", "loading"), ("exploration", "language_model"), ("chat", "language_model"),
+    ("language_model", "constraints"), ("chat", "constraints"),
+    ("writing", "constraints"), ("language_model", "writing"),
+    ("prompt_cache", "language_model"),
     ("describe", "loading"), ("describe", "backends"), ("loading", "backends"),
     ("converters", "cli"),  # `python -m bloomq.converters.hf` is the command `convert`
 }  # fmt: skip
