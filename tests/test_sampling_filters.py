@@ -230,7 +230,8 @@ def test_few_listed_tokens_decide_as_all_of_them(values, options, few, exclude, 
     turn = Turn(exclude and options.xtc_probability > 0, surprise)
     least = left_of(values, options, turn, few)
     most = left_of(values, options, turn, len(values))
-    assert least.cut == most.cut
+    # Where only tokens that cannot come are left out, few listed ones do not know that.
+    assert least.cut == most.cut or values.min() == -np.inf
     count = min(len(least.ids), len(most.ids))  # where nothing was cut more may be listed
     assert not least.cut or len(least.ids) == len(most.ids)
     assert least.ids[:count].tolist() == most.ids[:count].tolist()
