@@ -27,6 +27,7 @@ from bloomq.prompts import Prompt, is_ids, several
 from bloomq.sampling import Sampling
 from bloomq.search import AnySearch
 from bloomq.speculation import DraftModel, Lookup
+from bloomq.text import stop_strings
 from bloomq.tokenizer import BloomTokenizer
 from bloomq.windows import WindowProtocol
 from bloomq.writing import Guessers, Options, Writer
@@ -247,7 +248,7 @@ class LanguageModel:
         """
         if isinstance(prompts, str):
             raise UsageError(f"prompts are {prompts!r:.60}, expected several: put one into a list")
-        chosen = _sampling(sampling, None, None, None, None, None, None)
+        chosen = _sampling(sampling)
         options = self._options(
             chosen, max_new_tokens, stop, stop_ids, window, constraint, top_logprobs, draft
         )
@@ -379,12 +380,12 @@ class LanguageModel:
 
 def _sampling(
     base: Sampling | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float | None,
-    seed: int | None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
 ) -> Sampling:
     """`base` with the fields that are given."""
     if base is not None and not isinstance(base, Sampling):
@@ -395,12 +396,3 @@ def _sampling(
     }  # fmt: skip
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return replace(base or Sampling(), **changes)
-
-
-def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    if not isinstance(stop, str | list | tuple):
-        raise UsageError(f"stop is {stop!r}, expected a string or a list of them")
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(s, str) and s for s in strings):
-        raise UsageError(f"stop is {stop!r}, expected strings of at least one character")
-    return strings

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from bloomq.errors import UsageError
+
 
 class Decoder(Protocol):
     """Incremental text of a tokenizer: `BloomTokenizer.stream()`."""
@@ -57,3 +59,13 @@ class TextAssembler:
             if any(s.startswith(self._held[-size:]) for s in self._stop):
                 return size
         return 0
+
+
+def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """One stop string or several, as several. Raises: UsageError."""
+    if not isinstance(stop, str | list | tuple):
+        raise UsageError(f"stop is {stop!r}, expected a string or a list of them")
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(s, str) and s for s in strings):
+        raise UsageError(f"stop is {stop!r}, expected strings of at least one character")
+    return strings

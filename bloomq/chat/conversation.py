@@ -24,9 +24,10 @@ from bloomq.checks import is_whole
 from bloomq.constraints import AnyConstraint
 from bloomq.errors import CapacityError, PackError, UsageError
 from bloomq.files import as_path, write_whole
-from bloomq.language_model import LanguageModel, stop_strings
+from bloomq.language_model import LanguageModel
 from bloomq.lora import Choices
 from bloomq.sampling import Sampling
+from bloomq.text import stop_strings
 
 Message = dict[str, str]
 _ROOM = 4  # when old turns must go, a quarter of the context goes with them: see `_prompt`

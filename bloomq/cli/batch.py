@@ -16,7 +16,7 @@ from bloomq import console
 from bloomq.cli.generation_options import Ready
 from bloomq.cli.partial import Lines, continued
 from bloomq.cli.records import Field, Record, Records, from_file
-from bloomq.cli.running import job, say_whole
+from bloomq.cli.running import job, say_interrupted, say_whole
 from bloomq.errors import UsageError
 from bloomq.generation.results import Generation, Stats
 
@@ -94,9 +94,7 @@ def _run(
                 rate = tokens / (perf_counter() - started)
                 progress(done, total, f"{rate:.1f} tokens/s")
     except KeyboardInterrupt:
-        where = f" in {out}, the same command goes on" if out is not None and done else ""
-        console.note(f"interrupted: {done} of {total} are done{where}")
-        return console.INTERRUPTED
+        return say_interrupted(out, done, total)
     if not quiet:
         seconds = perf_counter() - started
         before = f" behind {first} of before" if first else ""

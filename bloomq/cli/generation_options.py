@@ -135,26 +135,28 @@ class Ready:
     adapters: dict[str, float]
     top_logprobs: int
 
+    def _given(self) -> dict[str, Any]:
+        """What each of the model's ways to write takes."""
+        asked = self.asked
+        return {
+            "max_new_tokens": asked.max_new_tokens, "sampling": self.sampling, "stop": asked.stop,
+            "window": asked.window, "constraint": asked.constraint, "draft": self.draft,
+            "top_logprobs": self.top_logprobs, "adapters": self.adapters,
+        }  # fmt: skip
+
     def stream(self, text: str, progress: console.Progress) -> Stream:
-        return self.model.stream(
-            text, max_new_tokens=self.asked.max_new_tokens, sampling=self.sampling,
-            stop=self.asked.stop, window=self.asked.window, constraint=self.asked.constraint,
-            top_logprobs=self.top_logprobs, draft=self.draft, adapters=self.adapters,
-            progress=progress,
-        )  # fmt: skip
+        return self.model.stream(text, **self._given(), progress=progress)
 
     def generate(
         self, text: str, search: AnySearch | None, best_of: int, count: int,
         progress: console.Progress,
     ) -> Generation | list[Generation]:  # fmt: skip
         """What a search, or the best of several draws, gives."""
-        # Contrastive search has taken top_k for itself.
-        sampling = self.sampling if search is None else replace(self.sampling, top_k=0)
+        given = self._given()
+        if search is not None:  # contrastive search has taken top_k for itself
+            given["sampling"], count = replace(self.sampling, top_k=0), 1
         found: Generation | list[Generation] = self.model.generate(
-            text, max_new_tokens=self.asked.max_new_tokens, sampling=sampling, search=search,
-            stop=self.asked.stop, window=self.asked.window, constraint=self.asked.constraint,
-            best_of=best_of, num_return_sequences=1 if search is not None else count,
-            top_logprobs=self.top_logprobs, draft=self.draft, adapters=self.adapters,
+            text, **given, search=search, best_of=best_of, num_return_sequences=count,
             progress=progress,
         )  # fmt: skip
         return found
@@ -162,11 +164,8 @@ class Ready:
     def each(self, prompts: Sequence[list[int]], first: int, parallel: int) -> Iterator[Generation]:
         """What follows each prompt from the first one on: see `LanguageModel.generate_each`."""
         return self.model.generate_each(
-            prompts[first:], first=first, parallel=parallel, sampling=self.sampling,
-            max_new_tokens=self.asked.max_new_tokens, stop=self.asked.stop,
-            window=self.asked.window, constraint=self.asked.constraint, draft=self.draft,
-            top_logprobs=self.top_logprobs, adapters=self.adapters,
-        )  # fmt: skip
+            prompts[first:], first=first, parallel=parallel, **self._given()
+        )
 
     @property
     def options(self) -> dict[str, Any]:

@@ -159,6 +159,13 @@ def say_whole(path: Path, total: int, quiet: bool) -> int:
     return 0
 
 
+def say_interrupted(path: Path | None, done: int, total: int) -> int:
+    """Of a job that Ctrl-C ended, which writes to a file or to the screen; the exit code."""
+    where = f" in {path}, the same command goes on" if path is not None and done else ""
+    console.note(f"interrupted: {done} of {total} are done{where}")
+    return console.INTERRUPTED
+
+
 def without_nan(value: Any) -> Any:
     """With None for what JSON has no number for."""
     if isinstance(value, dict):
@@ -187,9 +194,7 @@ def _run(
                 done += len(records)
                 progress(done, total)
     except KeyboardInterrupt:
-        where = f" in {output.path}, the same command goes on" if output.path and done else ""
-        console.note(f"interrupted: {done} of {total} are done{where}")
-        return console.INTERRUPTED
+        return say_interrupted(output.path, done, total)
     if not output.quiet:
         seconds, before = perf_counter() - started, f" behind {first} of before" if first else ""
         count = f"{done - first} text{'' if done - first == 1 else 's'}{before}"

@@ -17,19 +17,18 @@ _OF_OUTPUT = (
     "top_logprobs", "prompt_cache", "show_probs", "as_json", "quiet", "system", "template", "saved",
     "help",
 )  # fmt: skip
-_SECTIONS = {
-    "Model": _OF_THE_MODEL, "Text": _OF_ENDS, "Search": _OF_SEARCH, "Many prompts": _OF_MANY,
-    "Output": _OF_OUTPUT,
-}  # fmt: skip
 _ELSE = "Choosing tokens"  # the fields of `Sampling`
+_SECTIONS: dict[str, tuple[str, ...]] = {
+    "Model": _OF_THE_MODEL, "Text": _OF_ENDS, _ELSE: (), "Search": _OF_SEARCH,
+    "Many prompts": _OF_MANY, "Output": _OF_OUTPUT,
+}  # fmt: skip
 
 
 class Sectioned(click.Command):
     """A command whose help has a heading for each kind of option."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        titles = ["Model", "Text", _ELSE, "Search", "Many prompts", "Output"]
-        found: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
+        found: dict[str, list[tuple[str, str]]] = {title: [] for title in _SECTIONS}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:

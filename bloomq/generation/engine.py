@@ -92,7 +92,9 @@ class Engine:
         new_tokens = check_request(
             request.prompt, request.max_new_tokens, self.context, request.window is not None
         )
-        return Sequence(replace(request, max_new_tokens=new_tokens))
+        gates = self._no_gates if request.gates is None else request.gates
+        beginning = Kept.of(request.prompt, gates)
+        return Sequence(replace(request, max_new_tokens=new_tokens), beginning)
 
     def advance(self, awaited: Iterable[Sequence]) -> bool:
         """Make a step, unless one of these has a token to take or has ended already. Is it so now?
@@ -137,17 +139,7 @@ class Engine:
 
     def _used(self) -> dict[int, Kept]:
         """The rows in use, and what their texts begin with, where others may share that."""
-        return {
-            one.row: self._beginning(one, shared=True)
-            for one in self._sequences
-            if one.row is not None
-        }
-
-    def _beginning(self, one: Sequence, *, shared: bool = False) -> Kept:
-        request = one.request
-        gates = self._no_gates if request.gates is None else request.gates
-        # Tokens may leave a windowed row on the way.
-        return Kept.of(() if shared and request.window is not None else request.prompt, gates)
+        return {one.row: one.shared for one in self._sequences if one.row is not None}
 
     def _sweep(self) -> None:
         """Take the rows of sequences that have ended."""
@@ -156,8 +148,7 @@ class Engine:
                 if one.has_ended and one.row is not None:
                     usable = one.error is None and not one.dropped
                     held = [*one.prompt, *one.ids][: one.held] if usable else []
-                    gates = self._beginning(one).gates
-                    self._rows.keep(one.row, Kept(np.array(held, np.int64), gates))
+                    self._rows.keep(one.row, one.beginning.with_ids(held))
                     one.row = None
                     one.guesser = None
             self._sequences = [one for one in self._sequences if not one.has_ended]
@@ -180,7 +171,7 @@ class Engine:
         if request.window is not None:
             tokens = min(tokens, request.window.tokens)
         try:
-            place = self._rows.take(self._beginning(one), tokens, self._used())
+            place = self._rows.take(one.beginning, tokens, self._used())
             if place is None:
                 return False
             one.guesser = None if request.guesser is None else request.guesser()

@@ -34,6 +34,10 @@ class Kept:
     def of(cls, ids: Sequence[int] | I64, gates: F32) -> Kept:
         return cls(np.array(ids, np.int64), gates.tobytes())
 
+    def with_ids(self, ids: Sequence[int]) -> Kept:
+        """Other tokens with the same adapters."""
+        return Kept(np.array(ids, np.int64), self.gates)
+
     def common(self, other: Kept, most: int) -> int:
         """How many of the first `most` tokens both have; none with other adapters."""
         if self.gates != other.gates:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from bloomq.checks import is_whole
 from bloomq.errors import BloomqError, CapacityError, UsageError
 from bloomq.generation.results import Clock, FinishReason, Stats, Token
+from bloomq.generation.rows import Kept
 from bloomq.layers import PAGE_TOKENS
 from bloomq.sampling import Constraint, Sampler
 from bloomq.speculation import Guesser, Pace
@@ -75,11 +76,15 @@ class Request:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request under way. row: of the cache, once there is one for it; read: tokens of the prompt
-    that the row has had; dropped: tokens that left its window; reused: of the prompt, which the row
-    held before; taken: of the tokens produced, how many the reader has."""
+    """A request under way.
+
+    beginning: its prompt, as rows know texts; row: of the cache, once there is one for it; read:
+    tokens of the prompt that the row has had; dropped: tokens that left its window; reused: of the
+    prompt, which the row held before; taken: of the tokens produced, how many the reader has.
+    """
 
     request: Request
+    beginning: Kept
     row: int | None = None
     guesser: Guesser | None = None
     read: int = 0
@@ -96,6 +101,11 @@ class Sequence:
     @property
     def prompt(self) -> tuple[int, ...]:
         return self.request.prompt
+
+    @property
+    def shared(self) -> Kept:
+        """What others may take from its row: nothing where tokens may leave it on the way."""
+        return self.beginning if self.request.window is None else self.beginning.with_ids(())
 
     @property
     def place(self) -> int:
