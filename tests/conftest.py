@@ -6,7 +6,9 @@ that what the converter reads is not what the same library wrote.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +26,7 @@ if (
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEMO = Path(__file__).parent / "data" / "bloom-demo"
+NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
 Tensors = dict[str, tuple[str, np.ndarray]]  # foreign name -> (dtype, array; bf16 as uint16)
 
 
@@ -169,3 +172,13 @@ def dequantized(pack: Path) -> dict[str, np.ndarray]:
             if spec.kind == "norm" or (leaf == "bias" and spec.has_bias):
                 weights[f"{spec.name}.{leaf}"] = np.array(opened.array(f"{spec.name}.{leaf}"))
     return weights
+
+
+def open_below(folder: Path) -> list[str]:
+    """What this process has open of `folder` and below it. Not a count of all that is open: the
+    garbage of other tests is closed at any instant. Linux's alone."""
+    found = []
+    for handle in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the handle that lists them
+            found.append(os.readlink(handle))
+    return [path for path in found if path.startswith(str(folder))]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import write_checkpoint
+from conftest import NEEDS_PROC, open_below, write_checkpoint
 
 from bloomq.config import BloomConfig, read_json
 from bloomq.errors import (
@@ -82,26 +82,20 @@ def test_a_device_is_refused(device: str):
     assert refusal(Path(device)) == NO_FILE
 
 
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+@NEEDS_PROC
 def test_a_refusal_leaves_nothing_open(tmp_path: Path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "file").write_bytes(bytes(9))
-    before = open_files()
-    for path in (tmp_path / "fifo", tmp_path / "file", tmp_path / "none"):
+    for path in (tmp_path / "fifo", tmp_path / "file", tmp_path / "none", tmp_path):
         with pytest.raises(BloomqError):
             read_bounded(path, 8, PackError)
-    assert open_files() == before
+    assert open_below(tmp_path) == []
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
-def test_a_folder_that_is_refused_is_closed(tmp_path: Path):
-    before = open_files()
-    refusal(tmp_path)
-    assert open_files() == before
+@NEEDS_PROC
+def test_open_files_are_found(tmp_path: Path):
+    with (tmp_path / "file").open("w"):
+        assert open_below(tmp_path) == [str(tmp_path / "file")]
 
 
 def test_a_folder_is_refused(tmp_path: Path):

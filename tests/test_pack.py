@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bloomq.converters.convert import convert
-from conftest import edit_manifest, write_checkpoint, write_safetensors
+from conftest import NEEDS_PROC, edit_manifest, open_below, write_checkpoint, write_safetensors
 
 from bloomq import pack_writer
 from bloomq.config import BloomConfig, weight_specs
@@ -930,15 +930,14 @@ def test_pack_that_another_run_wrote_meanwhile_is_not_replaced(tmp_path, monkeyp
 
 
 @NEEDS_LOCKS
+@NEEDS_PROC
 def test_failure_leaves_no_lock_and_nothing_open(tmp_path, monkeypatch):
-    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
     (tmp_path / ".pack.old").write_text("in the way")
     for _ in range(3):
         assert "is in the way" in output_error(tmp_path / "pack")
     (tmp_path / ".pack.old").unlink()
     write_zeros(tmp_path / "pack")
-    if before is not None:
-        assert len(os.listdir("/proc/self/fd")) == before
+    assert open_below(tmp_path) == []
 
 
 # -- known gaps ------------------------------------------------------------------------------------
