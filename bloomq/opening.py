@@ -37,7 +37,7 @@ def open_or_convert(
     if not exists(path / "config.json"):
         raise CheckpointError(f"{path}: neither a pack (manifest.json) nor a checkpoint")
     from bloomq.converters.convert import convert
-    from bloomq.converters.hf import read_checkpoint
+    from bloomq.converters.reading import read_checkpoint
 
     checkpoint = read_checkpoint(path)
     wanted = str(checkpoint.provenance["dtype"]).lower() if scheme is None else scheme

@@ -14,7 +14,6 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-from bloomq.converters.source import Checkpoint, SourceTensor
 
 from bloomq import __version__
 from bloomq.config import BloomConfig, WeightSpec, weight_specs
@@ -22,6 +21,8 @@ from bloomq.errors import NumericError, UsageError
 from bloomq.pack import Pack
 from bloomq.pack_writer import writing_pack
 from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, bf16_to_f32, get_scheme, round_up
+
+from .source import Checkpoint, SourceTensor
 
 _BLOCK_BYTES = 4 << 20  # of source; with float32 copies about five times that in memory, a worker
 # A worker needs some 100 MB, and a few of them are faster than any disk.
@@ -82,7 +83,7 @@ def convert(
     Raises: UsageError, InputNotFound, ConfigError, CheckpointError, TokenizerError, NumericError,
     OutputError.
     """
-    from bloomq.converters.hf import read_checkpoint
+    from .reading import read_checkpoint
 
     started = perf_counter()
     workers = _workers(threads)
@@ -196,13 +197,17 @@ def _weight_blocks(
 
 def _run(block: _Block) -> dict[str, Array]:
     """Read and quantize one block; runs in a worker thread."""
-    from bloomq.converters.quantize import all_finite, quantize_block
+    from .quantize import all_finite, quantize_block
 
     raw = block.tensor.rows(block.start, block.stop)
     if not all_finite(raw, block.tensor.dtype):
         raise NumericError(f"{block.tensor.name} holds NaN or infinity: the checkpoint is damaged")
     if block.scheme is None:
-        values = bf16_to_f32(raw) if block.tensor.dtype == "BF16" else raw.astype(np.float32)
+        values = (
+            bf16_to_f32(raw.view(np.uint16))
+            if block.tensor.dtype == "BF16"
+            else raw.astype(np.float32)
+        )
         padded = np.zeros(round_up(len(values), 32), np.float32)
         padded[: len(values)] = values
         return {block.name: padded}

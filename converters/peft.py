@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bloomq.converters.names import PREFIX, huggingface_name
 from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig, WeightSpec, read_json, weight_specs
@@ -27,6 +26,8 @@ from bloomq.files import exists, shown
 from bloomq.lora import Adapter, Factors
 from bloomq.schemes import bf16_to_f32
 from bloomq.tensorfile import TensorFile
+
+from .names import PREFIX, huggingface_name
 
 F32 = NDArray[np.float32]
 _CONFIG, _TENSORS, _PICKLE = (

@@ -347,7 +347,7 @@ def test_a_pack_keeps_the_templates_of_its_checkpoint(
 
 
 def test_a_template_changes_the_fingerprint_and_its_absence_does_not(tmp_path: Path) -> None:
-    from bloomq.converters.hf import read_checkpoint
+    from bloomq.converters.reading import read_checkpoint
 
     plain = read_checkpoint(checkpoint_with(tmp_path / "a"))
     same = read_checkpoint(checkpoint_with(tmp_path / "b", None))

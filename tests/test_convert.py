@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bloomq.converters import hf
+from bloomq.converters import whole
 from bloomq.converters.convert import choose_schemes, convert
-from bloomq.converters.hf import read_checkpoint
 from bloomq.converters.names import expected_tensors, huggingface_name
+from bloomq.converters.reading import read_checkpoint
 from bloomq.converters.source import Checkpoint, SourceTensor
 from conftest import Tensors, dequantized, to_dtype, write_checkpoint
 
@@ -276,7 +276,7 @@ def test_head_that_differs_is_kept_and_noted(tmp_path, tie):
 
 
 def test_long_tables_are_compared_to_their_last_block(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "_COMPARE_BYTES", 10 * 64 * 4)
+    monkeypatch.setattr(whole, "_COMPARE_BYTES", 10 * 64 * 4)
     for change in (0, 0.25):
         checkpoint = write_checkpoint(tmp_path / str(change), edit=with_head(change))
         assert read_checkpoint(checkpoint).config.tie_word_embeddings is (change == 0)

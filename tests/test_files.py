@@ -197,7 +197,7 @@ def test_no_reader_waits_for_a_fifo(
     ],
 )
 def test_a_fifo_in_a_checkpoint_is_named(tmp_path: Path, name: str):
-    from bloomq.converters.hf import read_checkpoint
+    from bloomq.converters.reading import read_checkpoint
 
     checkpoint = write_checkpoint(tmp_path / "checkpoint")
     (checkpoint / name).unlink(missing_ok=True)

@@ -76,6 +76,15 @@ def modules() -> dict[str, Path]:
     return found
 
 
+def package_of(path: Path, level: int) -> str:
+    """What `level` dots at the start of an import mean; those of `converters` are the only ones."""
+    if not level:
+        return ""
+    assert path.is_relative_to(ROOT / "converters"), f"{path}: import by the whole name"
+    folder = path.relative_to(ROOT).parents[level - 1]
+    return ".".join(["bloomq", *folder.parts])
+
+
 def imports(path: Path, *, top_level: bool = False) -> set[str]:
     """Modules that a file imports: anywhere in it, or when it is imported itself."""
     tree = ast.parse(path.read_text())
@@ -85,8 +94,9 @@ def imports(path: Path, *, top_level: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module or "")
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            module = ".".join(filter(None, [package_of(path, node.level), node.module]))
+            names.add(module)
+            names |= {f"{module}.{alias.name}" for alias in node.names}
     return names
 
 
