@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig
 from bloomq.errors import CapacityError, UsageError
+from bloomq.levels import Levels
 from bloomq.weights import Matrix, Norm
 
 X = Any
@@ -278,6 +279,10 @@ class Backend(Protocol):
         ...
 
     def top(self, logits: X, k: int, temperature: float = 1.0) -> Top: ...
+    def levels(self, logits: X, temperature: float = 1.0) -> Levels:
+        """Of one row, [1, V]."""
+        ...
+
     def numpy(self, x: X) -> F32: ...
 
 

@@ -36,13 +36,10 @@ def left_of(
 
 def probabilities(values: np.ndarray, sampling: Sampling, **options: object) -> np.ndarray:
     """The probability of each token [V] behind the filters, as the sampler has it."""
-    found = left_of(values, sampling, **options)
-    if not found.cut:
-        exponentials = np.exp(found.values().astype(np.float64) - found.scores[0])
-        return exponentials / exponentials.sum()
+    ids, scores = left_of(values, sampling, **options).tokens()
     out = np.zeros(len(values))
-    out[found.ids] = found.shares()
-    return out
+    out[ids] = np.exp(scores - scores[0])
+    return out / out.sum()
 
 
 @dataclass

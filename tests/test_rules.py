@@ -23,7 +23,7 @@ LEVELS = {
     "errors": 0,
     "checks": 1, "files": 1, "config": 1, "outputs": 1, "losses": 1, "schemes": 1, "weights": 1,
     "encoding": 1, "byte_level": 1, "tokenizer_config": 1, "tensorfile": 1,
-    "chat.sandbox": 1,
+    "chat.sandbox": 1, "levels": 1,
     "layers": 2, "lora": 2, "pack": 2, "pack_writer": 2, "chat.template": 2,
     "backends.reference": 3, "backends.numba_cpu": 3, "backends.jax": 3,
     "model": 3, "heads": 3, "inputs": 3, "tracing": 3, "forward": 3, "tokenizer": 3,

@@ -18,8 +18,12 @@ from bloomq.backends.numba_cpu.layers import NumbaBackend
 from bloomq.backends.reference import ReferenceBackend
 from bloomq.errors import UsageError
 from bloomq.layers import Top
+from bloomq.levels import Levels
 from bloomq.sampling import ORDER, Logits, Sampler, Sampling, generator, masked
-from bloomq.sampling.draws import pick, pick_large
+from bloomq.sampling.draws import pick
+from bloomq.sampling.filters import FEW
+from bloomq.sampling.listed import Listed
+from bloomq.sampling.ranked import Ranked
 
 STEPS = 2000  # of the sweep below
 VOCABULARY = 250_880
@@ -67,7 +71,11 @@ class Counting(ReferenceBackend):
     def __init__(self) -> None:
         super().__init__()
         self.tops: list[int] = []
-        self.fetched = 0
+        self.fetched = self.leveled = 0
+
+    def levels(self, logits: np.ndarray, temperature: float = 1.0) -> Levels:
+        self.leveled += 1
+        return super().levels(logits, temperature)
 
     def top(self, logits: np.ndarray, k: int, temperature: float = 1.0) -> Top:
         self.tops.append(k)
@@ -153,12 +161,15 @@ def test_the_probability_of_chi_square_is_that_of_tables():
 
 
 @pytest.mark.parametrize("size", [1, 5, 255, 256, 257, 1000])
-def test_a_large_draw_is_the_inverse_of_the_cumulative_sum(size):
+@pytest.mark.parametrize("backend", [ReferenceBackend(), NumbaBackend(1)], ids=["plain", "numba"])
+def test_a_draw_is_the_inverse_of_the_sum_best_first(size, backend):
     values = np.random.default_rng(size).standard_normal(size).astype(np.float32)
-    total = np.cumsum(np.exp(values.astype(np.float64)))
+    order = np.argsort(-values, kind="stable")
+    total = np.cumsum(np.exp(values[order].astype(np.float64)))
+    whole, listed = Ranked.of(row_of(values, backend)), Listed.of(row_of(values, backend), size)
     for u in (0.0, 0.1, 0.5, 0.9, 0.999):
-        wanted = int(np.searchsorted(total, u * total[-1], side="right"))
-        assert pick_large(values.copy(), u) == pick(np.exp(values.astype(np.float64)), u) == wanted
+        wanted = int(order[np.searchsorted(total, u * total[-1], side="right")])
+        assert whole.pick(u) == listed.pick(u) == wanted
 
 
 def test_the_highest_number_never_draws_a_token_of_probability_0():
@@ -167,8 +178,8 @@ def test_the_highest_number_never_draws_a_token_of_probability_0():
     for size in (5, 300, 1000):
         scores = np.full(size, -np.inf, np.float32)
         scores[1:3] = 1.0
-        assert pick_large(scores.copy(), highest) == 2
-        assert pick_large(scores.copy(), 0.0) == 1
+        assert Ranked.of(row_of(scores)).pick(highest) == 2
+        assert Ranked.of(row_of(scores)).pick(0.0) == 1
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"top_p": 0.99}, {"min_p": 0.3}], ids=str)
@@ -179,14 +190,12 @@ def test_the_highest_number_draws_a_token_that_is_kept(options):
     assert probabilities(values, Sampling(**options))[token] > 0
 
 
-def test_results_of_earlier_versions_stay():
-    """The order of tokens under the cumulative sum: by id where nothing is cut, else best first."""
+def test_tokens_lie_best_first_under_the_cumulative_sum():
     values = logits_of(0.1, 0.4, 0.3, 0.2)
-    for u, token in ((0.05, 0), (0.3, 1), (0.6, 2), (0.9, 3)):
-        assert sampler(4, Always(u), temperature=1.0)(row_of(values), []) == token
-    for u, token in ((0.05, 1), (0.5, 2), (0.9, 3)):
-        assert sampler(4, Always(u), temperature=1.0, top_k=3)(row_of(values), []) == token
-        assert sampler(4, Always(u), temperature=1.0, top_p=0.9)(row_of(values), []) == token
+    for u, token in ((0.05, 1), (0.5, 2), (0.85, 3)):
+        for options in ({}, {"top_k": 3}, {"top_p": 0.9}, {"typical_p": 0.99}):
+            draws = sampler(4, Always(u), temperature=1.0, **options)
+            assert draws(row_of(values), []) == token, options
 
 
 # -- random numbers --------------------------------------------------------------------------------
@@ -411,19 +420,18 @@ def test_a_temperature_alone_asks_the_backend_for_nothing_but_the_logits():
     assert backend.tops == [] and backend.fetched == 1
 
 
-@pytest.mark.parametrize(("scale", "more"), [(8.0, False), (0.1, True)], ids=["peaked", "flat"])
-def test_a_nucleus_asks_for_more_only_where_the_few_do_not_reach_it(scale, more):
+@pytest.mark.parametrize(("scale", "large"), [(8.0, False), (0.1, True)], ids=["peaked", "flat"])
+def test_a_nucleus_is_listed_only_where_the_few_reach_it(scale, large):
     values = (scale * np.random.default_rng(0).standard_normal(20_000)).astype(np.float32)
     backend = Counting()
     draws = sampler(20_000, Always(0.5), temperature=1.0, top_p=0.9)
-    token = draws(row_of(values, backend), [])
     p = probabilities(values, Sampling(temperature=1.0, top_p=0.9))
     order = np.argsort(-values, kind="stable")
-    assert token == order[np.searchsorted(np.cumsum(p[order]), 0.5, side="right")]
-    assert (len(backend.tops) > 1) == more and backend.fetched == 0
-    again = len(backend.tops)
-    draws(row_of(values, backend), [])
-    assert len(backend.tops) == again + 1  # the second token begins with as many as the first took
+    wanted = order[np.searchsorted(np.cumsum(p[order]), 0.5, side="right")]
+    assert draws(row_of(values, backend), []) == wanted
+    assert (backend.tops, backend.leveled) == ([FEW], int(large))
+    assert draws(row_of(values, backend), []) == wanted  # the second token begins as the first did
+    assert (backend.tops, backend.leveled) == ([FEW] if large else 2 * [FEW], 2 * large)
 
 
 EVERYTHING: list[dict[str, Any]] = [

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig
 from bloomq.layers import Activation, Span, Step, Stored, Top, check_drop, slopes, zeros
+from bloomq.levels import Levels, levels_of
 from bloomq.schemes import F32, NF4_CODEBOOK, NF4_INT8_CODEBOOK, Scheme, round_up, untile_rows
 from bloomq.weights import Matrix, Norm
 
@@ -77,6 +78,9 @@ class ReferenceBackend:
         with np.errstate(invalid="ignore"):  # infinity less itself: the NaN is the answer
             logsumexp = peak + np.log(np.exp(scaled - peak[:, None]).sum(axis=1))
         return Top(ids, np.take_along_axis(logits, ids, axis=1), logsumexp)
+
+    def levels(self, logits: F32, temperature: float = 1.0) -> Levels:
+        return levels_of(logits[0], temperature)
 
     def numpy(self, x: F32) -> F32:
         return x

@@ -1,14 +1,14 @@
-"""The tokens that may come next, as filters see them: the best few listed, the others known by
-their sum.
+"""What a filter sees: the tokens that may come next, always a range of the ranks of a row.
 
-Invariant: every number that a filter reads is of the whole distribution, not of the list, and does
-not depend on how many tokens are listed. So a filter that can decide from a short list decides as
-it would from the whole vocabulary.
+`Listed` knows the best few by name, `Ranked` knows how much of the probability lies at which score;
+the first is quick where few tokens matter, the second never gives up. Invariant: every number that
+a filter reads is of all candidates, not of a list, so both decide alike (but for ties within
+rounding).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,110 +16,75 @@ from numpy.typing import NDArray
 from bloomq.errors import UsageError
 from bloomq.sampling.logits import Logits
 
-F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
-_NONE = np.empty(0, np.int64)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Candidates:
-    """ids [n], best first, and their scores [n]: logits divided by `temperature` so far.
+class Candidates(Protocol):
+    """Some ranks of a row, from `start` on, and the scores there: logits / temperature.
 
-    cut False: the row's other tokens are candidates too, except `excluded`; no listed token is
-    worse than one of them. more: there are such others.
+    A method that narrows gives the candidates that are left, at least one; None: that depends on
+    tokens which are not listed. `best`: the largest score.
     """
 
-    row: Logits
-    ids: I64
-    scores: F64
-    temperature: float = 1.0
-    cut: bool = False
-    more: bool = False
-    excluded: I64 = field(default_factory=lambda: _NONE)
-
-    @classmethod
-    def of(cls, row: Logits, size: int, temperature: float = 1.0) -> Candidates:
-        """All tokens of a row that are not at -infinity, the best `size` of them listed.
-        temperature: at which their sum is wanted first. Raises: UsageError where there are none."""
-        ids, logits = row.best(size, temperature)
-        check_possible(logits[0])
-        possible = int((-logits).searchsorted(np.float32(np.inf)))
-        more = possible == len(ids) < row.vocab_size
-        return cls(row, ids[:possible], logits[:possible].astype(np.float64), more=more)
-
-    def first(self, count: int) -> Candidates:
-        """The best `count` alone; these same candidates where there are no others."""
-        if count == len(self.ids) and not self.more:
-            return self
-        return self.only(slice(count))
-
-    def only(self, index: I64 | slice) -> Candidates:
-        """The listed ones at these places alone, in ascending order."""
-        ids, scores = self.ids[index], self.scores[index]
-        return Candidates(self.row, ids, scores, self.temperature, True, False, _NONE)
-
-    def without_first(self, count: int) -> Candidates:
-        """All but the best `count`; nothing was excluded before."""
-        out = _NONE if self.cut else self.ids[:count]
-        ids, scores = self.ids[count:], self.scores[count:]
-        return Candidates(self.row, ids, scores, self.temperature, self.cut, self.more, out)
-
+    @property
+    def row(self) -> Logits: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def best(self) -> float: ...
     def cooled(self, temperature: float) -> Candidates:
         """The same with scores divided by a temperature."""
-        scores, product = self.scores / temperature, self.temperature * temperature
-        return Candidates(self.row, self.ids, scores, product, self.cut, self.more, self.excluded)
+        ...
 
-    def values(self) -> F32:
-        """The scores of the whole row [V], of what is no candidate -infinity. Where nothing was
-        cut."""
-        values = self.row.values() / np.float32(self.temperature)
-        values[self.excluded] = -np.inf
-        return values
+    def first(self, count: int) -> Candidates | None:
+        """The best `count`, of equals those of the lower id."""
+        ...
 
-    def logsumexp(self) -> float:
-        """log of the sum of the exponentials of all candidates' scores."""
-        if self.cut:
-            return float(self.scores[0] + np.log(np.exp(self.scores - self.scores[0]).sum()))
-        if not len(self.excluded):
-            return self.row.logsumexp(self.temperature)
-        # Not by subtraction: what is left may be far less than what was taken away.
-        return float(self.scores[0] + np.log(np.exp(self.values() - self.scores[0]).sum()))
+    def reaching(self, share: float) -> Candidates | None:
+        """The fewest, best first, whose probabilities together reach a share."""
+        ...
 
-    def shares(self) -> F64:
-        """Probabilities [n] of the listed tokens among all candidates."""
-        return np.exp(self.scores - self.logsumexp())
+    def at_least(self, score: float) -> Candidates | None:
+        """Those with at least this score, and the best one whatever its score."""
+        ...
+
+    def below(self, share: float) -> Candidates | None:
+        """All but those of at least this probability; of these the least likely stays."""
+        ...
+
+    def typical(self, share: float) -> Candidates | None:
+        """Those whose surprise is nearest to the entropy, the fewest whose probabilities together
+        reach a share; of equally near ones all."""
+        ...
 
     def size(self) -> int:
-        """How many candidates there are."""
-        if self.cut or not self.more:
-            return len(self.ids)
-        impossible = int(np.count_nonzero(self.row.values() == -np.inf))
-        return self.row.vocab_size - impossible - len(self.excluded)
+        """How many there are."""
+        ...
+
+    def logsumexp(self) -> float:
+        """log of the sum of the exponentials of the scores."""
+        ...
 
     def entropy(self) -> float:
-        """-sum p log p over all candidates, in nats."""
-        total = self.logsumexp()
-        if self.cut:
-            logs = self.scores - total
-            return float(-(np.exp(logs) * logs).sum())
-        logs32 = self.values()
-        logs32 -= np.float32(total)
-        np.maximum(logs32, np.float32(-1e4), out=logs32)  # e**-1e4 is 0, and 0 * infinity none
-        terms = np.exp(logs32)
-        terms *= logs32
-        return float(-terms.sum())
+        """-sum p log p, in nats."""
+        ...
 
     def deviation(self) -> float:
-        """The standard deviation of all candidates' scores."""
-        if self.cut:
-            return float(self.scores.std())
-        values = self.values()
-        if values.min() == -np.inf:
-            values = values[values > -np.inf]
-        values -= np.float32(self.scores[0])  # near 0, where float32 is fine
-        mean = values.mean()
-        return float(np.sqrt(np.square(values - mean, out=values).mean()))
+        """The standard deviation of the scores."""
+        ...
+
+    def few(self, count: int) -> bool:
+        """Are there about `count` or fewer?"""
+        ...
+
+    def tokens(self) -> tuple[I64, F64]:
+        """Ids and scores of all, best first."""
+        ...
+
+    def pick(self, u: float) -> int:
+        """The token in which u, uniform in [0, 1), falls: probabilities summed up best first."""
+        ...
 
 
 def check_possible(best: np.float32) -> None:

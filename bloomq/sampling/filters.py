@@ -2,8 +2,7 @@
 top-n-sigma, XTC, mirostat.
 
 A filter takes candidates and gives candidates; None means that the answer depends on tokens that
-are not listed. `filtered` then lists more, until all are: the same set is kept as over the whole
-vocabulary.
+are not listed. Then the filters start anew, on the whole row by its levels.
 """
 
 from __future__ import annotations
@@ -14,11 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from bloomq.sampling.candidates import Candidates
+from bloomq.sampling.listed import Listed
 from bloomq.sampling.logits import Logits
 from bloomq.sampling.options import LEAST_TEMPERATURE, Sampling
+from bloomq.sampling.ranked import Ranked
 
 FEW = 256  # tokens listed at first: a nucleus has fewer in most places of a text
-_GROWTH = 8  # how many times more, where they do not suffice
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,63 +53,35 @@ def temperature(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | N
 
 def top_k(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
     """The k likeliest, of equals those of the lower id."""
-    if len(c.ids) < sampling.top_k and c.more:
-        return None
-    return c.first(min(sampling.top_k, len(c.ids)))
+    return c.first(sampling.top_k)
 
 
 def top_p(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
     """The fewest whose probabilities reach top_p. Source: arXiv 1904.09751."""
-    count = int(c.shares().cumsum().searchsorted(sampling.top_p)) + 1
-    if count > len(c.ids) and c.more:
-        return None
-    return c.first(min(count, len(c.ids)))
+    return c.reaching(sampling.top_p)
 
 
 def min_p(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
     """Those at least min_p times as likely as the likeliest. Source: arXiv 2407.01082."""
-    return _from(c, c.scores[0] + np.log(sampling.min_p))
+    return c.at_least(c.best + float(np.log(sampling.min_p)))
 
 
 def top_n_sigma(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
     """Those whose scores are within n standard deviations of the best. Source: arXiv 2411.07641."""
-    return _from(c, c.scores[0] - sampling.top_n_sigma * c.deviation())
-
-
-def _from(c: Candidates, least: float) -> Candidates | None:
-    """Those with scores of at least `least`."""
-    count = int((-c.scores).searchsorted(-least, side="right"))
-    if count == len(c.ids) and c.more:
-        return None
-    return c.first(max(count, 1))
+    return c.at_least(c.best - sampling.top_n_sigma * c.deviation())
 
 
 def typical(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
     """Those whose surprise is nearest to the entropy, the fewest whose probabilities reach
     typical_p; of equally near ones all. Source: arXiv 2202.00666, transformers'
     TypicalLogitsWarper."""
-    surprise = c.logsumexp() - c.scores
-    entropy = c.entropy()
-    distance = np.abs(surprise - entropy)
-    nearest = np.argsort(distance, kind="stable")
-    reached = int(np.searchsorted(np.cumsum(np.exp(-surprise[nearest])), sampling.typical_p))
-    # Any other token is at least as surprising as the last that is listed.
-    if c.more and (reached >= len(nearest) or distance[nearest[reached]] >= surprise[-1] - entropy):
-        return None
-    bound = distance[nearest[min(reached, len(nearest) - 1)]]
-    kept = np.flatnonzero(distance <= bound)
-    return c if len(kept) == len(c.ids) and not c.more else c.only(kept)
+    return c.typical(sampling.typical_p)
 
 
 def xtc(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
     """All but those above the threshold, of which the least likely stays. Source: p-e-w,
     text-generation-webui pull request 6335; llama.cpp's llama_sampler_xtc."""
-    if not turn.exclude:
-        return c
-    above = int(np.searchsorted(-c.shares(), -sampling.xtc_threshold, side="right"))
-    if above == len(c.ids) and c.more:
-        return None
-    return c.without_first(above - 1) if above > 1 else c
+    return c.below(sampling.xtc_threshold) if turn.exclude else c
 
 
 def mirostat(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None:
@@ -117,7 +89,7 @@ def mirostat(sampling: Sampling, turn: Turn, c: Candidates) -> Candidates | None
     2007.14966, algorithm 2, as in llama.cpp's llama_sampler_mirostat_v2."""
     if turn.surprise is None:
         return c
-    return _from(c, c.logsumexp() - turn.surprise * np.log(2))
+    return c.at_least(c.logsumexp() - turn.surprise * float(np.log(2)))
 
 
 FILTERS: dict[str, Filter] = {
@@ -141,15 +113,17 @@ def filtered(
     sampling: Sampling, names: tuple[str, ...], row: Logits, turn: Turn, few: int = FEW
 ) -> Candidates:
     """What the filters `names` and mirostat leave of a row; at least one token. few: tokens listed
-    at first, which changes the time and nothing else."""
+    at first (0: none), which changes the time and nothing else."""
     steps = [*(FILTERS[name] for name in names), mirostat]
     plain = names[:1] == ("temperature",) and not sampling.dynamic_temperature
     first, size = sampling.temperature if plain else 1.0, sampling.top_k or few
-    while True:
-        found = _apply(sampling, turn, steps, Candidates.of(row, size, first))
+    if size:
+        found = _apply(sampling, turn, steps, Listed.of(row, size, first))
         if found is not None:
             return found
-        size = max(few, size * _GROWTH)
+    found = _apply(sampling, turn, steps, Ranked.of(row, first))
+    assert found is not None, "levels know everything"
+    return found
 
 
 def _apply(

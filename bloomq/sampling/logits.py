@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.layers import Backend, Top, X
+from bloomq.levels import LEVELS, Levels
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 
@@ -18,7 +22,7 @@ class Logits:
     then not computed again for the few tokens that it has.
     """
 
-    __slots__ = ("_backend", "_best", "_row", "_sums", "_values")
+    __slots__ = ("_backend", "_best", "_levels", "_listed", "_row", "_sums", "_values")
 
     def __init__(self, backend: Backend, rows: X, index: int, best: Top | None = None) -> None:
         self._backend = backend
@@ -29,6 +33,8 @@ class Logits:
         self._values: F32 | None = None
         self._best: tuple[I64, F32] | None = None  # the most of the best tokens that are known
         self._sums: dict[float, float] = {}  # temperature -> logsumexp
+        self._levels: dict[float, Levels] = {}  # by temperature
+        self._listed: dict[float, dict[int, tuple[I64, F64]]] = {}  # by temperature and level
         if best is not None:
             self._best = best.ids[index], best.logits[index]
             self._sums[1.0] = float(best.logsumexp[index])
@@ -60,6 +66,30 @@ class Logits:
         if temperature not in self._sums:
             self.top(1, temperature)
         return self._sums[temperature]
+
+    def levels(self, temperature: float = 1.0) -> Levels:
+        """How the probability lies over the logits, computed once."""
+        if temperature not in self._levels:
+            self._levels[temperature] = self._backend.levels(self._row, temperature)
+        return self._levels[temperature]
+
+    def listed(self, temperature: float, wanted: Sequence[int]) -> list[tuple[I64, F64]]:
+        """Ids and logits of the tokens of each of these levels, in ascending order, best first (of
+        equals the lower id); none at -infinity. Each level is listed once."""
+        known = self._listed.setdefault(temperature, {})
+        fresh = [level for level in wanted if level not in known]
+        if fresh:
+            levels, values = self.levels(temperature), self.values()
+            ids = levels.tokens(fresh)
+            level_of = levels.levels[ids]
+            for level in fresh:
+                mine = ids if len(fresh) == 1 else ids[level_of == level]
+                logits = values[mine].astype(np.float64)
+                if level == LEVELS - 1:
+                    mine, logits = mine[logits > -np.inf], logits[logits > -np.inf]
+                order = np.argsort(-logits, kind="stable")
+                known[level] = mine[order], logits[order]
+        return [known[level] for level in wanted]
 
     def values(self) -> F32:
         """The logits, float32 [V]: to be read, not written."""

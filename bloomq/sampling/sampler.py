@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from bloomq.errors import UsageError
 from bloomq.sampling.candidates import Candidates, check_possible
-from bloomq.sampling.draws import pick, pick_large
 from bloomq.sampling.filters import FEW, Turn, active, filtered
 from bloomq.sampling.logits import Logits
 from bloomq.sampling.options import Sampling
@@ -65,12 +64,9 @@ class Sampler:
         self._produced = np.empty(64, np.int64)  # room for more; the caller's list as an array
         self._known = 0
         self._edits, self._active = sampling.edits, active(sampling)
-        # Does more than a temperature shape the distribution, even where XTC spares it?
-        self._cuts = bool(
-            set(self._active) - {"temperature", "xtc"}
-            or sampling.mirostat_tau or sampling.dynamic_temperature
-        )  # fmt: skip
-        self._few = FEW
+        # Is the draw from a part of the tokens, even where XTC spares them all?
+        self._cuts = bool(set(self._active) - {"temperature", "xtc"} or sampling.mirostat_tau)
+        self._few = FEW if self._cuts else 0  # tokens listed at first
         self._surprise = 2 * sampling.mirostat_tau  # where mirostat begins, in bits
 
     @property
@@ -81,7 +77,7 @@ class Sampler:
         if sampling.greedy or self._edits or self._constraint or not self._cuts:
             return 1
         more = self._few if sampling.temperature == 1.0 else 1  # the sum is of one temperature
-        return min(sampling.top_k or more, self._vocab_size)
+        return min(sampling.top_k or max(more, 1), self._vocab_size)
 
     def __call__(self, logits: Logits, produced: Sequence[int]) -> int:
         """The next token behind `produced`. To be called once for each token, in order: it takes
@@ -136,15 +132,11 @@ class Sampler:
         exclude = sampling.xtc_probability > 0 and self._rng.random() < sampling.xtc_probability
         if allowed is not None:
             row = row.edited(masked(row.values(), allowed))
-        if not (self._cuts or exclude):
-            scores = row.values() / np.float32(sampling.temperature)
-            check_possible(scores.max())
-            return pick_large(scores, u)
         turn = Turn(exclude, self._surprise if sampling.mirostat_tau else None)
         kept = filtered(sampling, self._active, row, turn, self._few)
-        # Neighbouring places of a text differ, but most lists stay about as long.
-        self._few = max(FEW, 2 * len(kept.ids)) if kept.cut else FEW
-        token = int(kept.ids[pick(kept.shares(), u)]) if kept.cut else pick_large(kept.values(), u)
+        # Neighbouring places of a text differ, but most nuclei stay about as large.
+        self._few = FEW if self._cuts and kept.few(FEW) else 0
+        token = kept.pick(u)
         if sampling.mirostat_tau:
             self._note(kept, token)
         return token

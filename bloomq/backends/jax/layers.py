@@ -19,6 +19,7 @@ from bloomq.backends.jax.restore import Parts, picked, placed, whole
 from bloomq.backends.jax.steps import in_few_shapes
 from bloomq.config import BloomConfig
 from bloomq.layers import Activation, Attention, Embedding, LayerNorm, Linear, Span, Step, Top
+from bloomq.levels import Levels, levels_of
 from bloomq.schemes import Scheme
 from bloomq.weights import Matrix, Norm
 
@@ -94,6 +95,9 @@ class JaxBackend:
         with np.errstate(invalid="ignore"):  # infinity less itself: the NaN is the answer
             total = np.exp(scaled - peak[:, None]).sum(axis=1)
         return Top(np.asarray(ids).astype(np.int64), np.asarray(best), peak + np.log(total))
+
+    def levels(self, logits: Any, temperature: float = 1.0) -> Levels:
+        return levels_of(np.asarray(logits)[0], temperature)
 
     def numpy(self, x: Any) -> F32:
         return np.asarray(x, np.float32)

@@ -21,6 +21,8 @@ from bloomq.backends.numba_cpu.cache import BOUND, NumbaCache
 from bloomq.backends.numba_cpu.ceilings import Ceilings
 from bloomq.backends.numba_cpu.embedding import look_up, take_rows
 from bloomq.backends.numba_cpu.jit import best_tier, cpu_features
+from bloomq.backends.numba_cpu.levels import PART as LEVEL_PART
+from bloomq.backends.numba_cpu.levels import SUMS, level_parts
 from bloomq.backends.numba_cpu.linear import Product
 from bloomq.backends.numba_cpu.pages import padded_head
 from bloomq.backends.numba_cpu.program import Buffer, Input, Program
@@ -30,6 +32,7 @@ from bloomq.backends.numba_cpu.top import BLOCKS, PART, best_ids, top_merge, top
 from bloomq.config import BloomConfig
 from bloomq.errors import UsageError
 from bloomq.layers import Activation, CacheDtype, Span, Step, Top, slopes
+from bloomq.levels import LEVELS, Levels, level_scale
 from bloomq.weights import Matrix, Norm
 
 F32 = NDArray[np.float32]
@@ -144,6 +147,19 @@ class NumbaBackend:
             rows = zip(logits, maxima, strict=True)
             ids = np.stack([best_ids(row, largest, min(k, vocab)) for row, largest in rows])
         return Top(ids, logits[np.arange(batch)[:, None], ids], logsumexp)
+
+    def levels(self, logits: F32, temperature: float = 1.0) -> Levels:
+        vocab = logits.shape[1]
+        parts = -(-vocab // LEVEL_PART)
+        best, scale = logits.max(), level_scale(temperature)
+        levels, masses = np.empty(vocab, np.uint16), np.empty((parts, LEVELS))
+        sums, program = np.empty((parts, SUMS)), Program()
+        given = logits.ctypes.data, vocab, best, np.float32(1 / temperature), scale
+        found = [array.ctypes.data for array in (levels, masses, sums)]
+        program.add(level_parts(self.tier), parts, 1, *given, *found, touched=3 * logits.nbytes)
+        program.keep(logits, levels, masses, sums)
+        self.pool.run(program)
+        return Levels(best, temperature, levels, masses.sum(axis=0), *sums.sum(axis=0).tolist())
 
     def numpy(self, x: F32) -> F32:
         return x

@@ -1,0 +1,136 @@
+"""The levels of one row of logits, in parts that threads share. NumPy twin: `bloomq.levels`.
+
+Sixteen logits at a time: their exponentials and levels, as vectors; then each term is added to its
+level, in one of four tables in turn, so that an addition seldom waits for the one before it. The
+tables of the parts are added in order, so that who did which changes no bit. Bytes touched: the
+logits once, and as many of terms and of levels, in a level-1 cache.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import llvmlite.ir as ir
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from bloomq.backends.numba_cpu.jit import kernel
+from bloomq.backends.numba_cpu.memory import (
+    address,
+    as_float,
+    doubles,
+    fields,
+    floats,
+    keep,
+    shorts,
+)
+from bloomq.backends.numba_cpu.simd import F32, I64, LANES, V16F, V16I, V16S, Vectors
+from bloomq.levels import LEVELS
+
+PART = 16384  # logits of a part: 16 of BLOOM's vocabulary, for a few threads
+BLOCK = 512  # logits whose terms and levels wait to be added: 4 KB
+
+
+SUMS = 4  # of a part: how many are possible, d, d squared, d e**d
+
+
+@intrinsic(prefer_literal=True)
+def level_terms(
+    typingctx: Any, tier: Any, x: Any, blocks: Any, shift: Any, terms: Any, levels: Any, sums: Any
+) -> Any:
+    """Of blocks of 16 logits at x: e**d to terms, their levels to levels (uint16), and what is
+    summed of d, by lanes, added to sums [SUMS, 16]; `shift` is the address of (best,
+    1 / temperature, what gives a level)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _emit_level_terms(Vectors(builder, tier.literal_value), *args[1:])
+        return context.get_dummy_value()
+
+    addresses = (types.int64,) * 6
+    return types.void(tier, *addresses), codegen
+
+
+def _emit_level_terms(
+    v: Vectors, x: ir.Value, blocks: ir.Value, shift: ir.Value, terms: ir.Value, levels: ir.Value,
+    sums: ir.Value,
+) -> None:  # fmt: skip
+    b = v.b
+    best, factor, scale = (v.broadcast(v.at(shift, 4 * i), F32) for i in range(3))
+    zero, one = v.constant(V16F, 0.0), v.constant(V16F, 1.0)
+    last = v.constant(V16F, float(LEVELS - 1))
+    totals = [cgutils.alloca_once(b, V16F) for _ in range(SUMS)]
+    for i, total in enumerate(totals):
+        b.store(v.load(v.at(sums, 4 * LANES * i), V16F), total)
+    with cgutils.for_range(b, blocks, intp=I64) as loop:
+        at = b.mul(loop.index, I64(4 * LANES))
+        distance = b.fsub(v.load(v.at(x, at), V16F), best)
+        level = b.fmul(distance, scale)
+        level = b.select(b.fcmp_ordered("<", level, last), level, last)  # NaN too
+        v.store(b.trunc(b.fptosi(level, V16I), V16S), v.at(levels, b.lshr(at, I64(1))))
+        possible = b.fcmp_unordered("!=", distance, v.constant(V16F, float("-inf")))
+        d = b.select(possible, b.fmul(distance, factor), zero)
+        term = b.select(possible, v.exp_from(-80.0, d), zero)
+        v.store(term, v.at(terms, at))
+        count, first, second, moment = (b.load(total, typ=V16F) for total in totals)
+        b.store(b.fadd(count, b.select(possible, one, zero)), totals[0])
+        b.store(b.fadd(first, d), totals[1])
+        b.store(v.fma(d, d, second), totals[2])
+        b.store(v.fma(term, d, moment), totals[3])
+    for i, total in enumerate(totals):
+        v.store(b.load(total, typ=V16F), v.at(sums, 4 * LANES * i))
+
+
+@lru_cache(maxsize=4)
+def level_parts(tier: str) -> Any:
+    """The levels of each part of a row. Units: parts.
+
+    Arguments: logits, V, best, 1 / temperature, what gives a level, levels, masses, sums. levels
+    uint16 [V]; masses float64 [parts, LEVELS]; sums float64 [parts, SUMS].
+    """
+
+    @kernel
+    def level_parts(arguments, first, last):  # type: ignore[no-untyped-def]
+        logits, v, best, factor, scale, to_levels, to_masses, to_sums = fields(arguments, 8)
+        shift = np.empty(3, np.float32)
+        shift[0], shift[1], shift[2] = as_float(best), as_float(factor), as_float(scale)
+        terms, ends = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint16)
+        table = np.empty(4 * LEVELS, np.float32)
+        rest, lanes = np.empty(BLOCK, np.float32), np.empty(SUMS * LANES, np.float32)
+        for unit in range(first, last):
+            table[:] = np.float32(0)
+            lanes[:] = np.float32(0)
+            for start in range(unit * PART, min(v, (unit + 1) * PART), BLOCK):
+                at, to, count = logits + 4 * start, to_levels + 2 * start, min(BLOCK, v - start)
+                if count < BLOCK:
+                    rest[:count] = floats(at, count)
+                    rest[count:] = np.float32(-np.inf)
+                    at, to = address(rest), address(ends)
+                level_terms(
+                    tier, at, BLOCK // LANES, address(shift), address(terms), to, address(lanes)
+                )
+                levels = shorts(to, BLOCK)
+                for i in range(0, BLOCK, 4):
+                    table[levels[i]] += terms[i]
+                    table[LEVELS + levels[i + 1]] += terms[i + 1]
+                    table[2 * LEVELS + levels[i + 2]] += terms[i + 2]
+                    table[3 * LEVELS + levels[i + 3]] += terms[i + 3]
+                if count < BLOCK:
+                    shorts(to_levels + 2 * start, count)[:] = ends[:count]
+            masses = doubles(to_masses + 8 * unit * LEVELS, LEVELS)
+            for level in range(LEVELS):
+                two = np.float64(table[level]) + np.float64(table[LEVELS + level])
+                more = np.float64(table[2 * LEVELS + level]) + np.float64(table[3 * LEVELS + level])
+                masses[level] = two + more
+            sums = doubles(to_sums + 8 * unit * SUMS, SUMS)
+            for i in range(SUMS):
+                sums[i] = np.float64(0)
+                for lane in range(LANES):
+                    sums[i] += np.float64(lanes[LANES * i + lane])
+        keep(shift)
+        keep(rest)
+        keep(lanes)
+
+    return level_parts

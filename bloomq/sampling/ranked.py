@@ -1,0 +1,272 @@
+"""Candidates by how much of the probability lies at which score: no list, however many there are.
+
+The row's levels (`bloomq.levels`) are summed by the backend in one pass. A bound falls into one
+level, which alone is listed and sorted; so does a draw. What lies between is known by its sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bloomq.levels import LEVELS, PER_NAT, Levels, level_of
+from bloomq.sampling.candidates import Candidates, check_possible
+from bloomq.sampling.draws import place_of
+from bloomq.sampling.logits import Logits
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+
+_SLACK = 1e-6  # of a share: sums of float32 terms are good to 1e-7
+# What a token in the middle of a level has of the best one's probability.
+_MIDDLES = np.exp(-(np.arange(LEVELS - 1) + 0.5) / PER_NAT)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Between two ranks of a row: before the token of this logit and id, if there is one. Larger
+    logits come first, of equals the lower id."""
+
+    logit: float
+    id: int
+
+    def after(self, ids: I64, logits: F64) -> NDArray[np.bool_]:
+        """Which tokens come behind this place?"""
+        behind: NDArray[np.bool_] = logits < self.logit
+        equal: NDArray[np.bool_] = (logits == self.logit) & (ids >= self.id)
+        return behind | equal
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """The tokens of a row from `start` to before `stop` (None: all that are not at -infinity), with
+    scores logits / temperature."""
+
+    row: Logits
+    temperature: float = 1.0
+    start: Place | None = None
+    stop: Place | None = None
+
+    @property
+    def best(self) -> float:
+        return self._best_logit / self.temperature
+
+    @classmethod
+    def of(cls, row: Logits, temperature: float = 1.0) -> Ranked:
+        """All tokens of a row that are not at -infinity. temperature: at which its levels are
+        wanted first. Raises: UsageError where there are none."""
+        check_possible(row.levels(temperature).best)
+        return cls(row)
+
+    def cooled(self, temperature: float) -> Candidates:
+        return Ranked(self.row, self.temperature * temperature, self.start, self.stop)
+
+    def first(self, count: int) -> Candidates:
+        for level in np.flatnonzero(self._masses > 0):
+            ids, logits = self._level(int(level))
+            if len(ids) >= count:
+                return self._until(logits[count - 1], int(ids[count - 1]))
+            count -= len(ids)
+        return self  # as good as all: the others have a probability of 0
+
+    def reaching(self, share: float) -> Candidates:
+        total = self._masses.cumsum()
+        goal = share * float(total[-1])
+        level = max(int(total.searchsorted(goal)), int(np.argmax(self._masses > 0)))
+        if level == LEVELS:  # rounding: the sum ends below its share
+            return self
+        ids, logits = self._level(level)
+        before = float(total[level - 1]) if level else 0.0
+        inside = self._terms(logits).cumsum()
+        last = min(int(inside.searchsorted(goal - before)), len(ids) - 1)
+        return self._until(logits[last], int(ids[last]))
+
+    def at_least(self, score: float) -> Candidates:
+        if score > self.best:
+            return self.first(1)
+        logit = min(score * self.temperature, self._best_logit)
+        return self._until(logit, self.row.vocab_size)
+
+    def below(self, share: float) -> Candidates:
+        logit = (self.logsumexp() + np.log(share)) * self.temperature if share else -np.inf
+        if logit > self._best_logit:
+            return self
+        # The last token that reaches the logit: in its level, or in the nearest one above.
+        lowest = self._level_of(logit)
+        above = np.flatnonzero(self._masses[:lowest] > 0)
+        for level in (lowest, *above[::-1]):
+            ids, logits = self._level(int(level))
+            reaching = np.flatnonzero(logits >= logit)
+            if len(reaching):
+                last = reaching[-1]
+                return self._from(logits[last], int(ids[last]))
+        return self
+
+    def typical(self, share: float) -> Candidates:
+        levels, sure = self._undecided(share)
+        logits = np.concatenate([found for _, found in self._within(levels)])
+        total = self.logsumexp()
+        distance = np.abs(total - logits / self.temperature - self.entropy())
+        order = np.argsort(distance)
+        shares = np.exp(logits[order] / self.temperature - total)
+        reached = int((sure + shares.cumsum()).searchsorted(share))
+        kept = logits[distance <= distance[order[min(reached, len(order) - 1)]]]
+        return self._from(kept.max(), 0)._until(kept.min(), self.row.vocab_size)
+
+    def _undecided(self, share: float) -> tuple[list[int], float]:
+        """The levels with tokens that may or may not be among the nearest to the entropy that reach
+        a share; the probability of the levels that surely are. These lie between the first ones,
+        of which the outermost are therefore listed too."""
+        total, entropy, width = self.logsumexp(), self.entropy(), 1 / PER_NAT
+        best = float(self._levels.best) / self.temperature
+        # Surprises of a level's tokens less the entropy, from and to; float32 may err by 1e-4.
+        edges = total - best - entropy + width * np.arange(LEVELS)
+        low, high = edges - 0.01 * width, edges + 1.01 * width
+        high[-1] = np.inf
+        nearest = np.maximum(np.maximum(low, -high), 0)
+        farthest = np.maximum(np.abs(low), np.abs(high))
+        shares = self._masses / self._masses.sum()
+        surely = _bound(farthest, shares, share + _SLACK)  # by then they reach it for sure
+        maybe = _bound(nearest, shares, share - _SLACK)  # before that for sure not
+        inside = np.flatnonzero((farthest < maybe) & (shares > 0))[1:-1]
+        listed = (nearest <= surely) & (shares > 0)
+        listed[inside] = False
+        return np.flatnonzero(listed).tolist(), float(shares[inside].sum())
+
+    def size(self) -> int:
+        if self.start is None and self.stop is None:
+            return int(self._levels.count)
+        return int(np.count_nonzero(self._inside))
+
+    def logsumexp(self) -> float:
+        best = float(self._levels.best) / self.temperature
+        return float(best + np.log(self._masses.sum()))
+
+    def entropy(self) -> float:
+        if self.start is None and self.stop is None:
+            return self._levels.entropy()
+        _, scores = self.tokens()
+        logs = scores - self.logsumexp()
+        return float(-(np.exp(logs) * logs).sum())
+
+    def deviation(self) -> float:
+        if self.start is None and self.stop is None:
+            return self._levels.deviation()
+        return float(self.tokens()[1].std())
+
+    def few(self, count: int) -> bool:
+        # A level's mass, by what each of its tokens has, is good to 2 % of their number.
+        return bool((self._masses[:-1] / _MIDDLES).sum() <= count)
+
+    def tokens(self) -> tuple[I64, F64]:
+        ids = np.flatnonzero(self._inside)
+        logits = self.row.values()[ids].astype(np.float64)
+        order = np.lexsort((ids, -logits))
+        return ids[order], logits[order] / self.temperature
+
+    def pick(self, u: float) -> int:
+        total = self._masses.cumsum()
+        goal = u * float(total[-1])
+        level = place_of(total, goal)
+        ids, logits = self._level(level)
+        before = float(total[level - 1]) if level else 0.0
+        return int(ids[place_of(self._terms(logits).cumsum(), goal - before)])
+
+    # -- how --------------------------------------------------------------------------------------
+
+    def _from(self, logit: float, token: int) -> Ranked:
+        """Those from this token on."""
+        start = Place(float(logit), token)
+        if self.start is not None:
+            start = max(start, self.start, key=_rank)
+        return Ranked(self.row, self.temperature, start, self.stop)
+
+    def _until(self, logit: float, token: int) -> Ranked:
+        """Those up to this token."""
+        stop = Place(float(logit), token + 1)
+        if self.stop is not None:
+            stop = min(stop, self.stop, key=_rank)
+        return Ranked(self.row, self.temperature, self.start, stop)
+
+    @cached_property
+    def _levels(self) -> Levels:
+        return self.row.levels(self.temperature)
+
+    @cached_property
+    def _masses(self) -> F64:
+        """Of each level, what lies within the range."""
+        masses = self._levels.masses.copy()
+        if self.start is not None:
+            level = self._level_of(self.start.logit)
+            masses[:level] = 0
+            masses[level] = self._terms(self._level(level)[1]).sum()
+        if self.stop is not None:
+            level = self._level_of(self.stop.logit)
+            masses[level + 1 :] = 0
+            masses[level] = self._terms(self._level(level)[1]).sum()
+        if not masses.any():  # all are 745 nats below the row's best: the first of them has it all
+            masses[self._level_of(self.tokens()[1][0] * self.temperature)] = 1.0
+        return masses
+
+    @cached_property
+    def _best_logit(self) -> float:
+        if self.start is None:
+            return float(self._levels.best)
+        _, logits = self._level(int(np.argmax(self._masses > 0)))
+        return float(logits[0])
+
+    @cached_property
+    def _inside(self) -> NDArray[np.bool_]:
+        """Which tokens of the row [V] are in the range?"""
+        values = self.row.values()
+        inside: NDArray[np.bool_] = values > -np.inf
+        ids, wide = np.arange(len(values)), values.astype(np.float64)
+        if self.start is not None:
+            inside &= self.start.after(ids, wide)
+        if self.stop is not None:
+            inside &= ~self.stop.after(ids, wide)
+        return inside
+
+    def _level_of(self, logit: float) -> int:
+        with np.errstate(over="ignore"):
+            here = np.array([logit], np.float32)
+        return int(level_of(here, self._levels.best, self.temperature)[0])
+
+    def _level(self, level: int) -> tuple[I64, F64]:
+        """Ids and logits of a level's tokens within the range, best first."""
+        return self._within([level])[0]
+
+    def _within(self, levels: Sequence[int]) -> list[tuple[I64, F64]]:
+        """Of each of these levels the ids and logits of the tokens within the range, best first."""
+        found = self.row.listed(self.temperature, levels)
+        if self.start is not None:
+            found = [_chosen(self.start.after(*tokens), *tokens) for tokens in found]
+        if self.stop is not None:
+            found = [_chosen(~self.stop.after(*tokens), *tokens) for tokens in found]
+        return found
+
+    def _terms(self, logits: F64) -> F64:
+        """What tokens add to the masses."""
+        return np.exp((logits - float(self._levels.best)) / self.temperature)
+
+
+def _chosen(kept: NDArray[np.bool_], ids: I64, logits: F64) -> tuple[I64, F64]:
+    return ids[kept], logits[kept]
+
+
+def _rank(place: Place) -> tuple[float, int]:
+    return -place.logit, place.id
+
+
+def _bound(distances: F64, shares: F64, share: float) -> float:
+    """Within which distance levels together have at least a share; the largest one if they never
+    have."""
+    order = np.argsort(distances, kind="stable")
+    reached = int(shares[order].cumsum().searchsorted(share))
+    return float(distances[order[min(reached, len(order) - 1)]])
