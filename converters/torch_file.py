@@ -141,8 +141,8 @@ def _check_byteorder(path: Path, size: int, place: Place | None) -> None:
 def _check_size(path: Path, storage: Storage, nbytes: int) -> None:
     if storage.nbytes != nbytes:
         raise CheckpointError(
-            f"{path}: storage {brief(storage.key)} has {nbytes} bytes, expected {storage.nbytes} "
-            f"for {storage.count} of {storage.dtype}: damaged, download it again"
+            f"{path}: storage {brief(storage.key)} takes {nbytes} bytes of the archive, expected "
+            f"{storage.nbytes} for {storage.count} of {storage.dtype}: damaged, download it again"
         )
 
 

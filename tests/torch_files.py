@@ -18,6 +18,12 @@ from bloomq.tensorfile import TensorFile
 
 State = dict[str, torch.Tensor]
 
+
+def said(value: object) -> str:
+    """A part of a parametrized test's name: of messages, not of bytes."""
+    return value[:40] if isinstance(value, str) else ""
+
+
 # -- by torch --------------------------------------------------------------------------------------
 
 
@@ -28,9 +34,9 @@ def as_torch(dtype: str, array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(array))
 
 
-def state_of(checkpoint: Path) -> State:
+def state_of(checkpoint: Path, stem: str = "model") -> State:
     """The state dict of a single-file safetensors checkpoint."""
-    file = TensorFile.open(checkpoint / "model.safetensors")
+    file = TensorFile.open(checkpoint / f"{stem}.safetensors")
     return {name: as_torch(entry.dtype, file.array(name)) for name, entry in file.entries.items()}
 
 
