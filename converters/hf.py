@@ -29,32 +29,26 @@ _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _TOKENIZER_LIMIT_BYTES = 256 << 20
 
 
-def read_folder(path: Path) -> Checkpoint:
+def read_folder(
+    path: Path,
+    found: Mapping[str, SourceTensor] | None = None,
+    *,
+    raw: dict[str, Any] | None = None,
+    form: str = "huggingface",
+) -> Checkpoint:
     """Open the checkpoint in folder `path`; no tensor is read yet (but for a head that may be
     tied).
+
+    found: its tensors by their names there, where they lie elsewhere; raw: what config.json says,
+    or would; form: what provenance calls it.
 
     Raises: ConfigError, CheckpointError; TokenizerError for settings beside the tokenizer that are
     not supported.
     """
-    raw = read_config(path)
+    raw = _read_config(path) if raw is None else raw
     config = BloomConfig.from_dict(raw, str(path / "config.json"))
-    return assemble(path, raw, config, _find_tensors(path), form="huggingface")
-
-
-def assemble(
-    path: Path,
-    raw: Mapping[str, Any],
-    config: BloomConfig,
-    found: Mapping[str, SourceTensor],
-    *,
-    form: str,
-) -> Checkpoint:
-    """The checkpoint in folder `path`, of `config`, which is what `raw` says, and of the tensors
-    found there, by Hugging Face's names; the tokenizer lies beside them.
-
-    form: what provenance calls it. Raises: CheckpointError, TokenizerError.
-    """
     bare = raw.get("architectures") == ["BloomModel"]
+    found = _find_tensors(path) if found is None else found
     config, tensors, notes = whole(path, config, found, bare=bare)
     tokenizer = _read_tokenizer(path / TOKENIZER)
     settings = Settings() if tokenizer is None else read_settings(path)
@@ -69,9 +63,7 @@ def assemble(
     return Checkpoint(config, tensors, tokenizer, provenance, notes, settings)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """What config.json says, of a model that is not quantized. Raises: ConfigError,
-    CheckpointError."""
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         raw = read_json(path / "config.json")
     except InputNotFound:

@@ -42,14 +42,14 @@ def read_into(path: Path, size: int, start: int, buffer: np.ndarray) -> None:
     By system calls, not through a mapping: pages of a 14 GB file stay out of our memory, and a file
     cut short meanwhile is an error, not a crash. Raises: CheckpointError.
     """
-    read_spans(path, size, [(start, buffer)])
+    read_pieces(path, size, [(start, buffer)])
 
 
-def read_spans(path: Path, size: int, spans: Iterable[tuple[int, np.ndarray]]) -> None:
-    """Fill every buffer, uint8, from its byte of a file that had `size` bytes, as `read_into`."""
+def read_pieces(path: Path, size: int, pieces: Iterable[tuple[int, np.ndarray]]) -> None:
+    """As `read_into`, of several pieces of one file."""
     try:
         with path.open("rb", buffering=0) as file:
-            for start, buffer in spans:
+            for start, buffer in pieces:
                 file.seek(start)
                 done = 0
                 while done < len(buffer):

@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from bloomq.config import BloomConfig
+from bloomq.config import BloomConfig, read_json
 from bloomq.errors import CheckpointError
 from bloomq.files import exists
 from bloomq.schemes import Array, bf16_to_f32
 
-from .hf import assemble, read_config
+from .hf import read_folder as read_huggingface
 from .source import Checkpoint, SourceTensor
 from .torch_file import open_torch
 from .torch_values import Placeholder, StoredTensor, brief, described
@@ -99,7 +99,7 @@ def read_folder(path: Path) -> Checkpoint:
         )
     notes += _unpadded(path, config, found)
     notes += _remarks(path, averaged, others)
-    checkpoint = assemble(path, raw, config, found, form="megatron")
+    checkpoint = read_huggingface(path, found, raw=raw, form="megatron")
     return replace(checkpoint, notes=(*notes, *checkpoint.notes))
 
 
@@ -238,7 +238,7 @@ def _config(
 ) -> tuple[dict[str, Any], list[str]]:
     """What config.json says or, without one, what the tensors and the run's arguments do."""
     if exists(path / "config.json"):
-        return read_config(path), []
+        return read_json(path / "config.json"), []
     arguments = _arguments(path / _RUN)
     known = {ours: arguments.get(theirs) for theirs, ours in _ARGUMENTS.items()}
     raw = {key: value for key, value in known.items() if type(value) in (int, float, bool)}

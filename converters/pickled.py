@@ -30,7 +30,7 @@ from .torch_values import ADMITTED, MAKERS, Name, Placeholder, Storage, brief, d
 
 Unknown = Literal["refuse", "keep"]  # what to do with names that no state dict needs
 MOST_BYTES = 16 << 20  # a state dict of the 176B, unsharded, has 150 KB
-_MOST_STEPS = 1 << 19  # some 45 a tensor: 11,000 tensors, where the 176B has 846
+_MOST_STEPS = 1 << 18  # some 45 a tensor: 5,800 tensors, where the 176B has 846
 _MOST_MARKS = 256  # open at once
 _MOST_INT_BYTES = 255  # what LONG1 can hold; the magic number of the older form has 10
 _SMALL = 1 << 63  # larger numbers as keys can be made to collide: each pair costs a comparison

@@ -17,7 +17,7 @@ import numpy as np
 
 from bloomq.errors import CheckpointError
 
-from .in_file import read_into, read_spans
+from .in_file import read_into, read_pieces
 from .torch_values import brief
 
 _END = struct.Struct("<4s4H2IH")  # of the directory: 22 bytes, and a comment that torch leaves out
@@ -153,7 +153,7 @@ def _starts(path: Path, size: int, entries: list[_Entry], end: int) -> list[int]
             _damaged(path, f"entry {_shown(entry)} lies behind the archive's end")
     headers = [np.empty(_LOCAL.size + len(entry.name), np.uint8) for entry in entries]
     spans = [(entry.header, header) for entry, header in zip(entries, headers, strict=True)]
-    read_spans(path, size, spans)
+    read_pieces(path, size, spans)
     starts = []
     for entry, header in zip(entries, headers, strict=True):
         data = header.tobytes()

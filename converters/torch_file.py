@@ -25,7 +25,7 @@ from bloomq.files import exists
 from bloomq.schemes import Array
 from bloomq.tensorfile import DTYPES
 
-from .in_file import read_into, read_spans, tensor_in_file
+from .in_file import read_into, read_pieces, tensor_in_file
 from .pickled import MOST_BYTES, Unknown, read_pickle
 from .source import SourceTensor
 from .stored_zip import Place, stored_entries
@@ -171,19 +171,20 @@ def _legacy_places(
     """Where each storage lies, one behind the other to the file's end."""
     places = {}
     for key in keys:
-        storage = storages[key]
-        count = np.empty(8, np.uint8)
-        if at + 8 + storage.nbytes > size:
+        place = places[key] = Place(at + 8, storages[key].nbytes)
+        at = place.start + place.nbytes
+        if at > size:
             raise CheckpointError(
                 f"{path}: ends within storage {brief(key)}: truncated, download it again"
             )
-        read_into(path, size, at, count)
-        if int.from_bytes(count.tobytes(), "little") != storage.count:
+    counts = np.zeros((len(keys), 8), np.uint8)
+    before = (place.start - 8 for place in places.values())
+    read_pieces(path, size, zip(before, counts, strict=True))
+    for key, count in zip(keys, counts, strict=True):
+        if int.from_bytes(count.tobytes(), "little") != storages[key].count:
             raise CheckpointError(
                 f"{path}: storage {brief(key)} is not as long as its tensors say: damaged"
             )
-        places[key] = Place(at + 8, storage.nbytes)
-        at += 8 + storage.nbytes
     if at != size:
         raise CheckpointError(f"{path}: {size - at} bytes behind the last storage: damaged")
     return places
@@ -236,5 +237,5 @@ def _strided_rows(
     lines = np.empty((stop - start, k) if by_rows else (k, stop - start), dtype)
     first, step = (start * down, down) if by_rows else (start, right)
     places = (at + (first + i * step) * dtype.itemsize for i in range(len(lines)))
-    read_spans(path, size, zip(places, lines.view(np.uint8), strict=True))
+    read_pieces(path, size, zip(places, lines.view(np.uint8), strict=True))
     return lines if by_rows else np.ascontiguousarray(lines.T)

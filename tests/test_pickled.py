@@ -515,8 +515,8 @@ def test_long_shape_in_the_memo_is_measured_once():
 
 
 def test_a_pickle_of_too_many_steps_is_refused():
-    found = refused(program(b"](" + b"N" * (1 << 19) + b"e"))
-    assert found == "pickle: a pickle of over 524288 steps, expected a state dict"
+    found = refused(program(b"](" + b"N" * (1 << 18) + b"e"))
+    assert found == "pickle: a pickle of over 262144 steps, expected a state dict"
 
 
 def test_a_value_longer_than_the_file_takes_no_memory():
