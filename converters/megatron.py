@@ -158,7 +158,7 @@ def _tensors(path: Path, names: Mapping[str, str], others: set[str]) -> dict[str
     """The tensors of one file: just these. What is no tensor goes into `others`, by its name."""
     file = open_torch(path, unknown="keep")
     if not isinstance(file.content, dict):
-        raise CheckpointError(f"{path}: holds a {described(file.content)}, expected a layer")
+        raise CheckpointError(f"{path}: holds {described(file.content)}, expected a layer")
     tensors = {}
     for name, value in file.content.items():
         known = type(name) is str and name in names
@@ -168,7 +168,7 @@ def _tensors(path: Path, names: Mapping[str, str], others: set[str]) -> dict[str
         if not known:
             raise CheckpointError(f"{path}: unexpected tensor {brief(str(name))} in this layer")
         if type(value) is not StoredTensor:
-            raise CheckpointError(f"{path}: {name} is a {described(value)}, no weight: damaged")
+            raise CheckpointError(f"{path}: {name} is {described(value)}, no weight: damaged")
         tensors[name] = file.tensor(name, value)
     for name in names:
         if name not in tensors:

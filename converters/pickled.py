@@ -201,7 +201,7 @@ class _Machine:
         if type(target) is list:
             target.extend(items)
         elif type(target) is not Placeholder:
-            self.damaged(f"items are appended to a {described(target)}")
+            self.damaged(f"items are appended to {described(target)}")
 
     def set_item(self) -> None:
         value = self.pop()
@@ -216,12 +216,12 @@ class _Machine:
         if type(target) is Placeholder:
             return
         if type(target) not in (dict, OrderedDict) or len(items) % 2:
-            self.damaged(f"items are set on a {described(target)}")
+            self.damaged(f"items are set on {described(target)}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is str or (type(key) is int and -_SMALL <= key < _SMALL):
                 target[key] = value
             elif not self.keeps:  # a placeholder's neighbours: nobody asks for such a key
-                self.damaged(f"a {described(key)} as a key, expected a text or a number,")
+                self.damaged(f"{described(key)} as a key, expected a text or a number,")
 
     # -- the memo --
 
@@ -271,11 +271,11 @@ class _Machine:
         args, made_by = self.pop(), self.pop()
         maker = MAKERS.get(made_by) if type(made_by) is Name else None
         if type(args) is not tuple:
-            self.damaged(f"arguments that are a {described(args)}")
+            self.damaged(f"arguments that are {described(args)}")
         if type(made_by) is Placeholder:
             self.stack.append(Placeholder(made_by.name))
         elif maker is None:
-            self.damaged(f"a {described(made_by)} is called, which makes nothing,")
+            self.damaged(f"{described(made_by)} is called, which makes nothing,")
         else:
             self.stack.append(maker(self.stream.where, args))
 
@@ -292,4 +292,4 @@ class _Machine:
         if type(target) is Placeholder:
             target.state = state
         elif type(target) is not OrderedDict or type(state) is not dict:
-            self.damaged(f"a state is set on a {described(target)}")
+            self.damaged(f"a state is set on {described(target)}")

@@ -63,12 +63,14 @@ def torch_tensors(path: Path) -> dict[str, SourceTensor]:
     """
     file = open_torch(path)
     if not isinstance(file.content, dict):
-        raise CheckpointError(f"{path}: holds a {described(file.content)}, expected a state dict")
+        raise CheckpointError(f"{path}: holds {described(file.content)}, expected a state dict")
     tensors = {}
     for name, value in file.content.items():
-        if type(name) is not str or type(value) is not StoredTensor:
+        if type(name) is not str:
+            raise CheckpointError(f"{path}: a tensor called {name}, a number, expected a text")
+        if type(value) is not StoredTensor:
             raise CheckpointError(
-                f"{path}: {brief(str(name))} is a {described(value)}, expected a tensor: save the "
+                f"{path}: {brief(name)} is {described(value)}, expected a tensor: save the "
                 "model's state_dict() alone"
             )
         tensors[name] = file.tensor(name, value)

@@ -190,12 +190,16 @@ def brief(name: str) -> str:
     return name if name.isprintable() and len(name) <= 100 else f"{name!r:.100}"
 
 
+_KINDS: Mapping[type, str] = {
+    StoredTensor: "a tensor", Storage: "a storage", OrderedDict: "a dict", int: "a number",
+    float: "a number", str: "a text", type(None): "nothing", bytes: "bytes",
+}  # fmt: skip
+
+
 def described(value: object) -> str:
     """What a value is, for an error: never the value itself, which may be endless."""
     if type(value) is Name:
         return brief(str(value))
     if type(value) is Placeholder:
         return f"something of {brief(str(value.name))}"
-    if value is None:
-        return "None"
-    return "tensor" if type(value) is StoredTensor else type(value).__name__.lower()
+    return _KINDS.get(type(value), f"a {type(value).__name__}")

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from adapters import CONFIG, written
+import transformers
+from adapters import CONFIG, random_lora, written
 from bloomq.converters.peft import LoraConfig, read_adapter
 from conftest import Tensors, to_dtype
 from models import Tiny
-from torch_files import archive, state_of
+from torch_files import archive
 
 import bloomq
 from bloomq.errors import CheckpointError, ConfigError, InputNotFound
@@ -122,12 +122,13 @@ def test_a_file_instead_of_a_folder_is_refused(tmp_path):
     assert "cannot be read: Not a directory" in refused(tmp_path / "file", ConfigError)
 
 
-def test_an_adapter_in_a_bin_file_is_the_same_adapter(tmp_path):
-    folder = written(tmp_path / "lora")
-    expected = read_adapter(folder, MODEL)
-    torch.save(state_of(folder, "adapter_model"), folder / "adapter_model.bin")
-    (folder / "adapter_model.safetensors").unlink()
-    found = read_adapter(folder, MODEL)
+def test_a_bin_file_that_peft_saved_is_the_same_adapter(tmp_path):
+    sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
+    theirs = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes))
+    wrapped = random_lora(theirs, tmp_path / "safetensors")
+    wrapped.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert (tmp_path / "bin" / "adapter_model.bin").exists()
+    expected, found = (read_adapter(tmp_path / form, MODEL) for form in ("safetensors", "bin"))
     assert found.factors.keys() == expected.factors.keys()
     for name, factors in expected.factors.items():
         assert found.factors[name].down.tobytes() == factors.down.tobytes()

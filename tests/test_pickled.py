@@ -175,7 +175,7 @@ MINES: dict[str, tuple[bytes, str]] = {
     "a name without a module": (b"c\nexec\n" + EMPTY + b"R", "names .exec"),
     "a name of control codes": (b"cos\n\x1b[2Jsystem\n", r"names 'os.\x1b[2Jsystem'"),
     "an admitted name that is no maker": (
-        called(name("torch", "FloatStorage"), number(6)), "a torch.FloatStorage is called, which"
+        called(name("torch", "FloatStorage"), number(6)), "torch.FloatStorage is called, which"
     ),
     "a call of a dict": (b"}" + EMPTY + b"R", "a dict is called, which makes nothing, at byte"),
     "a call of a tensor": (tensor() + EMPTY + b"R", "a tensor is called, which makes nothing"),
@@ -183,11 +183,11 @@ MINES: dict[str, tuple[bytes, str]] = {
     "a state on a tensor": (tensor() + b"}b", "a state is set on a tensor at byte"),
     "a state on a plain dict": (b"}}b", "a state is set on a dict at byte"),
     "a state on a maker": (
-        name("torch", "Size") + mapping(x=b"N") + b"b", "a state is set on a torch.Size at byte"
+        name("torch", "Size") + mapping(x=b"N") + b"b", "a state is set on torch.Size at byte"
     ),
-    "a state in slots": (ORDERED + group(b"N", b"}") + b"b", "a state is set on a ordereddict at"),
+    "a state in slots": (ORDERED + group(b"N", b"}") + b"b", "a state is set on a dict at"),
     "items on a tensor": (tensor() + text("a") + b"Ns", "items are set on a tensor at byte"),
-    "items on a maker": (name("torch", "Size") + b"Na", "items are appended to a torch.Size at"),
+    "items on a maker": (name("torch", "Size") + b"Na", "items are appended to torch.Size at"),
     "a number as a name": (number(1) + number(2) + b"\x93", "a name that is no text at byte"),
 }  # fmt: skip
 # Unpickled, these write the file.
@@ -347,7 +347,7 @@ def test_what_python_pickled_becomes_placeholders():
             "a storage of class something of os.system, expected one of torch's typed ones",
         ),
         (called(name("torch", "Size"), SYSTEM), "a torch.Size of other things than sizes"),
-        (REBUILD + SYSTEM + b"R", "arguments that are a something of os.system"),
+        (REBUILD + SYSTEM + b"R", "arguments that are something of os.system"),
         (b"\x8f", "opcode EMPTY_SET"),
     ],
     ids=said,
@@ -425,10 +425,10 @@ def test_values_with_lengths_of_8_bytes_are_read():
         (program(b"h\0"), "memo 0 is asked for before it is set at byte 4"),
         (program(b"j\xff\xff\xff\xff"), "memo 4294967295 is asked for before it is set"),
         (program(b"Na"), "a value is missing at byte 4"),
-        (program(b"NNa"), "items are appended to a None at byte"),
+        (program(b"NNa"), "items are appended to nothing at byte"),
         (program(b"}(Nu"), "items are set on a dict at byte 6"),
         (program(b"]NNs"), "items are set on a list at byte 6"),
-        (program(b"}NNs"), "a None as a key, expected a text or a number, at byte"),
+        (program(b"}NNs"), "nothing as a key, expected a text or a number, at byte"),
         (program(b"}])s"), "a list as a key, expected a text or a number, at byte"),
         (program(b"}\x88Ns"), "a bool as a key, expected a text or a number, at byte"),
         (program(b"\x95" + b"\xff" * 8 + b"N"), "a frame of 18446744073709551615 bytes, more than"),
@@ -503,7 +503,7 @@ def test_tuples_are_no_keys_so_that_their_hash_is_never_taken():
 def test_numbers_that_would_collide_as_keys_are_refused():
     """Multiples of 2^61 - 1 have one hash: n of them cost n^2 comparisons."""
     keys = b"".join(number(i * ((1 << 61) - 1)) + b"N" for i in range(1, 1000))
-    assert "a int as a key" in refused(program(b"}(" + keys + b"u"))
+    assert "a number as a key" in refused(program(b"}(" + keys + b"u"))
 
 
 def test_long_shape_in_the_memo_is_measured_once():

@@ -34,9 +34,9 @@ def as_torch(dtype: str, array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(array))
 
 
-def state_of(checkpoint: Path, stem: str = "model") -> State:
+def state_of(checkpoint: Path) -> State:
     """The state dict of a single-file safetensors checkpoint."""
-    file = TensorFile.open(checkpoint / f"{stem}.safetensors")
+    file = TensorFile.open(checkpoint / "model.safetensors")
     return {name: as_torch(entry.dtype, file.array(name)) for name, entry in file.entries.items()}
 
 
