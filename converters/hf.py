@@ -2,12 +2,14 @@
 
     python -m bloomq.converters.hf CHECKPOINT PACK --scheme int4
 
-Nothing is unpickled: pytorch_model.bin files are refused by name.
+Weights are model.safetensors or pytorch_model.bin, in one file or sharded by an index; where both
+are there, safetensors. Nothing is unpickled: `torch_file` reads what a state dict needs.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +21,41 @@ from bloomq.tokenizer_config import Settings, read_settings
 
 from .safetensors_files import safetensors_tensors
 from .source import Checkpoint, SourceTensor
+from .torch_bin import bin_tensors
 from .whole import whole
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _TOKENIZER_LIMIT_BYTES = 256 << 20
 
 
-def read_folder(path: Path) -> Checkpoint:
+def read_folder(
+    path: Path,
+    found: Mapping[str, SourceTensor] | None = None,
+    *,
+    raw: dict[str, Any] | None = None,
+    form: str = "huggingface",
+) -> Checkpoint:
     """Open the checkpoint in folder `path`; no tensor is read yet (but for a head that may be
     tied).
+
+    found: its tensors by their names there, where they lie elsewhere; raw: what config.json says,
+    or would; form: what provenance calls it.
 
     Raises: ConfigError, CheckpointError; TokenizerError for settings beside the tokenizer that are
     not supported.
     """
-    raw = _read_config(path)
+    raw = _read_config(path) if raw is None else raw
     config = BloomConfig.from_dict(raw, str(path / "config.json"))
     bare = raw.get("architectures") == ["BloomModel"]
-    config, tensors, notes = whole(path, config, _find_tensors(path), bare=bare)
+    found = _find_tensors(path) if found is None else found
+    config, tensors, notes = whole(path, config, found, bare=bare)
     tokenizer = _read_tokenizer(path / TOKENIZER)
     settings = Settings() if tokenizer is None else read_settings(path)
     if tokenizer is None:
         notes += (f"{path}: no {TOKENIZER}: the pack will take token ids only, not text",)
     provenance = {
-        "format": "huggingface",
+        "format": form,
         "name": path.resolve().name,
         "architectures": raw.get("architectures"),
         "dtype": tensors["wte.weight"].dtype,
@@ -63,17 +77,23 @@ def _read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
+def holds_weights(path: Path) -> bool:
+    """Is there a file of weights, or an index of them, by Hugging Face's names?"""
+    return any(exists(path / name) for name in (_SINGLE, _INDEX, _BIN, _BIN_INDEX))
+
+
 def _find_tensors(path: Path) -> dict[str, SourceTensor]:
     """Every tensor of the checkpoint's files, by its name there."""
     if exists(path / _SINGLE):
         return safetensors_tensors([path / _SINGLE])
     if exists(path / _INDEX):
         return safetensors_tensors(shards_of(path / _INDEX))
-    if pickles := sorted(p.name for p in path.glob("pytorch_model*.bin")):
-        raise CheckpointError(
-            f"{path / pickles[0]}: is a pickle, which bloomq never opens (it can run code): save "
-            "the model as safetensors"
-        )
+    if exists(path / _BIN):
+        return bin_tensors([path / _BIN])
+    if exists(path / _BIN_INDEX):
+        return bin_tensors(shards_of(path / _BIN_INDEX))
+    if shards := sorted(p.name for p in path.glob("pytorch_model-*.bin")):
+        raise CheckpointError(f"{path}: {shards[0]} without {_BIN_INDEX}: download that too")
     raise CheckpointError(f"{path}: no {_SINGLE} and no {_INDEX}: not a checkpoint")
 
 

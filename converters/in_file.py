@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -41,16 +42,22 @@ def read_into(path: Path, size: int, start: int, buffer: np.ndarray) -> None:
     By system calls, not through a mapping: pages of a 14 GB file stay out of our memory, and a file
     cut short meanwhile is an error, not a crash. Raises: CheckpointError.
     """
-    done = 0
+    read_pieces(path, size, [(start, buffer)])
+
+
+def read_pieces(path: Path, size: int, pieces: Iterable[tuple[int, np.ndarray]]) -> None:
+    """As `read_into`, of several pieces of one file."""
     try:
         with path.open("rb", buffering=0) as file:
-            file.seek(start)
-            while done < len(buffer):
-                count = file.readinto(buffer.data[done:])
-                if not count:
-                    raise CheckpointError(
-                        f"{path}: shorter than the {size} bytes it had: it changed"
-                    )
-                done += count
+            for start, buffer in pieces:
+                file.seek(start)
+                done = 0
+                while done < len(buffer):
+                    count = file.readinto(buffer.data[done:])
+                    if not count:
+                        raise CheckpointError(
+                            f"{path}: shorter than the {size} bytes it had: it changed"
+                        )
+                    done += count
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,5 +1,5 @@
 """Reads LoRA adapters as PEFT saves them: a folder with adapter_config.json and
-adapter_model.safetensors.
+adapter_model.safetensors or, in its absence, adapter_model.bin.
 
 Nothing is unpickled, and nothing that changes the computation is ignored: what an adapter asks for
 beyond plain LoRA on a block's four linears is refused by name.
@@ -25,12 +25,14 @@ from bloomq.errors import CheckpointError, ConfigError, InputNotFound
 from bloomq.files import exists, shown
 from bloomq.lora import Adapter, Factors
 from bloomq.schemes import bf16_to_f32
-from bloomq.tensorfile import TensorFile
 
 from .names import PREFIX, huggingface_name
+from .safetensors_files import safetensors_tensors
+from .source import SourceTensor
+from .torch_file import torch_tensors
 
 F32 = NDArray[np.float32]
-_CONFIG, _TENSORS, _PICKLE = (
+_CONFIG, _TENSORS, _BIN = (
     "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 )  # fmt: skip
 _PEFT_PREFIX = "base_model.model."
@@ -107,18 +109,22 @@ def read_adapter(path: str | os.PathLike[str], config: BloomConfig) -> Adapter:
     except InputNotFound:
         raise CheckpointError(f"{path}: no {_CONFIG}: not the folder of a PEFT adapter") from None
     lora = LoraConfig.from_dict(raw, str(path / _CONFIG))
-    if not exists(path / _TENSORS) and exists(path / _PICKLE):
-        raise CheckpointError(
-            f"{path / _PICKLE}: is a pickle, which bloomq never opens (it can run code): save the "
-            "adapter as safetensors"
-        )
-    file = TensorFile.open(path / _TENSORS)
-    modules = _modules(file, config)
+    file, tensors = _tensors(path)
+    modules = _modules(file, tensors, config)
     if not modules:
-        raise CheckpointError(f"{file.path}: holds no lora_A and lora_B: not an adapter")
+        raise CheckpointError(f"{file}: holds no lora_A and lora_B: not an adapter")
     return Adapter({
-        spec.name: _factors(file, module, spec, lora) for module, spec in modules.items()
+        spec.name: _factors(tensors, module, spec, lora) for module, spec in modules.items()
     })  # fmt: skip
+
+
+def _tensors(path: Path) -> tuple[Path, dict[str, SourceTensor]]:
+    """The file of weights in folder `path`, and its tensors."""
+    if not exists(path / _TENSORS) and exists(path / _BIN):
+        return path / _BIN, torch_tensors(path / _BIN)
+    if not exists(path / _TENSORS):
+        raise InputNotFound(f"{path / _TENSORS}: no such file")
+    return path / _TENSORS, safetensors_tensors([path / _TENSORS])
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
@@ -163,60 +169,63 @@ def _of_module(pattern: Mapping[str, float], module: str, default: float) -> flo
     return next(found, default)
 
 
-def _modules(file: TensorFile, config: BloomConfig) -> dict[str, WeightSpec]:
+def _modules(
+    file: Path, tensors: Mapping[str, SourceTensor], config: BloomConfig
+) -> dict[str, WeightSpec]:
     """Every module that a file adapts, as it is spelled there, and which of our linears it is."""
     linears = {
         huggingface_name(f"{spec.name}.weight").removesuffix(".weight"): spec
         for spec in weight_specs(config) if spec.kind == "linear"
     }  # fmt: skip
     found: dict[str, set[str]] = {}
-    for name in file.entries:
+    for name in tensors:
         factor = _FACTOR.fullmatch(name)
         module = factor[1].removeprefix(_PEFT_PREFIX) if factor else ""
         if factor is None or module.removeprefix(PREFIX) not in linears:
             kinds = sorted({linear.rpartition(".")[2] for linear in linears})
             raise CheckpointError(
-                f"{file.path}: unexpected {shown(name)}: bloomq adapts {', '.join(kinds)} of "
+                f"{file}: unexpected {shown(name)}: bloomq adapts {', '.join(kinds)} of "
                 f"layers 0 to {config.n_layer - 1}, by lora_A.weight and lora_B.weight"
             )
         found.setdefault(factor[1], set()).add(factor[2])
     modules: dict[str, WeightSpec] = {}
     for stored, factors in found.items():
         if len(factors) < 2:
-            raise CheckpointError(f"{file.path}: {stored} lacks lora_A or lora_B: damaged")
+            raise CheckpointError(f"{file}: {stored} lacks lora_A or lora_B: damaged")
         spec = linears[stored.removeprefix(_PEFT_PREFIX).removeprefix(PREFIX)]
         if spec in modules.values():
-            raise CheckpointError(f"{file.path}: {stored} is there twice, in two spellings")
+            raise CheckpointError(f"{file}: {stored} is there twice, in two spellings")
         modules[stored] = spec
     return modules
 
 
-def _factors(file: TensorFile, stored: str, spec: WeightSpec, lora: LoraConfig) -> Factors:
+def _factors(
+    tensors: Mapping[str, SourceTensor], stored: str, spec: WeightSpec, lora: LoraConfig
+) -> Factors:
     module = stored.removeprefix(_PEFT_PREFIX)
     (n, k), rank = spec.shape, lora.rank(module)
-    down = _values(file, f"{stored}.lora_A.weight", (rank, k), 1.0)
-    up = _values(file, f"{stored}.lora_B.weight", (n, rank), lora.scale(module))
+    down = _values(tensors[f"{stored}.lora_A.weight"], (rank, k), 1.0)
+    up = _values(tensors[f"{stored}.lora_B.weight"], (n, rank), lora.scale(module))
     return Factors(down, up)
 
 
-def _values(file: TensorFile, name: str, shape: tuple[int, int], scale: float) -> F32:
+def _values(tensor: SourceTensor, shape: tuple[int, int], scale: float) -> F32:
     """A tensor times `scale`."""
-    entry = file.entries[name]
-    if entry.dtype not in _READABLE:
+    if tensor.dtype not in _READABLE:
         raise CheckpointError(
-            f"{file.path}: {name} is {entry.dtype}, expected one of {', '.join(_READABLE)}"
+            f"{tensor.name} is {tensor.dtype}, expected one of {', '.join(_READABLE)}"
         )
-    if entry.shape != shape:
+    if tensor.shape != shape:
         raise CheckpointError(
-            f"{file.path}: {name} is {list(entry.shape)}, expected {list(shape)} by this model and "
+            f"{tensor.name} is {list(tensor.shape)}, expected {list(shape)} by this model and "
             f"{_CONFIG}"
         )
-    stored: Any = file.array(name)
-    values = bf16_to_f32(stored) if entry.dtype == "BF16" else stored.astype(np.float32)
+    stored: Any = tensor.rows(0, shape[0])
+    values = bf16_to_f32(stored) if tensor.dtype == "BF16" else stored.astype(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):
         values = values * np.float32(scale)
     if not (np.abs(values) <= _LARGEST).all():  # nor NaN
         raise CheckpointError(
-            f"{file.path}: {name} holds NaN, infinity or a weight beyond {_LARGEST:.0f}: damaged"
+            f"{tensor.name} holds NaN, infinity or a weight beyond {_LARGEST:.0f}: damaged"
         )
     return np.asarray(values, np.float32)

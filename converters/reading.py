@@ -8,7 +8,7 @@ from bloomq.errors import CheckpointError, InputNotFound
 from bloomq.files import exists
 from bloomq.pack import MANIFEST
 
-from . import hf
+from . import hf, megatron
 from .source import Checkpoint
 
 
@@ -25,4 +25,6 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path}: is a file, expected the folder of a checkpoint")
     if exists(path / MANIFEST):
         raise CheckpointError(f"{path}: is a bloomq pack already, expected a checkpoint")
+    if megatron.is_checkpoint(path) and not hf.holds_weights(path):
+        return megatron.read_folder(path)
     return hf.read_folder(path)

@@ -62,7 +62,8 @@ def _unprefixed(found: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
 def _checked(tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:
     if tensor.dtype not in _READABLE:
         raise CheckpointError(
-            f"{tensor.name} is {tensor.dtype}, expected one of {', '.join(_READABLE)}"
+            f"{tensor.name} is {tensor.dtype}, expected one of {', '.join(_READABLE)}: save the "
+            "model in one of them"
         )
     if tensor.shape != shape:
         raise CheckpointError(

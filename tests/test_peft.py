@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapters import CONFIG, written
+import transformers
+from adapters import CONFIG, random_lora, written
 from bloomq.converters.peft import LoraConfig, read_adapter
 from conftest import Tensors, to_dtype
 from models import Tiny
+from torch_files import archive
 
 import bloomq
 from bloomq.errors import CheckpointError, ConfigError, InputNotFound
@@ -120,14 +122,32 @@ def test_a_file_instead_of_a_folder_is_refused(tmp_path):
     assert "cannot be read: Not a directory" in refused(tmp_path / "file", ConfigError)
 
 
-def test_a_pickle_is_refused_by_name_and_never_opened(tmp_path):
+def test_a_bin_file_that_peft_saved_is_the_same_adapter(tmp_path):
+    sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
+    theirs = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes))
+    wrapped = random_lora(theirs, tmp_path / "safetensors")
+    wrapped.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    assert (tmp_path / "bin" / "adapter_model.bin").exists()
+    expected, found = (read_adapter(tmp_path / form, MODEL) for form in ("safetensors", "bin"))
+    assert found.factors.keys() == expected.factors.keys()
+    for name, factors in expected.factors.items():
+        assert found.factors[name].down.tobytes() == factors.down.tobytes()
+        assert found.factors[name].up.tobytes() == factors.up.tobytes()
+
+
+def test_safetensors_win_over_a_bin_file(tmp_path):
+    folder = written(tmp_path / "lora")
+    (folder / "adapter_model.bin").write_bytes(b"nothing that is read")
+    assert read_adapter(folder, MODEL).rank == 4
+
+
+def test_a_pickle_is_refused_by_name_and_never_run(tmp_path):
     folder = tmp_path / "lora"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
-    (folder / "adapter_model.bin").write_bytes(b"cos\nabort\n(tR.")
-    assert refused(folder) == (
-        "adapter_model.bin: is a pickle, which bloomq never opens (it can run code): save the "
-        "adapter as safetensors"
+    archive(folder / "adapter_model.bin", b"\x80\2cos\nabort\n(tR.")
+    assert refused(folder).startswith(
+        "adapter_model.bin: data.pkl: names os.abort, which no state dict needs: it was not "
     )
 
 
