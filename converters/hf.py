@@ -17,6 +17,7 @@ from bloomq.files import exists, read_bounded
 from bloomq.pack import TOKENIZER
 from bloomq.tokenizer_config import Settings, read_settings
 
+from .flax import FLAX_INDEX, FLAX_SINGLE, flax_tensors
 from .safetensors_files import safetensors_tensors
 from .source import Checkpoint, SourceTensor
 from .whole import whole
@@ -69,6 +70,10 @@ def _find_tensors(path: Path) -> dict[str, SourceTensor]:
         return safetensors_tensors([path / _SINGLE])
     if exists(path / _INDEX):
         return safetensors_tensors(shards_of(path / _INDEX))
+    if exists(path / FLAX_SINGLE):
+        return flax_tensors([path / FLAX_SINGLE])
+    if exists(path / FLAX_INDEX):
+        return flax_tensors(shards_of(path / FLAX_INDEX))
     if pickles := sorted(p.name for p in path.glob("pytorch_model*.bin")):
         raise CheckpointError(
             f"{path / pickles[0]}: is a pickle, which bloomq never opens (it can run code): save "
