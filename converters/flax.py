@@ -188,7 +188,7 @@ def _transposed(label: str, stored: _Stored, panels: _Panels) -> SourceTensor:
             _transpose(values[:, a - first : b - first], out[a - start : b - start])
         return out
 
-    return SourceTensor(label, stored.array.dtype, (width, n), rows)
+    return SourceTensor(label, stored.array.dtype, (width, n), rows, transposed=stored.rows)
 
 
 def _transpose(source: Array, target: Array) -> None:
