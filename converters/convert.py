@@ -83,16 +83,15 @@ def convert(
     Raises: UsageError, InputNotFound, ConfigError, CheckpointError, TokenizerError, PackError,
     NumericError, OutputError.
     """
-    from .packed import check_losses, refuse_itself
+    from .packed import check_pack
     from .reading import read_checkpoint
 
     started = perf_counter()
     workers = _workers(threads)
     body, head = _body_and_head(scheme, group_size, head_scheme)
     checkpoint = read_checkpoint(source)
-    refuse_itself(source, target)
     schemes = choose_schemes(checkpoint.config, body, head)
-    check_losses(checkpoint, schemes)
+    check_pack(checkpoint, source, target, schemes)
     with writing_pack(Path(target), checkpoint.config, schemes, force=force) as writer:
         done = 0
         for block, arrays in _quantized(checkpoint, schemes, workers):

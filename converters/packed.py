@@ -50,7 +50,8 @@ def pack_tensors(pack: Pack) -> dict[str, SourceTensor]:
     tensors: dict[str, SourceTensor] = {}
     for spec in weight_specs(pack.config):
         if spec.is_matrix:
-            tensors[f"{spec.name}.weight"] = _matrix(pack, spec.name, spec.shape)
+            n, k = spec.shape
+            tensors[f"{spec.name}.weight"] = _matrix(pack, spec.name, (n, k))
         leaves = ("weight", "bias") if not spec.is_matrix else ("bias",)
         for leaf in leaves if spec.has_bias else ():
             key = f"{spec.name}.{leaf}"
@@ -59,28 +60,27 @@ def pack_tensors(pack: Pack) -> dict[str, SourceTensor]:
     return tensors
 
 
-def check_losses(checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> None:
-    """Refuses to quantize the weights of a pack that have lost too much already.
+def check_pack(
+    checkpoint: Checkpoint, source: str | Path, target: str | Path, schemes: Mapping[str, Scheme]
+) -> None:
+    """Where the source is a pack: refuses itself as the target, and to quantize weights that have
+    lost too much already.
 
-    Raises: CheckpointError.
+    Raises: UsageError, CheckpointError.
     """
     if checkpoint.provenance.get("format") != "pack":
         return
-    for name, scheme in schemes.items():
-        stored = checkpoint.tensors[f"{name}.weight"].stored
-        if stored is None or stored.scheme == scheme or scheme.is_float:
-            continue
-        if stored.scheme.name in _FINAL:
-            raise CheckpointError(
-                f"{checkpoint.tensors[f'{name}.weight'].name} is {stored.scheme.label}, which has "
-                f"lost too much for {scheme.label}: convert the original checkpoint, or export this"
-            )
-
-
-def refuse_itself(source: str | Path, target: str | Path) -> None:
-    """Raises: UsageError where source and target are one folder."""
     if os.path.realpath(source) == os.path.realpath(target):
         raise UsageError(f"{target}: is the source itself: choose another name for the target")
+    for name, scheme in schemes.items():
+        tensor = checkpoint.tensors[f"{name}.weight"]
+        if tensor.stored is None or tensor.stored.scheme == scheme or scheme.is_float:
+            continue
+        if tensor.stored.scheme.name in _FINAL:
+            raise CheckpointError(
+                f"{tensor.name} is {tensor.stored.scheme.label}, which has lost too much for "
+                f"{scheme.label}: convert the original checkpoint, or export this"
+            )
 
 
 def _dtype(scheme: Scheme) -> str:
@@ -102,38 +102,44 @@ def _ancestors(origin: Any) -> dict[str, Any]:
     return nested
 
 
-def _matrix(pack: Pack, name: str, shape: tuple[int, ...]) -> SourceTensor:
+def _matrix(pack: Pack, name: str, shape: tuple[int, int]) -> SourceTensor:
     scheme = pack.schemes[name]
-    rows = partial(_restored_rows, pack, name, shape[1])
-    stored = None if scheme.is_float else Stored(scheme, partial(_stored_parts, pack, name))
-    return SourceTensor(f"{pack.path}: {name}", _dtype(scheme), (shape[0], shape[1]), rows, stored)
+    rows = partial(_restored_rows, pack, name, shape)
+    stored = None if scheme.is_float else Stored(scheme, partial(_stored_parts, pack, name, shape))
+    return SourceTensor(f"{pack.path}: {name}", _dtype(scheme), shape, rows, stored)
 
 
-def _restored_rows(pack: Pack, name: str, width: int, start: int, stop: int) -> Array:
-    """Rows of a matrix, [stop - start, width], in the dtype of its SourceTensor."""
-    scheme, first = pack.schemes[name], start // TILE
-    parts = _tiles(pack, name, first, -(-stop // TILE))
+def _restored_rows(pack: Pack, name: str, shape: tuple[int, int], start: int, stop: int) -> Array:
+    """Rows of a matrix, [stop - start, K], in the dtype of its SourceTensor."""
+    scheme, first, last = pack.schemes[name], start // TILE, -(-stop // TILE)
+    parts = _tiles(pack, name, shape, first, last)
     if scheme.is_float:
         values: Array = untile_rows(parts["values"])
     else:
-        values = scheme.dequantize(parts, ((-(-stop // TILE) - first) * TILE, width))
-    skipped = first * TILE
-    return np.ascontiguousarray(values[start - skipped : stop - skipped, :width])
+        values = scheme.dequantize(parts, ((last - first) * TILE, shape[1]))
+    return np.ascontiguousarray(values[start - first * TILE : stop - first * TILE, : shape[1]])
 
 
-def _stored_parts(pack: Pack, name: str, start: int, stop: int) -> dict[str, Array]:
-    """Rows of a quantized matrix as they are stored; start a multiple of 32."""
-    parts = _tiles(pack, name, start // TILE, round_up(stop, ROW_MULTIPLE) // TILE)
+def _stored_parts(
+    pack: Pack, name: str, shape: tuple[int, int], start: int, stop: int
+) -> dict[str, Array]:
+    """Rows of a quantized matrix as they are stored; start a multiple of 32. Raises:
+    NumericError."""
+    parts = _tiles(pack, name, shape, start // TILE, round_up(stop, ROW_MULTIPLE) // TILE)
     if not np.isfinite(parts["scales"].astype(np.float32)).all():
         raise NumericError(f"{pack.path}: {name} has a scale that is no number: damaged")
     return parts
 
 
-def _tiles(pack: Pack, name: str, first: int, last: int) -> dict[str, Array]:
+def _tiles(
+    pack: Pack, name: str, shape: tuple[int, int], first: int, last: int
+) -> dict[str, Array]:
     """The arrays of some tiles of a matrix."""
-    matrix = pack.matrix(name)
-    tiles = matrix.scheme.padded(matrix.shape)[0] // TILE
-    return {part: _slice(pack, f"{name}.{part}", tiles, first, last) for part in matrix.parts}
+    scheme = pack.schemes[name]
+    tiles = scheme.padded(shape)[0] // TILE
+    return {
+        part: _slice(pack, f"{name}.{part}", tiles, first, last) for part in scheme.parts(shape)
+    }
 
 
 def _slice(pack: Pack, key: str, whole: int, first: int, last: int) -> Array:
