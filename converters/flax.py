@@ -78,7 +78,9 @@ def _huggingface(label: str, key: str) -> str:
     `transformer.h.3.mlp.dense_h_to_4h.weight`."""
     parts = key.split("/")
     if _STACKED in parts:
-        raise CheckpointError(f"{label}: layers in one array (use_scan), expected h/0, h/1, ...")
+        raise CheckpointError(
+            f"{label}: layers in one array (use_scan), expected h/0, h/1 and so on"
+        )
     parts = parts[1:] if parts[0] == "params" else parts
     return ".".join([*parts[:-1], _LEAVES.get(parts[-1], parts[-1])])
 

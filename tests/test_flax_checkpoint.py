@@ -23,6 +23,7 @@ from flax_files import array, extension, fuzz_one, in_pieces, packed, write_flax
 
 from bloomq.errors import CheckpointError
 
+QKV = "transformer/h/0/self_attention/query_key_value/kernel"
 ONE = np.arange(6, dtype=np.float32).reshape(2, 3)
 SMALL = {"a": {"scale": array(ONE[0]), "bias": array(ONE[1])}, "kernel": array(ONE)}
 
@@ -114,6 +115,26 @@ def test_every_byte_of_a_kernel_is_read_once_in_each_pass(tmp_path, monkeypatch)
     blocks = [tensor.rows(start, min(start + 48, 200)) for start in range(0, 200, 48)]
     assert np.array_equal(np.concatenate(blocks), kernel.T)
     assert read == kernel.nbytes
+
+
+def test_the_fingerprint_reads_64_stored_rows_of_a_large_kernel(tmp_path, monkeypatch):
+    """A row of ours is a column there, and 64 columns are in every page of the file."""
+    monkeypatch.setattr("bloomq.converters.source._WHOLE_BYTES", 1)
+    monkeypatch.setattr("bloomq.converters.source._SAMPLED_ROWS", 4)
+    _, target = write_flax(tmp_path)
+    before = read_checkpoint(target).fingerprint
+    monkeypatch.setattr(flax._Stored, "columns", None)
+    assert read_checkpoint(target).fingerprint == before
+    file = target / "flax_model.msgpack"
+    found = find_arrays(io.BytesIO(file.read_bytes()), "file")
+    at, count = found[QKV].pieces[0]
+    for row, seen in ((0, True), (1, False), (63, True)):
+        data = bytearray(file.read_bytes())
+        data[at + row * count // 64] ^= 1
+        file.write_bytes(data)
+        assert (read_checkpoint(target).fingerprint != before) is seen
+        data[at + row * count // 64] ^= 1
+        file.write_bytes(data)
 
 
 def test_threads_share_a_panel_and_its_error(tmp_path, monkeypatch):
@@ -375,9 +396,6 @@ def edited(folder: Path, edit: Callable[[dict], object]) -> tuple[Path, str]:
     return target, str(file)
 
 
-QKV = "transformer/h/0/self_attention/query_key_value/kernel"
-
-
 def test_a_tensor_that_is_missing_is_named(tmp_path):
     target, _ = edited(tmp_path, lambda leaves: leaves.pop(QKV))
     assert refused(target) == (
@@ -419,7 +437,7 @@ def test_layers_in_one_array_are_refused_by_name(tmp_path):
     name = "transformer/h/FlaxBloomBlockLayers/ln_1/scale"
     target, file = edited(tmp_path, lambda leaves: leaves.update({name: array(ONE)}))
     assert refused(target) == (
-        f"{file}: {name}: layers in one array (use_scan), expected h/0, h/1, ..."
+        f"{file}: {name}: layers in one array (use_scan), expected h/0, h/1 and so on"
     )
 
 
