@@ -106,7 +106,7 @@ def _matrix(pack: Pack, name: str, shape: tuple[int, int]) -> SourceTensor:
     scheme = pack.schemes[name]
     rows = partial(_restored_rows, pack, name, shape)
     stored = None if scheme.is_float else Stored(scheme, partial(_stored_parts, pack, name, shape))
-    return SourceTensor(f"{pack.path}: {name}", _dtype(scheme), shape, rows, stored)
+    return SourceTensor(f"{pack.path}: {name}", _dtype(scheme), shape, rows, stored=stored)
 
 
 def _restored_rows(pack: Pack, name: str, shape: tuple[int, int], start: int, stop: int) -> Array:
