@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bloomq.converters import packed
 from bloomq.converters.convert import convert
 from bloomq.converters.packed import pack_tensors
 from bloomq.converters.reading import read_checkpoint
@@ -275,6 +274,7 @@ def test_a_file_that_shrinks_under_a_reader_has_changed(tiny_pack, tmp_path):
         tensors["wte.weight"].rows(0, 32)
 
 
-def test_what_was_found_says_where_it_lies(tiny_pack):
-    pack = tiny_pack("int8")
-    assert packed.read_pack(pack).tensors["ln_f.bias"].name == f"{pack}: ln_f.bias"
+def test_a_tensor_says_where_it_lies(tiny_pack):
+    tensors = read_checkpoint(tiny_pack("int8")).tensors
+    assert tensors["ln_f.bias"].name == f"{tiny_pack('int8')}: ln_f.bias"
+    assert tensors["wte.weight"].name == f"{tiny_pack('int8')}: wte"
