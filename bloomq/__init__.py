@@ -47,6 +47,7 @@ _WHERE = {
     "convert": "converters.convert",
     "demo_pack": "loading",
     "explore": "exploration",
+    "export": "converters.export",
     "load": "loading",
     **dict.fromkeys(
         (
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from bloomq.constraints import JsonSchema as JsonSchema
     from bloomq.constraints import Regex as Regex
     from bloomq.converters.convert import convert as convert
+    from bloomq.converters.export import export as export
     from bloomq.exploration import Exploration as Exploration
     from bloomq.exploration import explore as explore
     from bloomq.flax import FlaxBloomForCausalLM as FlaxBloomForCausalLM

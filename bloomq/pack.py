@@ -27,7 +27,7 @@ from bloomq.config import BloomConfig, WeightSpec, read_json, weight_specs
 from bloomq.errors import BloomqError, ConfigError, InputNotFound, PackError, UsageError
 from bloomq.files import exists, read_bounded, shown
 from bloomq.schemes import Array, Part, Scheme, get_scheme, round_up
-from bloomq.tensorfile import TensorFile
+from bloomq.tensorfile import Entry, TensorFile
 from bloomq.tokenizer_config import Settings, settings_of
 from bloomq.weights import Matrix, Norm
 
@@ -114,6 +114,11 @@ class Pack:
     def array(self, key: str) -> Array:
         """A stored array, mapped; bf16 comes as uint16."""
         return self._files[self._where[key]].array(key)
+
+    def place(self, key: str) -> tuple[TensorFile, Entry]:
+        """The file that holds a stored array, and where in it: for who reads without mapping."""
+        file = self._files[self._where[key]]
+        return file, file.entries[key]
 
     def matrix(self, name: str) -> Matrix:
         """The matrix of a weight: `lm_head` is `wte` where they are tied."""

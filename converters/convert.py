@@ -74,15 +74,16 @@ def convert(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Convert the Hugging Face checkpoint in folder `source` to a pack at `target`.
+    """Convert the checkpoint or the pack in folder `source` to a pack at `target`.
 
     scheme: int8, int6, int4, nf4, f32, bf16 or f16; group_size: of int4 (32, 64 or 128);
     head_scheme: of the embedding and the head, by default int6 for int4 and nf4, otherwise the
     scheme itself. `force` replaces a pack that is there.
 
-    Raises: UsageError, InputNotFound, ConfigError, CheckpointError, TokenizerError, NumericError,
-    OutputError.
+    Raises: UsageError, InputNotFound, ConfigError, CheckpointError, TokenizerError, PackError,
+    NumericError, OutputError.
     """
+    from .packed import check_pack
     from .reading import read_checkpoint
 
     started = perf_counter()
@@ -90,6 +91,7 @@ def convert(
     body, head = _body_and_head(scheme, group_size, head_scheme)
     checkpoint = read_checkpoint(source)
     schemes = choose_schemes(checkpoint.config, body, head)
+    check_pack(checkpoint, source, target, schemes)
     with writing_pack(Path(target), checkpoint.config, schemes, force=force) as writer:
         done = 0
         for block, arrays in _quantized(checkpoint, schemes, workers):
@@ -199,6 +201,10 @@ def _run(block: _Block) -> dict[str, Array]:
     """Read and quantize one block; runs in a worker thread."""
     from .quantize import all_finite, quantize_block
 
+    stored = block.tensor.stored
+    if stored is not None and stored.scheme == block.scheme:
+        arrays = stored.parts(block.start, block.stop)
+        return {f"{block.name}.{part}": array for part, array in arrays.items()}
     raw = block.tensor.rows(block.start, block.stop)
     if not all_finite(raw, block.tensor.dtype):
         raise NumericError(f"{block.tensor.name} holds NaN or infinity: the checkpoint is damaged")

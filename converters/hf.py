@@ -2,14 +2,15 @@
 
     python -m bloomq.converters.hf CHECKPOINT PACK --scheme int4
 
-Weights are model.safetensors or pytorch_model.bin, in one file or sharded by an index; where both
-are there, safetensors. Nothing is unpickled: `torch_file` reads what a state dict needs.
+Weights are model.safetensors, pytorch_model.bin or flax_model.msgpack, in one file or sharded by an
+index; where several are there, the first of these. Nothing is unpickled: `torch_file` reads what a
+state dict needs.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,19 @@ from bloomq.files import exists, read_bounded
 from bloomq.pack import TOKENIZER
 from bloomq.tokenizer_config import Settings, read_settings
 
+from .flax import FLAX_INDEX, FLAX_SINGLE, flax_tensors
 from .safetensors_files import safetensors_tensors
 from .source import Checkpoint, SourceTensor
 from .torch_bin import bin_tensors
 from .whole import whole
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_BIN_INDEX = "pytorch_model.bin.index.json"
+# One file, an index of several, and their reader: the first that is there, as in transformers.
+_FORMS: tuple[tuple[str, str, Callable[[Sequence[Path]], dict[str, SourceTensor]]], ...] = (
+    ("model.safetensors", "model.safetensors.index.json", safetensors_tensors),
+    ("pytorch_model.bin", _BIN_INDEX, bin_tensors),
+    (FLAX_SINGLE, FLAX_INDEX, flax_tensors),
+)
 _TOKENIZER_LIMIT_BYTES = 256 << 20
 
 
@@ -79,22 +86,20 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def holds_weights(path: Path) -> bool:
     """Is there a file of weights, or an index of them, by Hugging Face's names?"""
-    return any(exists(path / name) for name in (_SINGLE, _INDEX, _BIN, _BIN_INDEX))
+    return any(exists(path / name) for *names, _ in _FORMS for name in names)
 
 
 def _find_tensors(path: Path) -> dict[str, SourceTensor]:
     """Every tensor of the checkpoint's files, by its name there."""
-    if exists(path / _SINGLE):
-        return safetensors_tensors([path / _SINGLE])
-    if exists(path / _INDEX):
-        return safetensors_tensors(shards_of(path / _INDEX))
-    if exists(path / _BIN):
-        return bin_tensors([path / _BIN])
-    if exists(path / _BIN_INDEX):
-        return bin_tensors(shards_of(path / _BIN_INDEX))
+    for single, index, tensors_of in _FORMS:
+        if exists(path / single):
+            return tensors_of([path / single])
+        if exists(path / index):
+            return tensors_of(shards_of(path / index))
+    single, index, _ = _FORMS[0]
     if shards := sorted(p.name for p in path.glob("pytorch_model-*.bin")):
         raise CheckpointError(f"{path}: {shards[0]} without {_BIN_INDEX}: download that too")
-    raise CheckpointError(f"{path}: no {_SINGLE} and no {_INDEX}: not a checkpoint")
+    raise CheckpointError(f"{path}: no {single} and no {index}: not a checkpoint")
 
 
 def shards_of(index: Path) -> list[Path]:

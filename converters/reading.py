@@ -9,6 +9,7 @@ from bloomq.files import exists
 from bloomq.pack import MANIFEST
 
 from . import hf, megatron
+from .packed import read_pack
 from .source import Checkpoint
 
 
@@ -16,7 +17,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     """The checkpoint at `source`; no tensor is read yet (but for a head that may be tied).
 
     Raises: InputNotFound, ConfigError, CheckpointError; TokenizerError for settings beside the
-    tokenizer that are not supported.
+    tokenizer that are not supported; PackError for a damaged pack.
     """
     path = Path(source)
     if not exists(path):
@@ -24,7 +25,7 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path}: is a file, expected the folder of a checkpoint")
     if exists(path / MANIFEST):
-        raise CheckpointError(f"{path}: is a bloomq pack already, expected a checkpoint")
+        return read_pack(path)
     if megatron.is_checkpoint(path) and not hf.holds_weights(path):
         return megatron.read_folder(path)
     return hf.read_folder(path)

@@ -6,18 +6,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from bloomq.config import BloomConfig
-from bloomq.schemes import Array
+from bloomq.schemes import Array, Scheme
 from bloomq.tokenizer_config import Settings
 
 # One read of 1 MiB is done sooner than 64 scattered ones.
 _WHOLE_BYTES, _SAMPLED_ROWS = 1 << 20, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A matrix that a checkpoint holds quantized already, on a grid that is one of ours.
+
+    parts(start, stop): those rows, start a multiple of 32, as `scheme.quantize` returns arrays:
+    with the checkpoint's own codes and scales, so that nothing is lost a second time.
+    """
+
+    scheme: Scheme
+    parts: Callable[[int, int], dict[str, Array]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +38,16 @@ class SourceTensor:
 
     name: what an error calls it (file and foreign name); dtype: F32, F16 or BF16;
     rows(start, stop): those rows, [stop - start, ...], in that dtype, bf16 as uint16.
+    transposed: for a matrix of which the file holds the columns one behind the other, those columns
+    [start, stop), [stop - start, rows]: single rows of it are dear.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     rows: Callable[[int, int], Array]
+    stored: Stored | None = None
+    transposed: Callable[[int, int], Array] | None = None
 
     @property
     def itemsize(self) -> int:
@@ -66,9 +82,10 @@ class Checkpoint:
         """SHA-256 of the config, the tokenizer with its settings and chat templates, and the
         tensors' names, types, shapes and values, wherever they lie.
 
-        Values: vectors, and tensors of up to 1 MiB or 64 rows, whole; of larger ones 64 rows, from
-        the first to the last, evenly between. So it is quick to take (of 14 GB it reads some 110
-        MB), training changes it, and an edit of a few rows of a large matrix may not.
+        Values: vectors, and tensors of up to 1 MiB or 64 rows, whole; of larger ones 64 rows (or
+        columns, where these lie together), from the first to the last, evenly between. So it is
+        quick to take (of 14 GB it reads some 110 MB), training changes it, and an edit of a few
+        rows of a large matrix may not.
         """
         text = None if self.tokenizer is None else hashlib.sha256(self.tokenizer).hexdigest()
         tensors = [[name, t.dtype, list(t.shape)] for name, t in self.tensors.items()]
@@ -77,14 +94,19 @@ class Checkpoint:
         facts += [templates] if templates else []  # packs of a checkpoint without keep theirs
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for tensor in self.tensors.values():
-            for start, stop in _sample(tensor):
-                digest.update(tensor.rows(start, stop).tobytes())
+            for values in _sample(tensor):
+                digest.update(values.tobytes())
         return digest.hexdigest()
 
 
-def _sample(tensor: SourceTensor) -> list[tuple[int, int]]:
-    """The blocks of rows that stand for a tensor."""
+def _sample(tensor: SourceTensor) -> Iterator[Array]:
+    """The values that stand for a tensor."""
     count = tensor.shape[0]
     if len(tensor.shape) == 1 or tensor.nbytes <= _WHOLE_BYTES or count <= _SAMPLED_ROWS:
-        return [(0, count)]
-    return [(int(i), int(i) + 1) for i in np.linspace(0, count - 1, _SAMPLED_ROWS).astype(int)]
+        yield tensor.rows(0, count)
+        return
+    read = tensor.rows
+    if tensor.transposed is not None:
+        count, read = tensor.shape[1], tensor.transposed
+    for i in np.linspace(0, count - 1, _SAMPLED_ROWS).astype(int):
+        yield read(int(i), int(i) + 1)

@@ -500,11 +500,6 @@ def test_file_in_place_of_the_checkpoint_is_named(tmp_path):
     assert refused(CheckpointError, file) == expected
 
 
-def test_pack_in_place_of_the_checkpoint_is_named(tmp_path, pack_of):
-    expected = f"{pack_of('int4')}: is a bloomq pack already, expected a checkpoint"
-    assert refused(CheckpointError, pack_of("int4"), tmp_path / "pack") == expected
-
-
 def test_folder_without_config_is_named(tmp_path):
     (tmp_path / "photos").mkdir()
     expected = f"{tmp_path / 'photos'}: no config.json: not a Hugging Face checkpoint"

@@ -15,6 +15,7 @@ import click
 from bloomq import __version__, console
 from bloomq.cli.chat import chat
 from bloomq.cli.explore import explore
+from bloomq.cli.export import export
 from bloomq.cli.perplexity import perplexity
 from bloomq.cli.score import score
 from bloomq.cli.tasks import answer, classify, embed, tag
@@ -57,7 +58,7 @@ def commands() -> None:
 
 
 for _command in (
-    generate, chat, explore, classify, tag, answer, embed, score, perplexity, convert, info,
-    verify, warmup, bench,
+    generate, chat, explore, classify, tag, answer, embed, score, perplexity, convert,
+    export, info, verify, warmup, bench,
 ):  # fmt: skip
     commands.add_command(_command)
