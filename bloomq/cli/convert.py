@@ -1,0 +1,63 @@
+"""The command `convert`: a checkpoint becomes a pack."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from bloomq import console
+from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
+
+
+@click.command()
+@click.argument("source", type=Path)
+@click.argument("target", type=Path)
+@click.option(
+    "--scheme",
+    type=click.Choice(SCHEME_NAMES),
+    default="int4",
+    show_default=True,
+    help="How matrices are stored.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice([str(g) for g in GROUP_SIZES]),
+    help="Columns that share a scale, for int4.  [default: 32]",
+)
+@click.option(
+    "--head-scheme",
+    type=click.Choice(SCHEME_NAMES),
+    help="For the embedding and the head.  [default: int6 for int4 and nf4, else as --scheme]",
+)
+@click.option("-t", "--threads", type=int, help="Worker threads.  [default: all cores]")
+@click.option("--force", is_flag=True, help="Replace a pack that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def convert(
+    source: Path, target: Path, scheme: str, group_size: str | None, head_scheme: str | None,
+    threads: int | None, force: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Convert the checkpoint in folder SOURCE to a pack at TARGET.
+
+    SOURCE: Hugging Face format, safetensors in one file or sharded. The model is never whole in
+    memory, and a run that is interrupted leaves no pack.
+    """
+    from bloomq.converters.convert import convert as run
+
+    with console.byte_progress("converting") as progress:
+        result = run(
+            source, target, scheme=scheme, group_size=int(group_size) if group_size else None,
+            head_scheme=head_scheme, threads=threads, force=force, progress=progress,
+        )  # fmt: skip
+    for line in result.notes:
+        console.note(f"note: {line}")
+    if as_json:
+        click.echo(json.dumps({**asdict(result), "pack": str(result.pack)}))
+        return
+    speed = result.source_bytes / 1e6 / result.seconds
+    click.echo(
+        f"{result.pack}: {result.pack_bytes / 1e6:.1f} MB of {result.source_bytes / 1e6:.1f} MB, "
+        f"{result.bits_per_weight:.2f} bits per weight, {result.seconds:.1f} s ({speed:.0f} MB/s)"
+    )
