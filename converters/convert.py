@@ -22,6 +22,7 @@ from bloomq.pack import Pack
 from bloomq.pack_writer import writing_pack
 from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, bf16_to_f32, get_scheme, round_up
 
+from .prequantized import stored_notes
 from .source import Checkpoint, SourceTensor
 
 _BLOCK_BYTES = 4 << 20  # of source; with float32 copies about five times that in memory, a worker
@@ -67,7 +68,7 @@ def convert(
     source: str | Path,
     target: str | Path,
     *,
-    scheme: str = "int4",
+    scheme: str | None = None,
     group_size: int | None = None,
     head_scheme: str | None = None,
     threads: int | None = None,
@@ -76,7 +77,8 @@ def convert(
 ) -> Conversion:
     """Convert the Hugging Face checkpoint in folder `source` to a pack at `target`.
 
-    scheme: int8, int6, int4, nf4, f32, bf16 or f16; group_size: of int4 (32, 64 or 128);
+    scheme: int8, int6, int4, nf4, f32, bf16 or f16; None: that in which the checkpoint is quantized
+    already (unless a group_size is given), otherwise int4; group_size: of int4 (32, 64 or 128);
     head_scheme: of the embedding and the head, by default int6 for int4 and nf4, otherwise the
     scheme itself. `force` replaces a pack that is there.
 
@@ -87,14 +89,19 @@ def convert(
 
     started = perf_counter()
     workers = _workers(threads)
-    body, head = _body_and_head(scheme, group_size, head_scheme)
+    body, head = _body_and_head("int4" if scheme is None else scheme, group_size, head_scheme)
     checkpoint = read_checkpoint(source)
+    kept = checkpoint.stored_scheme
+    if kept is not None and scheme is None and group_size is None:
+        body, head = kept, _body_and_head(kept.name, None, head_scheme)[1]
     schemes = choose_schemes(checkpoint.config, body, head)
     with writing_pack(Path(target), checkpoint.config, schemes, force=force) as writer:
         done = 0
         for block, arrays in _quantized(checkpoint, schemes, workers):
             for key, array in arrays.items():
                 writer.write(key, array)
+            if block.stop == block.tensor.shape[0]:
+                block.tensor.release()
             done += block.nbytes
             if progress is not None:
                 progress(done, checkpoint.nbytes)
@@ -112,7 +119,7 @@ def convert(
     pack = Pack.open(target)
     return Conversion(
         Path(target), checkpoint.nbytes, pack.nbytes, pack.bits_per_weight,
-        perf_counter() - started, checkpoint.notes,
+        perf_counter() - started, checkpoint.notes + stored_notes(checkpoint, body),
     )  # fmt: skip
 
 
@@ -199,6 +206,10 @@ def _run(block: _Block) -> dict[str, Array]:
     """Read and quantize one block; runs in a worker thread."""
     from .quantize import all_finite, quantize_block
 
+    stored = block.tensor.stored
+    if stored is not None and stored.scheme == block.scheme:
+        arrays = stored.parts(block.start, block.stop)
+        return {f"{block.name}.{part}": array for part, array in arrays.items()}
     raw = block.tensor.rows(block.start, block.stop)
     if not all_finite(raw, block.tensor.dtype):
         raise NumericError(f"{block.tensor.name} holds NaN or infinity: the checkpoint is damaged")

@@ -8,6 +8,7 @@ Nothing is unpickled: pytorch_model.bin files are refused by name.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bloomq.files import exists, read_bounded
 from bloomq.pack import TOKENIZER
 from bloomq.tokenizer_config import Settings, read_settings
 
+from .prequantized import read_packing, unpacked
 from .safetensors_files import safetensors_tensors
 from .source import Checkpoint, SourceTensor
 from .whole import whole
@@ -25,9 +27,11 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER_LIMIT_BYTES = 256 << 20
 
 
-def read_folder(path: Path) -> Checkpoint:
+def read_folder(path: Path, found: Mapping[str, SourceTensor] | None = None) -> Checkpoint:
     """Open the checkpoint in folder `path`; no tensor is read yet (but for a head that may be
     tied).
+
+    found: its tensors by their names there, where they lie elsewhere.
 
     Raises: ConfigError, CheckpointError; TokenizerError for settings beside the tokenizer that are
     not supported.
@@ -35,7 +39,13 @@ def read_folder(path: Path) -> Checkpoint:
     raw = _read_config(path)
     config = BloomConfig.from_dict(raw, str(path / "config.json"))
     bare = raw.get("architectures") == ["BloomModel"]
-    config, tensors, notes = whole(path, config, _find_tensors(path), bare=bare)
+    found = _find_tensors(path) if found is None else found
+    packing = read_packing(path, raw, found)
+    packed_notes: tuple[str, ...] = ()
+    if packing is not None:
+        found, packed_notes = unpacked(path, found, packing, config.hidden_size)
+    config, tensors, notes = whole(path, config, found, bare=bare)
+    notes += packed_notes
     tokenizer = _read_tokenizer(path / TOKENIZER)
     settings = Settings() if tokenizer is None else read_settings(path)
     if tokenizer is None:
@@ -45,6 +55,7 @@ def read_folder(path: Path) -> Checkpoint:
         "name": path.resolve().name,
         "architectures": raw.get("architectures"),
         "dtype": tensors["wte.weight"].dtype,
+        **({} if packing is None else {"quantization": packing.to_dict()}),
     }
     return Checkpoint(config, tensors, tokenizer, provenance, notes, settings)
 
@@ -56,10 +67,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no config.json: not a Hugging Face checkpoint") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path / 'config.json'}: expected a JSON object")
-    if "quantization_config" in raw:
-        raise CheckpointError(
-            f"{path}: is quantized already (quantization_config): convert the original checkpoint"
-        )
     return raw
 
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from bloomq.config import BloomConfig
-from bloomq.schemes import Array
+from bloomq.schemes import Array, Scheme
+from bloomq.tensorfile import DTYPES
 from bloomq.tokenizer_config import Settings
 
 # One read of 1 MiB is done sooner than 64 scattered ones.
@@ -21,21 +22,42 @@ _WHOLE_BYTES, _SAMPLED_ROWS = 1 << 20, 64
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """A matrix that a checkpoint holds quantized already, on a grid that is one of ours.
+
+    parts(start, stop): those rows, start a multiple of 32, as `scheme.quantize` returns arrays:
+    with the checkpoint's own codes and scales, so that nothing is lost a second time.
+    """
+
+    scheme: Scheme
+    parts: Callable[[int, int], dict[str, Array]]
+
+
+def _keep() -> None:
+    """Most tensors lie in files that stay."""
+
+
+@dataclass(frozen=True, slots=True)
 class SourceTensor:
     """A tensor that is still in its file.
 
     name: what an error calls it (file and foreign name); dtype: F32, F16 or BF16;
-    rows(start, stop): those rows, [stop - start, ...], in that dtype, bf16 as uint16.
+    rows(start, stop): those rows, [stop - start, ...], in that dtype, bf16 as uint16. columns: the
+    same of a matrix's columns, [rows, stop - start], where a reader can do that without reading
+    the rest. release: to be called when the tensor has been converted and is not read again.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     rows: Callable[[int, int], Array]
+    columns: Callable[[int, int], Array] | None = None
+    stored: Stored | None = None
+    release: Callable[[], None] = _keep
 
     @property
     def itemsize(self) -> int:
-        return 4 if self.dtype == "F32" else 2
+        return np.dtype(DTYPES[self.dtype]).itemsize
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +70,9 @@ class SourceTensor:
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A checkpoint as the converter sees it. `tensors` holds exactly what `config` asks for, each
-    of the right shape; settings: of the tokenizer; notes are for the user."""
+    of the right shape; settings: of the tokenizer; notes are for the user. origin: what tells the
+    tensors' values apart without reading them: the digests of files that lie elsewhere; or nothing.
+    """
 
     config: BloomConfig
     tensors: Mapping[str, SourceTensor]
@@ -56,6 +80,14 @@ class Checkpoint:
     provenance: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     settings: Settings = field(default_factory=Settings)
+    origin: str = ""
+
+    @property
+    def stored_scheme(self) -> Scheme | None:
+        """The scheme in which the checkpoint holds its linears already, if any of them: there is
+        one at most."""
+        schemes = (t.stored.scheme for t in self.tensors.values() if t.stored is not None)
+        return next(schemes, None)
 
     @property
     def nbytes(self) -> int:
@@ -68,14 +100,20 @@ class Checkpoint:
 
         Values: vectors, and tensors of up to 1 MiB or 64 rows, whole; of larger ones 64 rows, from
         the first to the last, evenly between. So it is quick to take (of 14 GB it reads some 110
-        MB), training changes it, and an edit of a few rows of a large matrix may not.
+        MB), training changes it, and an edit of a few rows of a large matrix may not. `origin`,
+        where there is one, stands for all values.
         """
         text = None if self.tokenizer is None else hashlib.sha256(self.tokenizer).hexdigest()
         tensors = [[name, t.dtype, list(t.shape)] for name, t in self.tensors.items()]
         templates = self.settings.chat_templates
         facts = [self.config.to_dict(), text, self.settings.to_dict(), tensors]
         facts += [templates] if templates else []  # packs of a checkpoint without keep theirs
+        facts += [self.origin] if self.origin else []
+        adapters = self.provenance.get("lora")
+        facts += [adapters] if adapters else []
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        if self.origin:
+            return digest.hexdigest()
         for tensor in self.tensors.values():
             for start, stop in _sample(tensor):
                 digest.update(tensor.rows(start, stop).tobytes())

@@ -18,9 +18,7 @@ from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
 @click.option(
     "--scheme",
     type=click.Choice(SCHEME_NAMES),
-    default="int4",
-    show_default=True,
-    help="How matrices are stored.",
+    help="How matrices are stored.  [default: int4; for GPTQ and AWQ their own]",
 )
 @click.option(
     "--group-size",
@@ -36,7 +34,7 @@ from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
 @click.option("--force", is_flag=True, help="Replace a pack that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def convert(
-    source: Path, target: Path, scheme: str, group_size: str | None, head_scheme: str | None,
+    source: Path, target: Path, scheme: str | None, group_size: str | None, head_scheme: str | None,
     threads: int | None, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert the checkpoint in folder SOURCE to a pack at TARGET.
