@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from bloomq.pack import Pack
 from bloomq.pack_writer import writing_pack
 from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, bf16_to_f32, get_scheme, round_up
 
+from .merging import merged
 from .prequantized import stored_notes
 from .source import Checkpoint, SourceTensor
 
@@ -71,6 +72,9 @@ def convert(
     scheme: str | None = None,
     group_size: int | None = None,
     head_scheme: str | None = None,
+    lora: Sequence[tuple[str | Path, float]] = (),
+    revision: str | None = None,
+    stream: bool = False,
     threads: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -80,7 +84,8 @@ def convert(
     scheme: int8, int6, int4, nf4, f32, bf16 or f16; None: that in which the checkpoint is quantized
     already (unless a group_size is given), otherwise int4; group_size: of int4 (32, 64 or 128);
     head_scheme: of the embedding and the head, by default int6 for int4 and nf4, otherwise the
-    scheme itself. `force` replaces a pack that is there.
+    scheme itself. lora: folders of PEFT adapters that are merged in, each times its scale.
+    revision and stream: of a hub id, see `read_checkpoint`. `force` replaces a pack that is there.
 
     Raises: UsageError, InputNotFound, ConfigError, CheckpointError, TokenizerError, NumericError,
     OutputError.
@@ -90,7 +95,7 @@ def convert(
     started = perf_counter()
     workers = _workers(threads)
     body, head = _body_and_head("int4" if scheme is None else scheme, group_size, head_scheme)
-    checkpoint = read_checkpoint(source)
+    checkpoint = merged(read_checkpoint(source, revision=revision, stream=stream), lora)
     kept = checkpoint.stored_scheme
     if kept is not None and scheme is None and group_size is None:
         body, head = kept, _body_and_head(kept.name, None, head_scheme)[1]

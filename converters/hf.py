@@ -76,6 +76,8 @@ def _find_tensors(path: Path) -> dict[str, SourceTensor]:
         return safetensors_tensors([path / _SINGLE])
     if exists(path / _INDEX):
         return safetensors_tensors(shards_of(path / _INDEX))
+    if packed := sorted(path.glob("gptq_model-*.safetensors")):  # AutoGPTQ's own names
+        return safetensors_tensors(packed)
     if pickles := sorted(p.name for p in path.glob("pytorch_model*.bin")):
         raise CheckpointError(
             f"{path / pickles[0]}: is a pickle, which bloomq never opens (it can run code): save "

@@ -109,8 +109,6 @@ class Checkpoint:
         facts = [self.config.to_dict(), text, self.settings.to_dict(), tensors]
         facts += [templates] if templates else []  # packs of a checkpoint without keep theirs
         facts += [self.origin] if self.origin else []
-        adapters = self.provenance.get("lora")
-        facts += [adapters] if adapters else []
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         if self.origin:
             return digest.hexdigest()
