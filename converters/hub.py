@@ -27,11 +27,9 @@ _BESIDE = (
     "chat_template.jinja", "quantize_config.json", "quant_config.json",
 )  # fmt: skip
 # In this order: the first that is there is taken, and nothing else.
-_WEIGHTS = (
-    r"model\.safetensors", r"model\.safetensors\.index\.json",
-    r"gptq_model-[\w.-]*\.safetensors", r"gptq_model-[\w.-]*\.safetensors\.index\.json",
-    r"pytorch_model\.bin", r"pytorch_model\.bin\.index\.json",
-)  # fmt: skip
+_SINGLE_OR_INDEX = ("model.safetensors", "model.safetensors.index.json")
+_PACKED = re.compile(r"gptq_model-[A-Za-z0-9_.-]{1,80}\.safetensors")  # AutoGPTQ's own names
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def is_id(source: str) -> bool:
@@ -83,18 +81,15 @@ def _weights(repo: Repository) -> list[RemoteFile]:
 
     Raises: CheckpointError.
     """
-    for pattern in _WEIGHTS:
-        found = [file for name, file in repo.files.items() if re.fullmatch(pattern, name)]
-        if len(found) > 1:
-            raise CheckpointError(
-                f"{repo.id}: {found[0].name} and {found[1].name}: two checkpoints in one "
-                "repository: download the folder of one"
-            )
-        if found and not found[0].name.endswith(".json"):
-            return found
-        if found:
-            return [_listed(repo.files, path.name, repo.id) for path in
-                    shards_of(in_cache(repo, found[0]))]  # fmt: skip
+    packed = [file for name, file in repo.files.items() if _PACKED.fullmatch(name)]
+    for single, index in (_SINGLE_OR_INDEX, _PICKLED):
+        if single in repo.files:
+            return [repo.files[single]]
+        if index in repo.files:
+            names = [path.name for path in shards_of(in_cache(repo, repo.files[index]))]
+            return [_listed(repo.files, name, repo.id) for name in names]
+        if packed:
+            return packed
     raise CheckpointError(
         f"{repo.id}: neither model.safetensors nor pytorch_model.bin, in one file or sharded"
     )

@@ -59,9 +59,11 @@ def describe(repo_id: str, revision: str | None) -> Repository:
     Raises: InputNotFound, CheckpointError.
     """
     from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import validate_repo_id
 
     endpoint, wanted = constants.ENDPOINT, revision or "main"
     with hub_errors(repo_id, wanted):
+        validate_repo_id(repo_id)
         api = HfApi(endpoint=endpoint, library_name="bloomq")
         try:
             info = api.model_info(repo_id, revision=wanted, files_metadata=True)
@@ -203,6 +205,10 @@ def hub_errors(repo_id: str, revision: str) -> Iterator[None]:
         name = str(error.response.url).rpartition("/")[2]
         raise CheckpointError(f"{repo_id}: {shown(name)} is listed there, and missing") from None
     except errors.HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise CheckpointError(
+                f"{repo_id}: {constants.ENDPOINT} refuses access: log in: hf auth login"
+            ) from None
         raise CheckpointError(
             f"{repo_id}: {constants.ENDPOINT} answers {error.response.status_code}: {_AGAIN}"
         ) from None

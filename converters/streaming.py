@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bloomq.errors import CheckpointError
+from bloomq.errors import BloomqError, CheckpointError
 from bloomq.files import shown
 from bloomq.schemes import Array
 
 from .hub_files import RemoteFile, Repository, download, hub_errors, remove_quietly
 from .safetensors_files import safetensors_tensors
 from .source import SourceTensor
+
+Shape = tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -27,7 +29,7 @@ class _Shard:
     repo: Repository
     file: RemoteFile
     folder: Path
-    promised: dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
+    promised: dict[str, tuple[str, Shape]]  # name -> dtype, shape
     left: set[str]
     opened: dict[str, SourceTensor] | None = None
 
@@ -78,24 +80,10 @@ def streamed(
 
     Reads the files' headers. Raises: CheckpointError, OutputError.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import SafetensorsParsingError
-
-    api = HfApi(endpoint=repo.endpoint, library_name="bloomq")
     tensors: dict[str, SourceTensor] = {}
     for file in files:
         label = f"{repo.id}/{file.name}"
-        try:
-            with hub_errors(repo.id, repo.revision):
-                header = api.parse_safetensors_file_metadata(
-                    repo.id, file.name, revision=repo.commit
-                )
-            promised = {
-                name: (str(entry.dtype), tuple(int(extent) for extent in entry.shape))
-                for name, entry in header.tensors.items()
-            }
-        except (SafetensorsParsingError, AttributeError, KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{label}: its header is no safetensors header") from None
+        promised = _header(repo, file, label)
         shard = _Shard(repo, file, folder, promised, set(promised))
         for name, (dtype, shape) in promised.items():
             where = f"{label}: {shown(name)}"
@@ -107,3 +95,22 @@ def streamed(
                 release=partial(shard.release, name),
             )  # fmt: skip
     return tensors
+
+
+def _header(repo: Repository, file: RemoteFile, label: str) -> dict[str, tuple[str, Shape]]:
+    """Type and shape of every tensor of a file that is not here, by its name."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    api = HfApi(endpoint=repo.endpoint, library_name="bloomq")
+    try:
+        with hub_errors(repo.id, repo.revision):
+            header = api.parse_safetensors_file_metadata(repo.id, file.name, revision=repo.commit)
+        return {
+            name: (str(entry.dtype), tuple(int(extent) for extent in entry.shape))
+            for name, entry in header.tensors.items()
+        }
+    except BloomqError:
+        raise
+    except (SafetensorsParsingError, AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{label}: its header is no safetensors header") from None
