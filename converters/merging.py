@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from .peft import read_adapter
 from .source import Checkpoint, SourceTensor
 
 F32 = NDArray[np.float32]
+_LARGEST = float(np.finfo(np.float32).max)
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -58,7 +58,7 @@ def merged(checkpoint: Checkpoint, adapters: Sequence[tuple[str | Path, float]])
     for folder, scale in adapters:
         path = Path(folder)
         number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        if not number or not math.isfinite(np.float32(scale)):
+        if not number or not abs(scale) <= _LARGEST:
             raise UsageError(f"{path}: the adapter's scale is {scale!r:.40}, expected a number")
         adapter = read_adapter(path, checkpoint.config)
         for name, factors in adapter.factors.items():

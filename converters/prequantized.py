@@ -126,7 +126,7 @@ def _packing(raw: Any, source: str, path: Path, default: str | None = None) -> P
     bits, group = settings.get("bits"), settings.get("group_size", -1)
     if isinstance(bits, bool) or bits not in _BITS[method]:
         known = ", ".join(map(str, _BITS[method]))
-        raise ConfigError(f"{source}: bits is {bits!r:.40}, expected one of {known}")
+        raise ConfigError(f"{source}: codes of {bits!r:.40} bits, expected one of {known}")
     if (
         isinstance(group, bool)
         or not isinstance(group, int)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def convert(
     """
     from bloomq.converters.convert import convert as run
 
+    # huggingface_hub reads it when it is imported; without, it asks the hub for more than files.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     with console.byte_progress("converting") as progress:
         result = run(
             source, target, scheme=scheme, group_size=int(group_size) if group_size else None,
