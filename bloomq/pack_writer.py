@@ -291,7 +291,7 @@ def writing_pack(
     """
     with _os_errors(target):
         target = Path(os.path.realpath(target))  # a link's pack is written where the link points
-        _check_target(target, force)
+        check_target(target, force)
     folder = partial_folder(target)
     made = [parent for parent in folder.parents if not parent.exists()]
     lock: int | None = None
@@ -300,7 +300,7 @@ def writing_pack(
     try:
         with _os_errors(target, lambda: 0 if writer is None else writer.missing_bytes()):
             lock = _take_folder(folder, target)
-            _check_target(target, force)  # another run may have ended since
+            check_target(target, force)  # another run may have ended since
             writer = PackWriter(folder, config, schemes)
             kept = job is not None and not fresh and read_journal(folder)[0] == job
             try:
@@ -361,7 +361,8 @@ def size_text(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
-def _check_target(target: Path, force: bool) -> None:
+def check_target(target: Path, force: bool) -> None:
+    """Raises: OutputError where something is there that is not to be replaced."""
     if not target.exists():
         return
     is_pack = (target / MANIFEST).is_file()

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,7 +22,7 @@ from bloomq import __version__
 from bloomq.config import BloomConfig, weight_specs
 from bloomq.errors import UsageError
 from bloomq.pack import VERSION, stored_arrays
-from bloomq.pack_writer import layout
+from bloomq.pack_writer import layout, size_text
 from bloomq.schemes import Scheme, get_scheme
 from bloomq.shards import Shard, array_bytes
 
@@ -119,6 +119,65 @@ class Plan:
         """An estimate, of round to nearest."""
         return _LIBRARIES_BYTES + self.workers * _WORKER_BYTES
 
+    @property
+    def summary(self) -> str:
+        """What is read and written, in a line."""
+        files = len(self.shards)
+        return (
+            f"{self.source}: {size_text(self.checkpoint.nbytes)} become "
+            f"{size_text(self.pack_bytes)} in {files} file{'s' * (files > 1)}; "
+            f"{size_text(self.disk_needed_bytes)} of disk needed, "
+            f"{size_text(self.disk_free_bytes)} free"
+        )
+
+    def describe(self, seconds: float) -> dict[str, Any]:
+        """All of it, for JSON; seconds: what `estimate_seconds` found."""
+        config = self.checkpoint.config
+        return {
+            "source": self.source, "target": str(self.target),
+            "form": self.checkpoint.provenance.get("format"),
+            "dtypes": sorted({tensor.dtype for tensor in self.checkpoint.tensors.values()}),
+            "source_bytes": self.checkpoint.nbytes, "architecture": config.architecture,
+            "hidden_size": config.hidden_size, "n_layer": config.n_layer,
+            "n_head": config.n_head, "vocab_size": config.vocab_size, **self.options,
+            "schemes": [asdict(share) for share in self.shares],
+            "pack_bytes": self.pack_bytes, "bits_per_weight": round(self.bits_per_weight, 4),
+            "files": {shard.name: shard.nbytes for shard in self.shards},
+            "disk_needed_bytes": self.disk_needed_bytes, "disk_free_bytes": self.disk_free_bytes,
+            "threads": self.workers, "estimated_peak_memory_bytes": self.peak_memory_bytes,
+            "estimated_seconds": round(seconds, 1), "notes": list(self.checkpoint.notes),
+        }  # fmt: skip
+
+    def lines(self, seconds: float) -> list[str]:
+        """All of it, for a person."""
+        config, source = self.checkpoint.config, self.checkpoint
+        dtypes = ", ".join(sorted({tensor.dtype for tensor in source.tensors.values()}))
+        rows = [
+            f"source   {self.source}: {source.provenance.get('format')}, {dtypes}, "
+            f"{size_text(source.nbytes)}",
+            f"model    {config.architecture}, {config.n_layer} layers of {config.hidden_size}, "
+            f"{config.vocab_size} tokens",
+            f"pack     {self.target}: {size_text(self.pack_bytes)}, "
+            f"{self.bits_per_weight:.2f} bits per weight",
+        ]
+        for share in self.shares:
+            rows.append(
+                f"         {share.scheme:10} {share.weights:4} arrays {size_text(share.nbytes):>10}"
+            )
+        sizes = [shard.nbytes for shard in self.shards]
+        enough = "" if self.disk_needed_bytes <= self.disk_free_bytes else ": NOT ENOUGH"
+        rate = source.nbytes / 1e6 / max(seconds, 1e-9)
+        rows += [
+            f"files    {len(sizes)}, the largest {size_text(max(sizes))}",
+            f"disk     {size_text(self.disk_needed_bytes)} needed, "
+            f"{size_text(self.disk_free_bytes)} free{enough}",
+            f"memory   about {size_text(self.peak_memory_bytes)} at the peak, "
+            f"{self.workers} threads",
+            f"time     about {_duration(seconds)} by a sample of reading and rounding "
+            f"({rate:.0f} MB/s), if the disk writes as fast",
+        ]
+        return rows
+
     def fingerprint(self) -> str:
         """The checkpoint's, or what its reader knows it by."""
         known = self.checkpoint.provenance.get("fingerprint")
@@ -137,6 +196,13 @@ class Plan:
         files = [[shard.name, shard.nbytes] for shard in self.shards]
         facts = [VERSION, provenance, self.watch.key, schemes, files]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def make_plan(
@@ -159,7 +225,7 @@ def make_plan(
     """
     from .reading import read_checkpoint
 
-    workers = _workers(threads)
+    workers = worker_count(threads)
     body, head = _body_and_head(scheme, group_size, head_scheme)
     watch = Watch.of(Path(source))
     checkpoint = read_checkpoint(source) if checkpoint is None else checkpoint
@@ -183,7 +249,8 @@ def _body_and_head(
     )
 
 
-def _workers(threads: int | None) -> int:
+def worker_count(threads: int | None) -> int:
+    """So many, or one for each core and one more. Raises: UsageError."""
     if threads is None:
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
         cores = allowed or os.cpu_count() or 1

@@ -60,6 +60,7 @@ SAME_LEVEL = {
     ("writing", "constraints"), ("language_model", "writing"),
     ("prompt_cache", "language_model"),
     ("describe", "loading"), ("describe", "backends"), ("loading", "backends"),
+    ("converters", "tokenizer"),  # a pack's is looked through
     ("converters", "cli"),  # `python -m bloomq.converters.hf` is the command `convert`
 }  # fmt: skip
 # What a level may import of the outside: the model and the loop know no engine and no file.
