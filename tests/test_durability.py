@@ -70,6 +70,7 @@ def child(job):
             Path(job["started"]).touch()
             while not Path(job["wait_for"]).exists():
                 time.sleep(0.005)
+    pack_writer._COMMIT_BYTES = job.get("commit_bytes", pack_writer._COMMIT_BYTES)
     if "kill_at" in job:
         watch(job["kill_at"], job["signal"])
     convert(job["source"], job["target"], force=job.get("force", False), progress=progress)
