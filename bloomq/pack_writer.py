@@ -33,7 +33,7 @@ from bloomq.tokenizer_config import Settings
 
 SHARD_BYTES = 1 << 30  # a pack of up to this is one file
 # Work is flushed and named in the journal after so much of it: a kill costs no more than that. Less
-# at a time would wait for the disk more often (docs/experiments.md).
+# at a time would wait for the disk more often.
 _COMMIT_BYTES, _COMMIT_S = 64 << 20, 5.0
 _HASH_BLOCK_BYTES = 8 << 20
 Progress = Callable[[int], None]  # called with the bytes done since the last call
