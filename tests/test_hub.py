@@ -230,6 +230,22 @@ def test_a_streamed_shard_is_there_only_while_it_is_needed(tmp_path, hub, monkey
     assert not (tmp_path / "home" / "bloomq").exists()
 
 
+def test_an_interrupted_stream_goes_on_and_leaves_nothing(tmp_path, hub):
+    def stop(done: int, total: int) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(ID, tmp_path / "pack", stream=True, progress=stop)
+    assert left(tmp_path)
+    done = convert(ID, tmp_path / "pack", stream=True)
+    assert done.resumed_bytes
+    assert not left(tmp_path)
+    convert(ID, tmp_path / "expected", stream=True)
+    for file in (tmp_path / "expected").iterdir():
+        assert file.read_bytes() == (tmp_path / "pack" / file.name).read_bytes()
+
+
 def test_a_shard_is_dropped_where_a_tied_head_is_not_converted(tmp_path, hub, checkpoint):
     folder = write_checkpoint(
         tmp_path / "tied",
@@ -441,6 +457,7 @@ def test_no_config_or_no_weights_are_refused_before_anything_is_fetched(tmp_path
     refused(CheckpointError, "owner/model: has no config.json: not a Hugging Face", tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Not enough free disk space")  # huggingface_hub's own word
 def test_too_little_space_is_said_before_the_download(tmp_path, hub, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr("bloomq.converters.hub_files.shutil.disk_usage", lambda path: usage)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from bloomq.converters import packed_grids
 from bloomq.converters.convert import convert
+from bloomq.converters.deep_verify import deep_verify
 from bloomq.converters.prequantized import Packing
 from bloomq.converters.reading import read_checkpoint
 from conftest import Tensors, dequantized, random_tensors, write_safetensors
@@ -341,6 +342,13 @@ def test_no_grid_of_ours_is_quantized_anew_by_default(tmp_path, options):
     assert Pack.open(tmp_path / "pack").schemes["h.0.mlp.up"].label == "int4-g32"
 
 
+@pytest.mark.parametrize(("method", "bits", "sym"), [("gptq", 4, True), ("awq", 4, False)])
+def test_deep_verification_finds_a_pack_taken_over_whole(tmp_path, method, bits, sym):
+    source, _ = packed_checkpoint(tmp_path / "m", method=method, bits=bits, group=64, sym=sym)
+    convert(source, tmp_path / "pack")
+    assert deep_verify(Pack.open(tmp_path / "pack"), read_checkpoint(source)).is_exact
+
+
 def test_embedding_and_norms_are_read_as_ever(tmp_path):
     source, _ = packed_checkpoint(tmp_path / "m")
     convert(source, tmp_path / "pack", head_scheme="f32")
@@ -377,7 +385,7 @@ def test_fingerprint_covers_packed_tensors(tmp_path, leaf):
 def test_number_of_threads_and_size_of_blocks_change_no_byte(tmp_path, monkeypatch):
     source, _ = packed_checkpoint(tmp_path / "m", group=64, sym=False)
     convert(source, tmp_path / "a", threads=1)
-    monkeypatch.setattr("bloomq.converters.convert._BLOCK_BYTES", 32 * C * 4)
+    monkeypatch.setattr("bloomq.converters.pieces._BLOCK_BYTES", 32 * C * 4)
     monkeypatch.setattr(packed_grids, "_BAND_BYTES", 5000)
     convert(source, tmp_path / "b", threads=5)
     for file in (tmp_path / "a").iterdir():

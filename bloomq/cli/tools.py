@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bloomq import __version__, console
 from bloomq.cli.options import engine_options, load
+from bloomq.errors import UsageError
+
+if TYPE_CHECKING:
+    from bloomq.pack import Pack
 
 
 @click.command()
@@ -28,21 +33,54 @@ def info(pack: Path | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("pack", type=Path)
-def verify(pack: Path) -> None:
-    """Read every byte of PACK and compare it with its checksums."""
+@click.argument("checkpoint", type=Path, required=False)
+@click.option("--deep", is_flag=True, help="Check every value, and compare with CHECKPOINT.")
+@click.option("-t", "--threads", type=int, help="Of --deep.  [default: all cores]")
+def verify(pack: Path, checkpoint: Path | None, deep: bool, threads: int | None) -> None:
+    """Read every byte of PACK and compare it with its checksums.
+
+    --deep: also check that every number is one that a converter would write, that padding is zero
+    and the tokenizer fits; and with CHECKPOINT, that these are the numbers it gives.
+    """
     from bloomq.pack import Pack
 
+    if checkpoint is not None and not deep:
+        raise UsageError("a checkpoint to compare with: add --deep")
     opened = Pack.open(pack)
     with console.byte_progress("verifying") as progress:
-        done = 0
+        opened.verify(_counted(progress, opened.nbytes))
+    click.echo(f"{pack}: whole, {opened.nbytes / 1e6:.1f} MB match their checksums")
+    if deep:
+        _verify_deep(opened, checkpoint, threads)
 
-        def count(fresh: int) -> None:
-            nonlocal done
-            done += fresh
-            progress(done, opened.nbytes)
 
-        opened.verify(count)
-    click.echo(f"{pack}: whole, {done / 1e6:.1f} MB match their checksums")
+def _counted(progress: console.Progress, total: int) -> Callable[[int], None]:
+    """A callback (fresh bytes) for one that wants (done, total)."""
+    done = 0
+
+    def count(fresh: int) -> None:
+        nonlocal done
+        done += fresh
+        progress(done, total)
+
+    return count
+
+
+def _verify_deep(pack: Pack, checkpoint: Path | None, threads: int | None) -> None:
+    from bloomq.converters.deep_verify import deep_verify
+    from bloomq.converters.reading import read_checkpoint
+
+    source = None if checkpoint is None else read_checkpoint(checkpoint)
+    with console.byte_progress("looking through") as progress:
+        count = _counted(progress, pack.nbytes)
+        report = deep_verify(pack, source, threads=threads, progress=count)
+    for line in report.notes:
+        console.note(f"note: {line}")
+    click.echo(f"{pack.path}: every value is in order")
+    if report.is_exact:
+        click.echo(f"{pack.path}: every byte is what {checkpoint} gives")
+    for row in report.differences:
+        click.echo(f"{row.weight:20} {row.scheme:10} relative error {row.relative_error:.5f}")
 
 
 @click.command()
