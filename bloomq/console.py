@@ -118,8 +118,16 @@ def byte_progress(label: str) -> Iterator[Progress]:
         if bar is None:
             yield lambda done, total: None
             return
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task, begun = bar.add_task(label, total=None), False
+
+        def show(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun:  # what an earlier run has done says nothing of this one's speed
+                bar.reset(task, completed=done, total=total)
+            begun = True
+            bar.update(task, completed=done, total=total)
+
+        yield show
 
 
 @contextmanager

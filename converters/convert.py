@@ -1,38 +1,35 @@
-"""A checkpoint becomes a pack: blocks of rows go through worker threads, in order, into the writer.
+"""A checkpoint becomes a pack: a producer's pieces go, in order, into the writer.
 
-Peak memory is a few blocks, whatever the model's size: no tensor is ever whole in memory.
+Invariant: an interrupted run that is repeated gives the same bytes as one that was not interrupted;
+a source that changed meanwhile gives no pack at all.
 """
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
-import numpy as np
-
-from bloomq import __version__
-from bloomq.config import BloomConfig, WeightSpec, weight_specs
-from bloomq.errors import NumericError, UsageError
+from bloomq.errors import CheckpointError
 from bloomq.pack import Pack
-from bloomq.pack_writer import writing_pack
-from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, bf16_to_f32, get_scheme, round_up
+from bloomq.pack_writer import PackWriter, partial_folder, size_text, writing_pack
 
-from .source import Checkpoint, SourceTensor
+from .pieces import Producer, round_to_nearest
+from .plan import Plan, choose_schemes, make_plan
+from .source import Checkpoint
 
-_BLOCK_BYTES = 4 << 20  # of source; with float32 copies about five times that in memory, a worker
-# A worker needs some 100 MB, and a few of them are faster than any disk.
-_DEFAULT_WORKERS, _MOST_WORKERS = 8, 64
+__all__ = ["Conversion", "choose_schemes", "convert", "run"]
+
 Progress = Callable[[int, int], None]  # (source bytes done, source bytes in all)
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What a conversion did. Bytes are of the weights; notes are for the user."""
+    """What a conversion did. Bytes are of the weights; resumed_bytes: of the source, that an
+    interrupted run had done before; notes are for the user."""
 
     pack: Path
     source_bytes: int
@@ -40,188 +37,146 @@ class Conversion:
     bits_per_weight: float
     seconds: float
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Rows [start, stop) of one tensor, to be stored under `keys`."""
-
-    tensor: SourceTensor
-    start: int
-    stop: int
-    name: str
-    scheme: Scheme | None  # None: a vector, stored as padded float32
-
-    @property
-    def nbytes(self) -> int:
-        rows = self.tensor.shape[0]
-        return int(self.tensor.nbytes * (self.stop - self.start) // rows)
-
-
-# The embedding, which is also the head, suffers most from few bits; in int6 it loses next to
-# nothing (docs/experiments.md).
-_HEAD_OF = {"int4": "int6", "nf4": "int6"}
+    resumed_bytes: int = 0
 
 
 def convert(
     source: str | Path,
     target: str | Path,
     *,
-    scheme: str = "int4",
+    scheme: str | None = None,
     group_size: int | None = None,
     head_scheme: str | None = None,
+    lora: Sequence[tuple[str | Path, float]] = (),
+    revision: str | None = None,
+    stream: bool = False,
     threads: int | None = None,
     force: bool = False,
+    fresh: bool = False,
+    checksum_source: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Convert the checkpoint or the pack in folder `source` to a pack at `target`.
+    """Convert the checkpoint or the pack at `source` to a pack at `target`.
 
-    scheme: int8, int6, int4, nf4, f32, bf16 or f16; group_size: of int4 (32, 64 or 128);
+    scheme: int8, int6, int4, nf4, f32, bf16 or f16; None: that in which the checkpoint is quantized
+    already (unless a group_size is given), otherwise int4; group_size: of int4 (32, 64 or 128);
     head_scheme: of the embedding and the head, by default int6 for int4 and nf4, otherwise the
-    scheme itself. `force` replaces a pack that is there.
+    scheme itself. lora: folders of PEFT adapters that are merged in, each times its scale.
+    revision and stream: of a hub id, see `read_checkpoint`. `force` replaces a pack that is there,
+    `fresh` begins anew where an interrupted run of the same conversion would be continued.
+    checksum_source: put the SHA-256 of every file of the source into the pack's provenance, which
+    reads them all once more.
 
     Raises: UsageError, InputNotFound, ConfigError, CheckpointError, TokenizerError, PackError,
     NumericError, OutputError.
     """
-    from .packed import check_pack
-    from .reading import read_checkpoint
+    plan = make_plan(
+        source, target, scheme=scheme, group_size=group_size, head_scheme=head_scheme,
+        lora=lora, revision=revision, stream=stream, threads=threads,
+    )  # fmt: skip
+    return run(plan, force=force, fresh=fresh, checksum_source=checksum_source, progress=progress)
 
+
+def run(
+    plan: Plan,
+    *,
+    producer: Producer | None = None,
+    method: Mapping[str, Any] | None = None,
+    force: bool = False,
+    fresh: bool = False,
+    checksum_source: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert as planned.
+
+    producer: what makes the weights, by default `round_to_nearest`; method: what its bytes depend
+    on beside the checkpoint and the schemes, as the pack's provenance names it. Raises: as
+    `convert`.
+    """
     started = perf_counter()
-    workers = _workers(threads)
-    body, head = _body_and_head(scheme, group_size, head_scheme)
-    checkpoint = read_checkpoint(source)
-    schemes = choose_schemes(checkpoint.config, body, head)
-    check_pack(checkpoint, source, target, schemes)
-    with writing_pack(Path(target), checkpoint.config, schemes, force=force) as writer:
-        done = 0
-        for block, arrays in _quantized(checkpoint, schemes, workers):
-            for key, array in arrays.items():
-                writer.write(key, array)
-            done += block.nbytes
-            if progress is not None:
-                progress(done, checkpoint.nbytes)
-        options = {"scheme": body.label, "head_scheme": head.label}
-        writer.finish(
-            checkpoint.tokenizer,
-            {
-                **checkpoint.provenance,
-                **options,
-                "fingerprint": checkpoint.fingerprint,
-                "bloomq": __version__,
-            },
-            settings=checkpoint.settings,
-        )
-    pack = Pack.open(target)
+    checkpoint, show = plan.checkpoint, progress or (lambda done, total: None)
+    producer = producer or round_to_nearest(plan.workers)
+    fingerprint = plan.fingerprint()
+    provenance = {**plan.provenance(fingerprint), **(method or {})}
+    with writing_pack(
+        plan.target, checkpoint.config, plan.schemes, force=force, fresh=fresh,
+        job=plan.job({**provenance, "checksum_source": checksum_source}),
+    ) as writer:  # fmt: skip
+        resumed = _source_bytes(checkpoint, writer.done)
+        notes = checkpoint.notes + _notes(plan, resumed, dropped=writer.dropped)
+        _produce(plan, producer, writer, resumed, show)
+        if checksum_source:
+            provenance["source_files"] = plan.watch.digests(plan.workers)
+        _check_source(plan, fingerprint)
+        writer.finish(checkpoint.tokenizer, provenance, settings=checkpoint.settings)
+    pack = Pack.open(plan.target)
     return Conversion(
-        Path(target), checkpoint.nbytes, pack.nbytes, pack.bits_per_weight,
-        perf_counter() - started, checkpoint.notes,
+        plan.target, checkpoint.nbytes, pack.nbytes, pack.bits_per_weight,
+        perf_counter() - started, notes, resumed,
     )  # fmt: skip
 
 
-def _body_and_head(
-    scheme: str, group_size: int | None, head_scheme: str | None
-) -> tuple[Scheme, Scheme]:
-    """Both schemes; the group size belongs to whichever is int4."""
-    head_scheme = _HEAD_OF.get(scheme, scheme) if head_scheme is None else head_scheme
-    if "int4" not in (scheme, head_scheme):
-        return get_scheme(scheme, group_size), get_scheme(head_scheme, group_size)
-    return (
-        get_scheme(scheme, group_size if scheme == "int4" else None),
-        get_scheme(head_scheme, group_size if head_scheme == "int4" else None),
-    )
+def _produce(
+    plan: Plan, producer: Producer, writer: PackWriter, done: int, progress: Progress
+) -> None:
+    """Write every weight that is not written yet."""
+    total = plan.checkpoint.nbytes
+    if done:
+        progress(done, total)
+    for weight in writer.done:
+        _release(plan.checkpoint, weight)
+    pieces, last = producer(plan.checkpoint, plan.schemes, writer.done), ""
+    try:
+        with closing(pieces):  # type: ignore[type-var]
+            for piece in pieces:
+                for key, array in piece.arrays.items():
+                    writer.write(key, array)
+                if piece.weight != last:  # a weight's pieces come one behind the other
+                    _release(plan.checkpoint, last)
+                    last = piece.weight
+                done += piece.source_bytes
+                progress(done, total)
+        _release(plan.checkpoint, last)
+    except CheckpointError as error:
+        # A network's file system that fails for a while is no damage of the source.
+        if isinstance(error.__context__, OSError) and plan.watch.is_undisturbed:
+            writer.keep_work()
+        raise
 
 
-def _workers(threads: int | None) -> int:
-    if threads is None:
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-        cores = allowed or os.cpu_count() or 1
-        return min(cores + 1, _DEFAULT_WORKERS)  # one more: some wait for the disk
-    if (
-        isinstance(threads, bool)
-        or not isinstance(threads, int)
-        or not 1 <= threads <= _MOST_WORKERS
-    ):
-        raise UsageError(f"threads is {threads!r}, expected 1 to {_MOST_WORKERS}")
-    return threads
+def _release(checkpoint: Checkpoint, weight: str) -> None:
+    """What the weight was made of is not read again."""
+    for key in (f"{weight}.weight", f"{weight}.bias"):
+        if key in checkpoint.tensors:
+            checkpoint.tensors[key].release()
 
 
-def choose_schemes(config: BloomConfig, body: Scheme, head: Scheme) -> dict[str, Scheme]:
-    """The scheme of every matrix: `head` for the embedding and the language model's head; a
-    classifier's few rows stay as they are."""
-    scheme_of = {
-        "embedding": head, "head": head, "linear": body, "classifier": get_scheme("f32")
-    }  # fmt: skip
-    return {s.name: scheme_of[s.kind] for s in weight_specs(config) if s.is_matrix}
-
-
-def _quantized(
-    checkpoint: Checkpoint, schemes: dict[str, Scheme], threads: int
-) -> Iterator[tuple[_Block, dict[str, Array]]]:
-    """Every block with its arrays, in order; workers run a few blocks ahead."""
-    blocks = _blocks(checkpoint, schemes)
-    window: deque[tuple[_Block, Future[dict[str, Array]]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for block in blocks:
-                window.append((block, pool.submit(_run, block)))
-                if len(window) > threads + 1:
-                    oldest, future = window.popleft()
-                    yield oldest, future.result()
-            while window:
-                oldest, future = window.popleft()
-                yield oldest, future.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _blocks(checkpoint: Checkpoint, schemes: dict[str, Scheme]) -> Iterator[_Block]:
-    for spec in weight_specs(checkpoint.config):
-        scheme = schemes.get(spec.name)
-        yield from _weight_blocks(checkpoint, spec, scheme)
-        if spec.has_bias:
-            bias = checkpoint.tensors[f"{spec.name}.bias"]
-            yield _Block(bias, 0, bias.shape[0], f"{spec.name}.bias", None)
-
-
-def _weight_blocks(
-    checkpoint: Checkpoint, spec: WeightSpec, scheme: Scheme | None
-) -> Iterator[_Block]:
-    tensor = checkpoint.tensors[f"{spec.name}.weight"]
-    if scheme is None:
-        yield _Block(tensor, 0, tensor.shape[0], f"{spec.name}.weight", None)
-        return
-    row_bytes = tensor.nbytes // tensor.shape[0]
-    rows = max(ROW_MULTIPLE, _BLOCK_BYTES // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
-    for start in range(0, tensor.shape[0], rows):
-        stop = min(start + rows, tensor.shape[0])
-        yield _Block(tensor, start, stop, spec.name, scheme)
-
-
-def _run(block: _Block) -> dict[str, Array]:
-    """Read and quantize one block; runs in a worker thread."""
-    from .quantize import all_finite, quantize_block
-
-    stored = block.tensor.stored
-    if stored is not None and stored.scheme == block.scheme:
-        arrays = stored.parts(block.start, block.stop)
-        return {f"{block.name}.{part}": array for part, array in arrays.items()}
-    raw = block.tensor.rows(block.start, block.stop)
-    if not all_finite(raw, block.tensor.dtype):
-        raise NumericError(f"{block.tensor.name} holds NaN or infinity: the checkpoint is damaged")
-    if block.scheme is None:
-        values = (
-            bf16_to_f32(raw.view(np.uint16))
-            if block.tensor.dtype == "BF16"
-            else raw.astype(np.float32)
+def _check_source(plan: Plan, fingerprint: str) -> None:
+    """Raises: CheckpointError where the source is not what it was."""
+    plan.watch.check()
+    if plan.fingerprint() != fingerprint:
+        raise CheckpointError(
+            f"{plan.source}: its weights changed while they were converted: convert again when "
+            "nothing writes them"
         )
-        padded = np.zeros(round_up(len(values), 32), np.float32)
-        padded[: len(values)] = values
-        return {block.name: padded}
-    parts = quantize_block(raw, block.tensor.dtype, block.scheme)
-    for name, part in block.scheme.parts((len(raw), raw.shape[1])).items():
-        if name in ("scales", "values") and not all_finite(parts[name], part.dtype):
-            raise NumericError(
-                f"{block.tensor.name} holds weights too large for {block.scheme.name}: "
-                "choose bf16, f32 or int8"
-            )
-    return {f"{block.name}.{part}": array for part, array in parts.items()}
+
+
+def _source_bytes(checkpoint: Checkpoint, weights: Collection[str]) -> int:
+    return sum(
+        checkpoint.tensors[key].nbytes
+        for name in weights for key in (f"{name}.weight", f"{name}.bias")
+        if key in checkpoint.tensors
+    )  # fmt: skip
+
+
+def _notes(plan: Plan, resumed: int, *, dropped: bool) -> tuple[str, ...]:
+    folder = partial_folder(plan.target)
+    if resumed:
+        of = f"{size_text(resumed)} of {size_text(plan.checkpoint.nbytes)}"
+        return (f"{folder}: an interrupted run had done {of}: went on from there",)
+    if dropped:
+        return (
+            f"{folder}: what an interrupted run had left was of another source, other options or "
+            "another version, or damaged: began anew",
+        )
+    return ()

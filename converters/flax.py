@@ -190,7 +190,10 @@ def _transposed(label: str, stored: _Stored, panels: _Panels) -> SourceTensor:
             _transpose(values[:, a - first : b - first], out[a - start : b - start])
         return out
 
-    return SourceTensor(label, stored.array.dtype, (width, n), rows, transposed=stored.rows)
+    def columns(start: int, stop: int) -> Array:
+        return stored.rows(start, stop).T
+
+    return SourceTensor(label, stored.array.dtype, (width, n), rows, columns, transposed=True)
 
 
 def _transpose(source: Array, target: Array) -> None:

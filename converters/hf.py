@@ -21,6 +21,7 @@ from bloomq.pack import TOKENIZER
 from bloomq.tokenizer_config import Settings, read_settings
 
 from .flax import FLAX_INDEX, FLAX_SINGLE, flax_tensors
+from .prequantized import read_packing, unpacked
 from .safetensors_files import safetensors_tensors
 from .source import Checkpoint, SourceTensor
 from .torch_bin import bin_tensors
@@ -56,7 +57,12 @@ def read_folder(
     config = BloomConfig.from_dict(raw, str(path / "config.json"))
     bare = raw.get("architectures") == ["BloomModel"]
     found = _find_tensors(path) if found is None else found
+    packing = read_packing(path, raw, found)
+    packed_notes: tuple[str, ...] = ()
+    if packing is not None:
+        found, packed_notes = unpacked(path, found, packing, config.hidden_size)
     config, tensors, notes = whole(path, config, found, bare=bare)
+    notes += packed_notes
     tokenizer = _read_tokenizer(path / TOKENIZER)
     settings = Settings() if tokenizer is None else read_settings(path)
     if tokenizer is None:
@@ -66,6 +72,7 @@ def read_folder(
         "name": path.resolve().name,
         "architectures": raw.get("architectures"),
         "dtype": tensors["wte.weight"].dtype,
+        **({} if packing is None else {"quantization": packing.to_dict()}),
     }
     return Checkpoint(config, tensors, tokenizer, provenance, notes, settings)
 
@@ -77,10 +84,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no config.json: not a Hugging Face checkpoint") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path / 'config.json'}: expected a JSON object")
-    if "quantization_config" in raw:
-        raise CheckpointError(
-            f"{path}: is quantized already (quantization_config): convert the original checkpoint"
-        )
     return raw
 
 
@@ -96,6 +99,8 @@ def _find_tensors(path: Path) -> dict[str, SourceTensor]:
             return tensors_of([path / single])
         if exists(path / index):
             return tensors_of(shards_of(path / index))
+    if packed := sorted(path.glob("gptq_model-*.safetensors")):  # AutoGPTQ's own names
+        return safetensors_tensors(packed)
     single, index, _ = _FORMS[0]
     if shards := sorted(p.name for p in path.glob("pytorch_model-*.bin")):
         raise CheckpointError(f"{path}: {shards[0]} without {_BIN_INDEX}: download that too")

@@ -24,7 +24,8 @@ def tensor_in_file(
     for extent in shape[1:]:
         row_bytes *= extent
     rows = partial(_read_rows, path, size, dtype, shape[1:], row_bytes, start)
-    return SourceTensor(label, dtype, shape, rows)
+    columns = partial(_read_columns, path, size, dtype, shape, start) if len(shape) == 2 else None
+    return SourceTensor(label, dtype, shape, rows, columns)
 
 
 def _read_rows(
@@ -34,6 +35,18 @@ def _read_rows(
     buffer = np.empty((stop - start) * row_bytes, np.uint8)
     read_into(path, size, at + start * row_bytes, buffer)
     return buffer.view(DTYPES[dtype]).reshape(stop - start, *shape)
+
+
+def _read_columns(
+    path: Path, size: int, dtype: str, shape: tuple[int, ...], at: int, start: int, stop: int
+) -> Array:
+    """Columns [start, stop) of every row: one read a row."""
+    itemsize = np.dtype(DTYPES[dtype]).itemsize
+    row_bytes = shape[1] * itemsize
+    buffer = np.empty((shape[0], (stop - start) * itemsize), np.uint8)
+    first = at + start * itemsize
+    read_pieces(path, size, [(first + i * row_bytes, piece) for i, piece in enumerate(buffer)])
+    return buffer.view(DTYPES[dtype])
 
 
 def read_into(path: Path, size: int, start: int, buffer: np.ndarray) -> None:

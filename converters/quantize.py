@@ -6,11 +6,7 @@ fast-math, LLVM contracts nothing. Callers run blocks on several threads: these 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from bloomq.schemes import (
@@ -24,15 +20,9 @@ from bloomq.schemes import (
     to_half,
 )
 
+from .group_scales import cached, group_scales, load_group
+
 F32 = NDArray[np.float32]
-
-
-def _cached(function: Callable[..., Any]) -> Any:
-    """Compile at the first call; keep the result where Numba finds a place to write."""
-    try:
-        return njit(nogil=True, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return njit(nogil=True, error_model="numpy")(function)
 
 
 _ROUND = np.float32(12582912)  # 1.5 x 2^23: adding and subtracting it rounds, half to even
@@ -57,8 +47,8 @@ def quantize_block(raw: Array, dtype: str, scheme: Scheme) -> dict[str, Array]:
     if scheme.name == "nf4":
         _group_peaks(w, scheme.group_size, wide)
     else:
-        levels = np.array(GROUP_LEVELS[scheme.name], np.float32)
-        _group_scales(w, scheme.group_size, levels, wide)
+        levels = tuple(np.float32(level) for level in GROUP_LEVELS[scheme.name])
+        group_scales(w, scheme.group_size, levels, wide)
     half = to_half(wide)
     packed = np.empty(scheme.parts((w.shape[0], w.shape[1]))["codes"].shape, np.uint8)
     inverse = reciprocal(half.astype(np.float32))
@@ -90,14 +80,14 @@ def _widen(raw: Array, dtype: str, shape: tuple[int, int]) -> F32:
     return out
 
 
-@_cached
+@cached
 def _widen_bf16(bits, out):  # type: ignore[no-untyped-def]
     for i in range(bits.shape[0]):
         for j in range(bits.shape[1]):
             out[i, j] = np.uint32(bits[i, j]) << np.uint32(16)
 
 
-@_cached
+@cached
 def _peak_bits(bits, mask):  # type: ignore[no-untyped-def]
     """The largest magnitude as an integer: floats order like their bits."""
     peak = np.int32(0)
@@ -106,7 +96,7 @@ def _peak_bits(bits, mask):  # type: ignore[no-untyped-def]
     return peak
 
 
-@_cached
+@cached
 def _row_peaks(w):  # type: ignore[no-untyped-def]
     peaks = np.empty(w.shape[0], np.float32)
     for i in range(w.shape[0]):
@@ -118,7 +108,7 @@ def _row_peaks(w):  # type: ignore[no-untyped-def]
     return peaks
 
 
-@_cached
+@cached
 def _int8_codes(w, inverse, codes):  # type: ignore[no-untyped-def]
     for tile in range(codes.shape[0]):
         for lane in range(16):
@@ -129,15 +119,7 @@ def _int8_codes(w, inverse, codes):  # type: ignore[no-untyped-def]
                     codes[tile, k4, lane, j] = np.int8(whole - _ROUND)
 
 
-@_cached
-def _load_group(w, tile, first, block):  # type: ignore[no-untyped-def]
-    """16 rows x one group of columns, transposed into block [group, 16]."""
-    for lane in range(16):
-        for k in range(block.shape[0]):
-            block[k, lane] = w[tile * 16 + lane, first + k]
-
-
-@_cached
+@cached
 def _peak_of_group(block, peak, magnitude):  # type: ignore[no-untyped-def]
     """The value of largest magnitude in each lane, signed; the first of equals."""
     for lane in range(16):
@@ -151,55 +133,17 @@ def _peak_of_group(block, peak, magnitude):  # type: ignore[no-untyped-def]
             magnitude[lane] = abs(value) if larger else magnitude[lane]
 
 
-@_cached
-def _group_scales(w, group, levels, scales):  # type: ignore[no-untyped-def]
-    lowest, highest = levels[0], np.float32(-levels[0] - np.float32(1))
-    block = np.empty((group, 16), np.float32)
-    peak, magnitude = np.empty(16, np.float32), np.empty(16, np.float32)
-    inverse, factor = np.empty(16, np.float32), np.empty(16, np.float32)
-    wq, qq = np.empty(16, np.float32), np.empty(16, np.float32)
-    gain = np.empty(16, np.float32)
-    for tile in range(scales.shape[0]):
-        for g in range(scales.shape[1]):
-            _load_group(w, tile, g * group, block)
-            _peak_of_group(block, peak, magnitude)
-            best = scales[tile, g]
-            for lane in range(16):
-                reciprocal = np.float32(1) / peak[lane]
-                inverse[lane] = np.float32(0) if np.isinf(reciprocal) else reciprocal
-                gain[lane] = np.float32(-1)
-                best[lane] = np.float32(0)
-            for level in levels:
-                for lane in range(16):
-                    factor[lane] = level * inverse[lane]
-                    wq[lane] = np.float32(0)
-                    qq[lane] = np.float32(0)
-                for k in range(group):
-                    for lane in range(16):
-                        value = block[k, lane]
-                        q = (value * factor[lane] + _ROUND) - _ROUND
-                        q = min(max(q, lowest), highest)
-                        wq[lane] += value * q
-                        qq[lane] += q * q
-                for lane in range(16):
-                    scale = wq[lane] / (qq[lane] if qq[lane] > 0 else np.float32(1))
-                    this = wq[lane] * scale
-                    better = this > gain[lane]
-                    best[lane] = scale if better else best[lane]
-                    gain[lane] = this if better else gain[lane]
-
-
-@_cached
+@cached
 def _group_peaks(w, group, peaks):  # type: ignore[no-untyped-def]
     block = np.empty((group, 16), np.float32)
     peak = np.empty(16, np.float32)
     for tile in range(peaks.shape[0]):
         for g in range(peaks.shape[1]):
-            _load_group(w, tile, g * group, block)
+            load_group(w, tile, g * group, block)
             _peak_of_group(block, peak, peaks[tile, g])
 
 
-@_cached
+@cached
 def _int4_codes(w, group, inverse, codes):  # type: ignore[no-untyped-def]
     for tile in range(codes.shape[0]):
         for lane in range(16):
@@ -214,7 +158,7 @@ def _int4_codes(w, group, inverse, codes):  # type: ignore[no-untyped-def]
                     codes[tile, k8, lane, j] = np.uint8(np.int32(low) | (np.int32(high) << 4))
 
 
-@_cached
+@cached
 def _int6_codes(w, group, inverse, codes):  # type: ignore[no-untyped-def]
     for tile in range(codes.shape[0]):
         for lane in range(16):
@@ -235,7 +179,7 @@ def _int6_codes(w, group, inverse, codes):  # type: ignore[no-untyped-def]
                     codes[tile, 3 * k16 + 2, lane, j] = np.uint8(high)
 
 
-@_cached
+@cached
 def _nf4_index(x, midpoints):  # type: ignore[no-untyped-def]
     index = np.int32(0)
     for midpoint in midpoints:
@@ -243,7 +187,7 @@ def _nf4_index(x, midpoints):  # type: ignore[no-untyped-def]
     return index
 
 
-@_cached
+@cached
 def _nf4_codes(w, group, inverse, midpoints, codes):  # type: ignore[no-untyped-def]
     for tile in range(codes.shape[0]):
         for lane in range(16):

@@ -88,6 +88,7 @@ def _settle_tie(
         _checked(tensor, (config.vocab_size, config.hidden_size))
     if table is not None and _equal(head, table):
         del found["lm_head.weight"]
+        head.release()
         return replace(config, tie_word_embeddings=True), ()
     if config.tie_word_embeddings:
         note = f"{path}: lm_head.weight differs from the embedding: kept as a head of its own"

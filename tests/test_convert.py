@@ -17,6 +17,7 @@ import pytest
 from bloomq.converters import whole
 from bloomq.converters.convert import choose_schemes, convert
 from bloomq.converters.names import expected_tensors, huggingface_name
+from bloomq.converters.plan import CONVERTER_VERSION
 from bloomq.converters.reading import read_checkpoint
 from bloomq.converters.source import Checkpoint, SourceTensor
 from conftest import Tensors, dequantized, to_dtype, write_checkpoint
@@ -168,7 +169,7 @@ def test_sizes_that_fill_no_tile_are_padded(tmp_path, vocab_size, hidden_size):
 
 
 def test_matrix_larger_than_a_block_is_the_same_as_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr("bloomq.converters.convert._BLOCK_BYTES", 32 * 64 * 4)
+    monkeypatch.setattr("bloomq.converters.pieces._BLOCK_BYTES", 32 * 64 * 4)
     checkpoint = write_checkpoint(tmp_path / "checkpoint", vocab_size=150)
     for scheme in ("int8", "int4", "nf4"):
         convert(checkpoint, tmp_path / scheme, scheme=scheme, threads=3)
@@ -476,7 +477,8 @@ def test_provenance_names_the_checkpoint(tmp_path):
     assert re.fullmatch("[0-9a-f]{64}", provenance.pop("fingerprint"))
     assert provenance == {
         "format": "huggingface", "name": "my bloom", "architectures": ["BloomForCausalLM"],
-        "dtype": "F16", "scheme": "nf4", "head_scheme": "int6",
+        "dtype": "F16", "scheme": "nf4", "head_scheme": "int6", "method": "round-to-nearest",
+        "converter": CONVERTER_VERSION,
     }  # fmt: skip
 
 
@@ -742,9 +744,10 @@ def test_weights_that_are_not_numbers_are_named(tmp_path, dtype, bad, name):
         tensors[name][1].reshape(-1)[-1] = to_dtype(np.float32(bad).reshape(1), dtype)[0]
 
     checkpoint = write_checkpoint(tmp_path / "checkpoint", dtype=dtype, edit=edit)
+    row = 191 if name.endswith("bias") else 95
     assert refused(NumericError, checkpoint) == (
-        f"{checkpoint / 'model.safetensors'}: {name} holds NaN or infinity: the checkpoint is "
-        "damaged"
+        f"{checkpoint / 'model.safetensors'}: {name} holds NaN or infinity in row {row}: the "
+        "checkpoint is damaged"
     )
 
 
@@ -782,7 +785,7 @@ def test_giant_tokenizer_is_not_read(tmp_path):
 
 
 def test_source_cut_short_while_converting_is_an_error_not_a_crash(tmp_path, monkeypatch):
-    monkeypatch.setattr("bloomq.converters.convert._BLOCK_BYTES", 1)
+    monkeypatch.setattr("bloomq.converters.pieces._BLOCK_BYTES", 1)
     checkpoint = write_checkpoint(tmp_path / "checkpoint", n_layer=4)
     file = checkpoint / "model.safetensors"
     size = file.stat().st_size

@@ -92,7 +92,7 @@ def test_safetensors_are_read_where_both_are_there(tmp_path):
 def test_panels_of_any_width_change_no_byte(tmp_path, monkeypatch, panel):
     monkeypatch.setattr(flax, "_PANEL_BYTES", panel)
     monkeypatch.setattr(flax, "_PIECE_BYTES", 1)
-    monkeypatch.setattr("bloomq.converters.convert._BLOCK_BYTES", 32 * 64 * 4)
+    monkeypatch.setattr("bloomq.converters.pieces._BLOCK_BYTES", 32 * 64 * 4)
     assert_same_pack(*write_flax(tmp_path, n_layer=2, most=1001))
 
 

@@ -68,7 +68,7 @@ def test_a_pack_with_the_usual_head_is_copied_by_the_same_options(pack_of, tmp_p
 
 
 def test_copies_are_the_same_in_blocks_of_any_size(tiny_pack, tmp_path, monkeypatch):
-    monkeypatch.setattr("bloomq.converters.convert._BLOCK_BYTES", 32 * 60 * 4)
+    monkeypatch.setattr("bloomq.converters.pieces._BLOCK_BYTES", 32 * 60 * 4)
     for scheme in ("int4", "bf16", "int8"):
         convert(tiny_pack(scheme), tmp_path / scheme, scheme=scheme, head_scheme=scheme)
         assert weights_of(tmp_path / scheme) == weights_of(tiny_pack(scheme))

@@ -24,7 +24,8 @@ LEVELS = {
     "checks": 1, "files": 1, "config": 1, "outputs": 1, "losses": 1, "schemes": 1, "weights": 1,
     "encoding": 1, "byte_level": 1, "tokenizer_config": 1, "tensorfile": 1,
     "chat.sandbox": 1, "levels": 1,
-    "layers": 2, "lora": 2, "pack": 2, "pack_writer": 2, "chat.template": 2,
+    "journal": 1,
+    "layers": 2, "lora": 2, "pack": 2, "pack_writer": 2, "shards": 2, "chat.template": 2,
     "backends.reference": 3, "backends.numba_cpu": 3, "backends.jax": 3,
     "model": 3, "heads": 3, "inputs": 3, "tracing": 3, "forward": 3, "tokenizer": 3,
     "sampling": 4, "search": 4, "speculation": 4, "text": 4, "generation": 4, "scoring": 4,
@@ -44,6 +45,7 @@ SAME_LEVEL = {
     ("pipelines", "modeling"), ("pack_writer", "pack"), ("heads", "model"), ("forward", "heads"),
     ("inputs", "heads"), ("tracing", "heads"), ("tracing", "inputs"), ("forward", "inputs"),
     ("forward", "tracing"),
+    ("pack_writer", "shards"), ("shards", "pack"), ("journal", "files"),
     ("flax", "backends"), ("flax", "opening"), ("flax", "modeling"),
     ("modeling", "backends"), ("modeling", "opening"), ("language_model", "modeling"),
     ("loading", "modeling"), ("loading", "language_model"),
@@ -58,6 +60,7 @@ SAME_LEVEL = {
     ("writing", "constraints"), ("language_model", "writing"),
     ("prompt_cache", "language_model"),
     ("describe", "loading"), ("describe", "backends"), ("loading", "backends"),
+    ("converters", "tokenizer"),  # a pack's is looked through
     ("converters", "cli"),  # `python -m bloomq.converters.hf` is the command `convert`
 }  # fmt: skip
 # What a level may import of the outside: the model and the loop know no engine and no file.

@@ -14,13 +14,14 @@ import click
 
 from bloomq import __version__, console
 from bloomq.cli.chat import chat
+from bloomq.cli.convert import convert
 from bloomq.cli.explore import explore
 from bloomq.cli.export import export
 from bloomq.cli.perplexity import perplexity
 from bloomq.cli.score import score
 from bloomq.cli.tasks import answer, classify, embed, tag
 from bloomq.cli.text import generate
-from bloomq.cli.tools import bench, convert, info, verify, warmup
+from bloomq.cli.tools import bench, info, verify, warmup
 from bloomq.errors import BloomqError, UsageError
 
 

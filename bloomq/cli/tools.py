@@ -1,68 +1,20 @@
-"""Commands about packs and this machine: convert, info, verify, warmup and bench."""
+"""Commands about packs and this machine: info, verify, warmup and bench."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bloomq import __version__, console
 from bloomq.cli.options import engine_options, load
-from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
+from bloomq.errors import UsageError
 
-
-@click.command()
-@click.argument("source", type=Path)
-@click.argument("target", type=Path)
-@click.option(
-    "--scheme",
-    type=click.Choice(SCHEME_NAMES),
-    default="int4",
-    show_default=True,
-    help="How matrices are stored.",
-)
-@click.option(
-    "--group-size",
-    type=click.Choice([str(g) for g in GROUP_SIZES]),
-    help="Columns that share a scale, for int4.  [default: 32]",
-)
-@click.option(
-    "--head-scheme",
-    type=click.Choice(SCHEME_NAMES),
-    help="For the embedding and the head.  [default: int6 for int4 and nf4, else as --scheme]",
-)
-@click.option("-t", "--threads", type=int, help="Worker threads.  [default: all cores]")
-@click.option("--force", is_flag=True, help="Replace a pack that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def convert(
-    source: Path, target: Path, scheme: str, group_size: str | None, head_scheme: str | None,
-    threads: int | None, force: bool, as_json: bool,
-) -> None:  # fmt: skip
-    """Convert the checkpoint in folder SOURCE to a pack at TARGET.
-
-    SOURCE: Hugging Face format, safetensors in one file or sharded. The model is never whole in
-    memory, and a run that is interrupted leaves no pack.
-    """
-    from bloomq.converters.convert import convert as run
-
-    with console.byte_progress("converting") as progress:
-        result = run(
-            source, target, scheme=scheme, group_size=int(group_size) if group_size else None,
-            head_scheme=head_scheme, threads=threads, force=force, progress=progress,
-        )  # fmt: skip
-    for line in result.notes:
-        console.note(f"note: {line}")
-    if as_json:
-        click.echo(json.dumps({**asdict(result), "pack": str(result.pack)}))
-        return
-    speed = result.source_bytes / 1e6 / result.seconds
-    click.echo(
-        f"{result.pack}: {result.pack_bytes / 1e6:.1f} MB of {result.source_bytes / 1e6:.1f} MB, "
-        f"{result.bits_per_weight:.2f} bits per weight, {result.seconds:.1f} s ({speed:.0f} MB/s)"
-    )
+if TYPE_CHECKING:
+    from bloomq.pack import Pack
 
 
 @click.command()
@@ -81,21 +33,54 @@ def info(pack: Path | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("pack", type=Path)
-def verify(pack: Path) -> None:
-    """Read every byte of PACK and compare it with its checksums."""
+@click.argument("checkpoint", type=Path, required=False)
+@click.option("--deep", is_flag=True, help="Check every value, and compare with CHECKPOINT.")
+@click.option("-t", "--threads", type=int, help="Of --deep.  [default: all cores]")
+def verify(pack: Path, checkpoint: Path | None, deep: bool, threads: int | None) -> None:
+    """Read every byte of PACK and compare it with its checksums.
+
+    --deep: also check that every number is one that a converter would write, that padding is zero
+    and the tokenizer fits; and with CHECKPOINT, that these are the numbers it gives.
+    """
     from bloomq.pack import Pack
 
+    if checkpoint is not None and not deep:
+        raise UsageError("a checkpoint to compare with: add --deep")
     opened = Pack.open(pack)
     with console.byte_progress("verifying") as progress:
-        done = 0
+        opened.verify(_counted(progress, opened.nbytes))
+    click.echo(f"{pack}: whole, {opened.nbytes / 1e6:.1f} MB match their checksums")
+    if deep:
+        _verify_deep(opened, checkpoint, threads)
 
-        def count(fresh: int) -> None:
-            nonlocal done
-            done += fresh
-            progress(done, opened.nbytes)
 
-        opened.verify(count)
-    click.echo(f"{pack}: whole, {done / 1e6:.1f} MB match their checksums")
+def _counted(progress: console.Progress, total: int) -> Callable[[int], None]:
+    """A callback (fresh bytes) for one that wants (done, total)."""
+    done = 0
+
+    def count(fresh: int) -> None:
+        nonlocal done
+        done += fresh
+        progress(done, total)
+
+    return count
+
+
+def _verify_deep(pack: Pack, checkpoint: Path | None, threads: int | None) -> None:
+    from bloomq.converters.deep_verify import deep_verify
+    from bloomq.converters.reading import read_checkpoint
+
+    source = None if checkpoint is None else read_checkpoint(checkpoint)
+    with console.byte_progress("looking through") as progress:
+        count = _counted(progress, pack.nbytes)
+        report = deep_verify(pack, source, threads=threads, progress=count)
+    for line in report.notes:
+        console.note(f"note: {line}")
+    click.echo(f"{pack.path}: every value is in order")
+    if report.is_exact:
+        click.echo(f"{pack.path}: every byte is what {checkpoint} gives")
+    for row in report.differences:
+        click.echo(f"{row.weight:20} {row.scheme:10} relative error {row.relative_error:.5f}")
 
 
 @click.command()

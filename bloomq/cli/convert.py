@@ -1,0 +1,149 @@
+"""The command `convert`: a checkpoint becomes a pack."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bloomq import console
+from bloomq.errors import UsageError
+from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
+
+if TYPE_CHECKING:
+    from bloomq.converters.plan import Plan
+
+_LARGE_BYTES = 1 << 30  # of a pack: whoever writes so much is told so before, on a pipe too
+
+
+@click.command()
+@click.argument("source")
+@click.argument("target", type=Path)
+@click.option(
+    "--scheme",
+    type=click.Choice(SCHEME_NAMES),
+    help="How matrices are stored.  [default: int4; for GPTQ and AWQ their own]",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice([str(g) for g in GROUP_SIZES]),
+    help="Columns that share a scale, for int4.  [default: 32]",
+)
+@click.option(
+    "--head-scheme",
+    type=click.Choice(SCHEME_NAMES),
+    help="For the embedding and the head.  [default: int6 for int4 and nf4, else as --scheme]",
+)
+@click.option(
+    "--lora",
+    "adapters",
+    type=Path,
+    multiple=True,
+    metavar="DIR",
+    help="Merge this PEFT adapter into the weights; several are added up.",
+)
+@click.option(
+    "--lora-scale",
+    "scales",
+    type=float,
+    multiple=True,
+    help="How much of it: one for each --lora.  [default: 1]",
+)
+@click.option("--revision", help="Of a hub id: a branch, a tag or a commit.  [default: main]")
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Of a hub id: download a file when it is wanted, delete it when it is converted.",
+)
+@click.option("-t", "--threads", type=int, help="Worker threads.  [default: all cores]")
+@click.option("--force", is_flag=True, help="Replace a pack that is there.")
+@click.option("--fresh", is_flag=True, help="Begin anew where an interrupted run had stopped.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
+@click.option(
+    "--checksum-source", is_flag=True, help="Note the SHA-256 of every source file in the pack."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result, or the plan, as JSON.")
+def convert(
+    source: str, target: Path, scheme: str | None, group_size: str | None, head_scheme: str | None,
+    adapters: tuple[Path, ...], scales: tuple[float, ...], revision: str | None, stream: bool,
+    threads: int | None, force: bool, fresh: bool, dry_run: bool, checksum_source: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Convert the checkpoint SOURCE to a pack at TARGET.
+
+    SOURCE: a folder in Hugging Face format, safetensors in one file or sharded, GPTQ and AWQ too;
+    or the id of one at the hub, OWNER/NAME (needs bloomq[hub]). The model is never whole in
+    memory. A run that is interrupted leaves no pack, but its work: the same command goes on from
+    there, and gives the same bytes.
+    """
+    from bloomq.converters.convert import run
+    from bloomq.converters.plan import make_plan
+    from bloomq.pack_writer import check_target
+
+    # huggingface_hub reads it when it is imported; without, it asks the hub for more than files.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    plan = make_plan(
+        source, target, scheme=scheme, group_size=int(group_size) if group_size else None,
+        head_scheme=head_scheme, lora=_pairs(adapters, scales), revision=revision, stream=stream,
+        threads=threads,
+    )  # fmt: skip
+    if dry_run:
+        check_target(target, force)
+        _print_plan(plan, as_json)
+        return
+    if console.is_terminal(sys.stderr) or plan.pack_bytes > _LARGE_BYTES:
+        console.note(plan.summary)
+    try:
+        with console.byte_progress("converting") as progress:
+            result = run(
+                plan, force=force, fresh=fresh, checksum_source=checksum_source, progress=progress
+            )
+    except KeyboardInterrupt:
+        _say_how_to_go_on(target)
+        raise
+    for line in result.notes:
+        console.note(f"note: {line}")
+    if as_json:
+        click.echo(json.dumps({**asdict(result), "pack": str(result.pack)}))
+        return
+    speed = (result.source_bytes - result.resumed_bytes) / 1e6 / result.seconds
+    click.echo(
+        f"{result.pack}: {result.pack_bytes / 1e6:.1f} MB of {result.source_bytes / 1e6:.1f} MB, "
+        f"{result.bits_per_weight:.2f} bits per weight, {result.seconds:.1f} s ({speed:.0f} MB/s)"
+    )
+
+
+def _pairs(adapters: tuple[Path, ...], scales: tuple[float, ...]) -> list[tuple[Path, float]]:
+    if scales and len(scales) != len(adapters):
+        raise UsageError(
+            f"{len(scales)} --lora-scale for {len(adapters)} --lora: give one for each, or none"
+        )
+    return list(zip(adapters, scales or [1.0] * len(adapters), strict=True))
+
+
+def _say_how_to_go_on(target: Path) -> None:
+    from bloomq.pack_writer import kept_work, partial_folder
+
+    if kept_work(target):
+        console.note(
+            "interrupted: the same command goes on from here; with --fresh it begins anew; "
+            f"to drop the work, delete {partial_folder(target)}"
+        )
+
+
+def _print_plan(plan: Plan, as_json: bool) -> None:
+    from bloomq.converters.plan import estimate_seconds
+
+    facts = plan.describe(estimate_seconds(plan))
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for line in plan.lines(facts["estimated_seconds"]):
+        click.echo(line)
+    for line in plan.checkpoint.notes:
+        console.note(f"note: {line}")
