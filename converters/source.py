@@ -105,10 +105,10 @@ class Checkpoint:
         """SHA-256 of the config, the tokenizer with its settings and chat templates, and the
         tensors' names, types, shapes and values, wherever they lie.
 
-        Values: vectors, and tensors of up to 1 MiB or 64 rows, whole; of larger ones 64 rows
-        (or columns, where these lie together), from the first to the last, evenly between. So it is quick to take (of 14 GB it reads some 110
-        MB), training changes it, and an edit of a few rows of a large matrix may not. `origin`,
-        where there is one, stands for all values.
+        Values: vectors, and tensors of up to 1 MiB or 64 rows, whole; of larger ones 64 rows (or
+        columns, where these lie together), from the first to the last, evenly between. So it is
+        quick to take (of 14 GB it reads some 110 MB), training changes it, and an edit of a few
+        rows of a large matrix may not. `origin`, where there is one, stands for all values.
         """
         text = None if self.tokenizer is None else hashlib.sha256(self.tokenizer).hexdigest()
         tensors = [[name, t.dtype, list(t.shape)] for name, t in self.tensors.items()]
