@@ -76,8 +76,8 @@ def merged(checkpoint: Checkpoint, adapters: Sequence[tuple[str | Path, float]])
     notes = checkpoint.notes
     if any(checkpoint.tensors[f"{name}.weight"].stored is not None for name in added):
         notes += (
-            f"{checkpoint.quantized_by} with an adapter merged in is no grid any more: dequantized, "
-            "then quantized anew: a second loss",
+            f"{checkpoint.quantized_by} with an adapter merged in is no grid any more: "
+            "dequantized, then quantized anew: a second loss",
         )
     return replace(
         checkpoint, tensors=tensors, provenance={**checkpoint.provenance, "lora": described},
