@@ -471,6 +471,20 @@ def test_log_beside_the_checkpoint_may_grow(source, tmp_path):
     Pack.open(tmp_path / "pack").verify()
 
 
+def test_folder_that_cannot_be_listed_converts_all_the_same(
+    source, expected, tmp_path, monkeypatch
+):
+    def refuse(path: Path) -> Iterator[Path]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "iterdir", refuse)
+        plan = make_plan(source, tmp_path / "pack")
+    assert not plan.watch.files
+    run(plan)
+    assert contents(tmp_path / "pack") == expected
+
+
 # -- full disks and missing rights -----------------------------------------------------------------
 
 LIMITED = """
