@@ -14,6 +14,7 @@ import click
 
 from bloomq import __version__, console
 from bloomq.cli.chat import chat
+from bloomq.cli.compare import compare
 from bloomq.cli.explore import explore
 from bloomq.cli.perplexity import perplexity
 from bloomq.cli.score import score
@@ -57,7 +58,7 @@ def commands() -> None:
 
 
 for _command in (
-    generate, chat, explore, classify, tag, answer, embed, score, perplexity, convert, info,
-    verify, warmup, bench,
+    generate, chat, explore, classify, tag, answer, embed, score, perplexity, convert,
+    compare, info, verify, warmup, bench,
 ):  # fmt: skip
     commands.add_command(_command)
