@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,8 @@ import bloomq
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "wikitext.py"
 TEXT = (
-    " \n = Robert Boulter = \n \n Robert Boulter is an English film , television and theatre actor . "
+    " \n = Robert Boulter = \n \n Robert Boulter is an English film , television and theatre "
+    "actor . "
     "He had a guest @-@ starring role on the television series The Bill in 2000 . \n \n"
 ) * 8
 
@@ -40,10 +40,21 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(*args: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=120
-    )
+@pytest.fixture
+def run(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """The script with these arguments: exit code, what it printed, and its errors."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["wikitext.py", *map(str, args)])
+        try:
+            code = script.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
 def papers_perplexity(checkpoint: Path, window: int) -> tuple[float, int]:
@@ -77,14 +88,14 @@ def test_it_equals_the_papers_loop(
 
 
 def test_a_checkpoint_is_measured_by_every_scheme(
-    demo_checkpoint: Path, text_file: Path, tmp_path: Path
+    run: Callable[..., tuple[int, str, str]], demo_checkpoint: Path, text_file: Path, tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    done = run("--checkpoint", demo_checkpoint, "--text", text_file, "--window", 64,
-               "--schemes", "f32,int8", "--json", rows)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "is not the test split (40 lines and" in done.stderr
-    lines = done.stdout.splitlines()
+    code, out, err = run("--checkpoint", demo_checkpoint, "--text", text_file, "--window", 64,
+                         "--tokens", 256, "--schemes", "f32,int8", "--json", rows)  # fmt: skip
+    assert code == 0, err
+    assert "is not the test split (40 lines and" in err
+    lines = out.splitlines()
     assert len(lines) == 3
     assert "no figure was published for these sizes" in lines[1]
     found = [json.loads(line) for line in rows.read_text().splitlines()]
@@ -111,12 +122,12 @@ def test_the_test_split_is_known_by_its_checksum(script: ModuleType) -> None:
 
 
 def test_errors_are_one_line(
-    tmp_path: Path, text_file: Path, pack_of: Callable[..., Path], demo_checkpoint: Path
-) -> None:
-    done = run("--models", tmp_path / "none", "--text", text_file)
-    assert (done.returncode, done.stderr.splitlines()[-1][:7]) == (1, "error: ")
-    done = run("--models", pack_of("f32"), "--text", text_file)
-    assert "expected a whole window of 2048" in done.stderr
-    assert done.returncode == 1
-    done = run("--models", pack_of("f32"), "--text", tmp_path / "missing.txt")
-    assert (done.returncode, "cannot be read" in done.stderr) == (2, True)
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, text_file: Path,
+    pack_of: Callable[..., Path],
+) -> None:  # fmt: skip
+    code, _, err = run("--models", tmp_path / "none", "--text", text_file)
+    assert (code, err.splitlines()[-1][:7]) == (1, "error: ")
+    code, _, err = run("--models", pack_of("f32"), "--text", text_file)
+    assert (code, "expected a whole window of 2048" in err) == (1, True)
+    code, _, err = run("--models", pack_of("f32"), "--text", tmp_path / "missing.txt")
+    assert (code, "cannot be read" in err) == (2, True)
