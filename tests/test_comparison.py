@@ -23,6 +23,7 @@ from click.testing import CliRunner
 
 import bloomq
 from bloomq.cli import commands
+from bloomq.cli.compare import write_report
 from bloomq.comparison import Report, check_target, compare, sample, words
 from bloomq.comparison import outputs as summing
 from bloomq.comparison import weights as measuring
@@ -499,6 +500,16 @@ def test_the_command_prints_lines_and_writes_a_page(
     assert facts["outputs"]["texts"][0]["name"] == "en"
     assert facts["tensors"][0]["name"] == "wte" and "histogram" not in facts["tensors"][0]
     assert facts["headline"] in done.stdout
+
+
+def test_a_conversion_writes_its_report(
+    pack_of: Callable[..., Path], demo_checkpoint: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    page = tmp_path / "report.html"
+    write_report(pack_of("int8"), demo_checkpoint, page, tokens=12)
+    assert "report.html: " in capsys.readouterr().err
+    assert "bloomq compare" in page.read_text("utf-8")
 
 
 def test_weights_alone_are_compared_without_a_run(

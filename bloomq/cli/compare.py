@@ -83,6 +83,23 @@ def compare(
         click.echo("\n".join(_facts(found)))
 
 
+def write_report(
+    pack: Path, original: Path, report: Path, *, tokens: int = 2000, quiet: bool = False
+) -> None:
+    """The page of a comparison on the sample, for a command that has made the pack itself; call
+    `comparison.check_target` before such work.
+
+    Raises: see `bloomq.comparison.compare`; OutputError.
+    """
+    from bloomq.comparison import compare as compared
+
+    with _bars(quiet) as progress:
+        found = compared(pack, original, tokens=tokens, progress=progress)
+    found.save(report)
+    if not quiet:
+        console.note(f"{report}: {found.verdict}. {found.headline}")
+
+
 def _read(paths: tuple[Path, ...]) -> dict[str, str]:
     """The texts by their files' names. Raises: UsageError, InputNotFound."""
     files: list[Path] = []

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from bloomq.comparison.drawing import Axis, Panel, escaped, linear, tag, unit
 from bloomq.comparison.outputs import Bin, Figures, Outputs, Ties
 from bloomq.comparison.weight_figures import figure
-from bloomq.comparison.words import percent, signed, small
+from bloomq.comparison.words import percent, perplexity, signed, small
 
 _FEWEST = 5  # places of a bin whose share is drawn: of fewer it says nothing
 
@@ -40,7 +40,7 @@ def _row(text: Figures, most: float, floor: float, style: str = "") -> str:
         tag("td", {}, bars, tag("span", {}, small(text.kl))),
         tag("td", {}, f"{signed(100 * text.change)} %",
             tag("small", {}, f" {between}" if between else "")),
-        tag("td", {}, f"{text.base_perplexity:.4g}"), tag("td", {}, f"{text.perplexity:.4g}"),
+        tag("td", {}, perplexity(text.base_perplexity)), tag("td", {}, perplexity(text.perplexity)),
         tag("td", {}, f"{text.places:,}"),
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ def calibration(outputs: Outputs) -> str:
               ("theirs", f"original, {percent(outputs.base_calibration.error)}"))),
     )  # fmt: skip
     label = "How often the likeliest token came, by its probability, for the pack and the original"
-    return figure(panel.svg(label) + key, "Calibration", "a model that knows what it knows: line")
+    return figure(panel.svg(label) + key, "Calibration", "dotted: right as often as it says")
 
 
 def agreement(bins: Sequence[Bin]) -> str:
@@ -105,7 +105,7 @@ def agreement(bins: Sequence[Bin]) -> str:
         panel.bar(i / len(bins), (i + 1) / len(bins), one.share, "third", told)
         panel.inside(i / len(bins), (i + 1) / len(bins), one.share, f"{100 * one.share:.0f}")
     label = "Share of places with the same likeliest token, by the original's probability of it"
-    return figure(panel.svg(label), "Agreement", "where it is sure, it stays")
+    return figure(panel.svg(label), "Agreement", "by how sure the original is")
 
 
 def ties_words(ties: Ties, places: int) -> str:

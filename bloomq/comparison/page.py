@@ -21,7 +21,7 @@ from bloomq.comparison.drawing import escaped, tag
 from bloomq.comparison.labels import Labels
 from bloomq.comparison.outputs import Outputs
 from bloomq.comparison.weights import Tensor
-from bloomq.comparison.words import decibels, percent, signed, size, small
+from bloomq.comparison.words import decibels, percent, perplexity, signed, size, small
 
 if TYPE_CHECKING:
     from bloomq.comparison import Model, Report
@@ -109,7 +109,7 @@ def _cards(report: Report) -> str:
         if found.is_text:
             cards.append(_card(
                 "Perplexity", f"{signed(100 * total.change)} %",
-                f"{total.base_perplexity:.4g} → {total.perplexity:.4g}; "
+                f"{perplexity(total.base_perplexity)} → {perplexity(total.perplexity)}; "
                 f"95 %: {signed(low)} to {signed(high)}"))  # fmt: skip
         cards.append(_card(
             "Same top token", percent(total.same_top),
