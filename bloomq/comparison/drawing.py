@@ -68,7 +68,8 @@ def logarithmic(values: Iterable[float], title: str = "") -> Axis:
     found = [v for v in values if v > 0 and math.isfinite(v)] or [1.0]
     low, high = min(found) / 1.5, max(found) * 1.5
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1,) if len(decades) > 4 else (1, 3) if len(decades) > 2 else (1, 2, 5)
+    span = math.log10(high / low)
+    factors = (1,) if span > 3 else (1, 3) if span > 1.5 else (1, 2, 5)
     ticks = [f * 10.0**d for d in decades for f in factors]
     shown = tuple((t, _power(t)) for t in ticks if low <= t <= high)
     return Axis(low, high, shown, title, "log")
