@@ -419,6 +419,8 @@ def test_hostile_names_and_tokens_stay_data(hostile: Report, report: Report) -> 
     assert raw.isascii() and not set("<>&\x00\x1b\n") & set(raw)
     assert not set("\x00\x1b\u202e\ud83d") & set(page)
     assert escaped(HOSTILE) in page
+    many = replace(report.pack, provenance={f"k{i}": "v" * 9999 for i in range(9999)})
+    assert len(replace(report, pack=many).page()) < len(report.page()) + 50_000
 
 
 def test_what_cannot_be_seen_is_spelled_out() -> None:
@@ -634,6 +636,25 @@ def test_a_folder_without_rights_is_refused(
     monkeypatch.setattr("bloomq.comparison.os.access", lambda path, mode: False)
     with pytest.raises(OutputError, match="no right to write a page into"):
         check_target(tmp_path / "page.html")
+
+
+def test_a_full_temporary_folder_is_named_with_its_remedy(
+    pack_of: Callable[..., Path], demo_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, free = pack_of("int8"), shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr("bloomq.pack_writer.shutil.disk_usage", lambda path: free)
+    with pytest.raises(OutputError, match=r"MB, 0\.0 MB are free: .* the original runs from there"):
+        compare(pack, demo_checkpoint, tokens=8)
+
+
+def test_other_tokens_are_noted(
+    pack_of: Callable[..., Path], demo_checkpoint: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(demo_checkpoint, tmp_path / "other")
+    with (other / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    found = compare(pack_of("int8"), other, weights_only=True)
+    assert "the tokenizers differ: both models are given the tokens of the pack's" in found.notes
 
 
 def test_ctrl_c_leaves_nothing(

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from bloomq.comparison import Model, Report
 
 MARK = "<!-- bloomq compare -->"
-_MOST_VALUE = 400  # characters of a value of the provenance
+# Of the provenance, which may be anything: characters of a value, entries.
+_MOST_VALUE, _MOST_FACTS = 400, 40
 # Of the table of matrices.
 _COLUMNS = (
     "matrix", "stored", "shape", "bits", "error", "SNR, dB", "largest error", "largest / rms",
@@ -252,8 +253,8 @@ def _facts(model: Model, title: str) -> str:
         "path": model.path, "kind": model.kind, "weights": size(model.nbytes), **model.provenance
     }  # fmt: skip
     rows = [
-        tag("dt", {}, escaped(str(key))) + tag("dd", {}, tag("bdi", {}, escaped(_value(value))))
-        for key, value in facts.items()
+        tag("dt", {}, escaped(_value(key))) + tag("dd", {}, tag("bdi", {}, escaped(_value(value))))
+        for key, value in list(facts.items())[:_MOST_FACTS]
     ]
     return tag("div", {}, tag("h3", {}, title), tag("dl", {}, *rows))
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig, weight_specs
-from bloomq.errors import UsageError
+from bloomq.errors import OutputError, UsageError
 from bloomq.files import exists
 from bloomq.pack import MANIFEST, Pack
 from bloomq.schemes import TILE, bf16_to_f32, round_up, untile_rows
@@ -188,7 +188,12 @@ def runnable(side: Side) -> Iterator[Pack]:
     from bloomq.converters.convert import convert
 
     with tempfile.TemporaryDirectory(prefix="bloomq-", ignore_cleanup_errors=True) as folder:
-        convert(side.path, Path(folder) / "exact", scheme=exact_scheme(side))
+        try:
+            convert(side.path, Path(folder) / "exact", scheme=exact_scheme(side))
+        except OutputError as error:
+            raise OutputError(
+                f"{error}; the original runs from there: set TMPDIR, or compare weights only"
+            ) from None
         yield Pack.open(Path(folder) / "exact")
 
 
