@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import bloomq
+from bloomq.divergence import divergence
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS: tuple[tuple[str, dict[str, object]], ...] = (
@@ -115,7 +116,7 @@ def compare(
     for ids, p in zip(windows, base_scores, strict=True):
         q = log_softmax(model, ids)
         losses.append(mean_loss(q, ids))
-        divergences.append((np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64).mean())
+        divergences.append(np.mean([divergence(*rows) for rows in zip(p, q, strict=True)]))
         agreements.append((p.argmax(axis=1) == q.argmax(axis=1)).mean())
     difference = np.array(losses) - base_loss
     error = 2 * difference.std(ddof=1) / np.sqrt(len(windows))

@@ -32,6 +32,7 @@ LEVELS = {
     "sampling": 4, "search": 4, "speculation": 4, "text": 4, "generation": 4, "scoring": 4,
     "sharing": 4, "divergence": 4, "windows": 4, "token_texts": 4, "prompts": 4, "writing": 5,
     "constraints": 5, "perplexity": 5, "answers": 5, "evaluation": 5, "chat": 5, "exploration": 5,
+    "comparison": 5,
     "prompt_cache": 5,
     "backends": 5, "opening": 5, "modeling": 5, "flax": 5, "language_model": 5, "loading": 5,
     "describe": 5, "console": 5, "bench": 5, "pipelines": 5,
@@ -62,6 +63,7 @@ SAME_LEVEL = {
     ("writing", "constraints"), ("language_model", "writing"),
     ("prompt_cache", "language_model"),
     ("describe", "loading"), ("describe", "backends"), ("loading", "backends"),
+    ("comparison", "backends"), ("comparison", "perplexity"),
     ("converters", "tokenizer"),  # a pack's is looked through
     ("converters", "cli"),  # `python -m bloomq.converters.hf` is the command `convert`
 }  # fmt: skip

@@ -14,6 +14,7 @@ import click
 
 from bloomq import __version__, console
 from bloomq.cli.chat import chat
+from bloomq.cli.compare import compare
 from bloomq.cli.convert import convert
 from bloomq.cli.explore import explore
 from bloomq.cli.export import export
@@ -60,6 +61,6 @@ def commands() -> None:
 
 for _command in (
     generate, chat, explore, classify, tag, answer, embed, score, perplexity, convert,
-    export, info, verify, warmup, bench,
+    export, compare, info, verify, warmup, bench,
 ):  # fmt: skip
     commands.add_command(_command)
