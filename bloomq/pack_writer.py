@@ -8,20 +8,19 @@ other takes the folder over.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bloomq.config import BloomConfig
-from bloomq.errors import BloomqError, OutputError
+from bloomq.errors import OutputError
 from bloomq.journal import read_journal
 from bloomq.pack import MANIFEST
 from bloomq.schemes import Scheme
-from bloomq.weight_files import PackWriter, Progress, empty, flush_folder
+from bloomq.taken_folder import BusyError, empty, flush_folder, os_errors, size_text, take_folder
+from bloomq.weight_files import PackWriter, Progress
 
 
 @contextmanager
@@ -39,7 +38,7 @@ def writing_pack(
     Raises: OutputError where the target exists, the disk is too small or full, rights are missing
     or another run is writing it.
     """
-    with _os_errors(target):
+    with os_errors(target):
         target = Path(os.path.realpath(target))  # a link's pack is written where the link points
         check_target(target, force)
     folder = partial_folder(target)
@@ -48,8 +47,8 @@ def writing_pack(
     writer: PackWriter | None = None
     kept = False
     try:
-        with _os_errors(target, lambda: 0 if writer is None else writer.missing_bytes()):
-            lock = _take_folder(folder, target)
+        with os_errors(target, lambda: 0 if writer is None else writer.missing_bytes()):
+            lock = take_folder(folder, target)
             check_target(target, force)  # another run may have ended since
             writer = PackWriter(folder, config, schemes)
             kept = job is not None and not fresh and read_journal(folder)[0] == job
@@ -67,7 +66,7 @@ def writing_pack(
                 kept = kept and bool(writer.done)
                 raise
             writer.abandon(keep=False)
-    except _BusyError:
+    except BusyError:
         raise  # the folder is another run's
     except BaseException:
         with suppress(OSError):  # what is not ours or not empty stays
@@ -100,15 +99,6 @@ def _check_space(writer: PackWriter, folder: Path, target: Path) -> None:
             f"{target}: needs {size_text(free + missing)}, {size_text(free)} are free: free some "
             "space or choose another disk"
         )
-
-
-class _BusyError(OutputError):
-    """Another run holds the folder's lock."""
-
-
-def size_text(nbytes: int) -> str:
-    """Bytes as a person reads them."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -154,54 +144,3 @@ def _remove_pack(folder: Path, target: Path) -> None:
         if path.name != MANIFEST:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     shutil.rmtree(folder)
-
-
-def _take_folder(folder: Path, target: Path) -> int:
-    """Make the folder and lock it: an open handle that holds the lock until it is closed (or the
-    process dies)."""
-    while True:
-        if folder.is_symlink():
-            raise OutputError(f"{target}: {folder} is a link: remove it")
-        folder.mkdir(parents=True, exist_ok=True)
-        if sys.platform == "win32":  # no flock there: two runs at once are the user's to avoid
-            return os.open(os.devnull, os.O_RDONLY)
-        handle = _lock(folder, target)
-        if _same_file(handle, folder):
-            return handle
-        os.close(handle)  # its owner renamed or removed the folder before we had the lock
-
-
-def _lock(folder: Path, target: Path) -> int:
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise _BusyError(f"{target}: another conversion is writing it: wait for it") from None
-    return handle
-
-
-def _same_file(handle: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
-def _os_errors(target: Path, missing_bytes: Callable[[], int] = lambda: 0) -> Iterator[None]:
-    """The system's refusals as OutputError."""
-    try:
-        yield
-    except BloomqError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            missing = missing_bytes()
-            how_much = f"{size_text(missing)} more are needed: " if missing else ""
-            raise OutputError(
-                f"{target}: disk full: {how_much}free some space, then run it again"
-            ) from None
-        raise OutputError(f"{target}: cannot be written: {error.strerror}") from None

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -25,6 +24,7 @@ from bloomq.journal import Digests, Journal, read_journal
 from bloomq.pack import FORMAT, MANIFEST, TOKENIZER, VERSION, manifest_checksum
 from bloomq.schemes import Array, Scheme
 from bloomq.shards import Shard, array_bytes, lay_out
+from bloomq.taken_folder import empty, flush_folder
 from bloomq.tokenizer_config import Settings
 
 SHARD_BYTES = 1 << 30  # a pack of up to this is one file
@@ -270,12 +270,6 @@ class PackWriter:
             self._pool.shutdown()
 
 
-def empty(folder: Path) -> None:
-    """Delete all that is in a folder."""
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
 def _write_all(file: IO[bytes], view: memoryview) -> None:
     """All of it: a write to an unbuffered file may take less."""
     while view:
@@ -306,14 +300,3 @@ def _write_file(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """That the names in it are on disk too."""
-    if sys.platform == "win32":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -17,7 +17,7 @@ import pytest
 from bloomq.converters.convert import convert
 from conftest import NEEDS_PROC, edit_manifest, open_below, write_checkpoint, write_safetensors
 
-from bloomq import pack_writer, weight_files
+from bloomq import pack_writer, taken_folder
 from bloomq.config import BloomConfig, weight_specs
 from bloomq.errors import InputNotFound, OutputError, PackError
 from bloomq.pack import Pack, manifest_checksum, stored_arrays
@@ -892,7 +892,7 @@ def test_second_run_leaves_the_first_ones_folder_alone(tmp_path):
 def test_lock_on_a_folder_that_its_owner_took_away_is_taken_anew(tmp_path, monkeypatch, again):
     """Between our opening the folder and our locking it, another run ended: the lock is on what is
     now its pack."""
-    lock, handles = pack_writer._lock, []
+    lock, handles = taken_folder._lock, []
 
     def late(folder: Path, target: Path) -> int:
         handles.append(lock(folder, target))
@@ -902,7 +902,7 @@ def test_lock_on_a_folder_that_its_owner_took_away_is_taken_anew(tmp_path, monke
                 folder.mkdir()
         return handles[-1]
 
-    monkeypatch.setattr(pack_writer, "_lock", late)
+    monkeypatch.setattr(taken_folder, "_lock", late)
     write_zeros(tmp_path / "pack")
     assert len(handles) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["elsewhere", "pack"]
@@ -913,7 +913,7 @@ def test_lock_on_a_folder_that_its_owner_took_away_is_taken_anew(tmp_path, monke
 @NEEDS_LOCKS
 def test_pack_that_another_run_wrote_meanwhile_is_not_replaced(tmp_path, monkeypatch):
     """It ended between our look at the target and our lock."""
-    take, meanwhile = pack_writer._take_folder, []
+    take, meanwhile = pack_writer.take_folder, []
 
     def late(folder: Path, target: Path) -> int:
         if not meanwhile:
@@ -922,7 +922,7 @@ def test_pack_that_another_run_wrote_meanwhile_is_not_replaced(tmp_path, monkeyp
             (target / "theirs").write_text("")
         return take(folder, target)
 
-    monkeypatch.setattr(pack_writer, "_take_folder", late)
+    monkeypatch.setattr(pack_writer, "take_folder", late)
     found = output_error(tmp_path / "pack")
     assert found == "already exists: --force replaces a pack"
     assert (tmp_path / "pack" / "theirs").exists()

@@ -24,7 +24,7 @@ LEVELS = {
     "checks": 1, "files": 1, "config": 1, "outputs": 1, "losses": 1, "schemes": 1, "weights": 1,
     "encoding": 1, "byte_level": 1, "tokenizer_config": 1, "tensorfile": 1,
     "chat.sandbox": 1, "levels": 1,
-    "journal": 1,
+    "journal": 1, "taken_folder": 1,
     "layers": 2, "lora": 2, "pack": 2, "pack_writer": 2, "shards": 2,
     "weight_files": 2, "chat.template": 2,
     "backends.reference": 3, "backends.numba_cpu": 3, "backends.jax": 3,

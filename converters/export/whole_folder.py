@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from bloomq.errors import OutputError
-from bloomq.pack_writer import _BusyError, _empty, _flush_folder, _os_errors, _take_folder
+from bloomq.taken_folder import BusyError, empty, flush_folder, os_errors, size_text, take_folder
 
 
 @contextmanager
@@ -23,27 +23,27 @@ def whole_folder(target: Path, nbytes: int, is_ours: Callable[[Path], bool]) -> 
     nbytes: that it will take; is_ours: may this folder be replaced (or, put aside by a run that was
     killed, removed)? Raises: OutputError.
     """
-    with _os_errors(target):
+    with os_errors(target):
         target = Path(os.path.realpath(target))
         _check_replaceable(target, is_ours)
     folder = target.with_name(f".{target.name}.partial")
     made = [parent for parent in folder.parents if not parent.exists()]
     lock: int | None = None
     try:
-        with _os_errors(target):
-            lock = _take_folder(folder, target)
+        with os_errors(target):
+            lock = take_folder(folder, target)
             _check_replaceable(target, is_ours)  # another run may have ended since
-            _empty(folder)
+            empty(folder)
             free = shutil.disk_usage(folder).free
             if free < nbytes:
                 raise OutputError(
-                    f"{target}: the export takes {nbytes / 1e6:.1f} MB, {free / 1e6:.1f} MB are "
+                    f"{target}: the export takes {size_text(nbytes)}, {size_text(free)} are "
                     "free: choose another disk or a smaller dtype"
                 )
             yield folder
-            _flush_folder(folder)
+            flush_folder(folder)
             _replace(folder, target, is_ours)
-    except _BusyError:
+    except BusyError:
         raise  # the folder is another run's
     except BaseException:
         with suppress(OSError):  # what is not ours or not empty stays
@@ -79,7 +79,7 @@ def _replace(folder: Path, target: Path, is_ours: Callable[[Path], bool]) -> Non
         if replaced:
             old.rename(target)
         raise
-    _flush_folder(target.parent)
+    flush_folder(target.parent)
     _remove(old, target, is_ours)
 
 
