@@ -15,7 +15,8 @@ from typing import Any
 
 from bloomq.errors import CheckpointError
 from bloomq.pack import Pack
-from bloomq.pack_writer import PackWriter, partial_folder, size_text, writing_pack
+from bloomq.pack_writer import partial_folder, size_text, writing_pack
+from bloomq.weight_files import PackWriter
 
 from .pieces import Producer, round_to_nearest
 from .plan import Plan, choose_schemes, make_plan

@@ -22,9 +22,10 @@ from bloomq import __version__
 from bloomq.config import BloomConfig, weight_specs
 from bloomq.errors import UsageError
 from bloomq.pack import VERSION, stored_arrays
-from bloomq.pack_writer import layout, size_text
+from bloomq.pack_writer import size_text
 from bloomq.schemes import Scheme, get_scheme
 from bloomq.shards import Shard, array_bytes
+from bloomq.weight_files import layout
 
 from .merging import merged
 from .pieces import Block, blocks, rounded_block

@@ -7,7 +7,7 @@ far as the file system tells; `Checkpoint.fingerprint`, taken again at the end, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,11 @@ class Watch:
         """The file `source`, or those directly in it that a checkpoint may consist of."""
         if not source.is_dir():
             return cls(_facts([source]))
-        return cls(_facts(path for path in source.iterdir() if path.suffix in _SUFFIXES))
+        try:
+            found = [path for path in source.iterdir() if path.suffix in _SUFFIXES]
+        except OSError:  # its files may be readable all the same
+            found = []
+        return cls(_facts(found))
 
     @property
     def key(self) -> list[list[Any]]:
@@ -61,7 +65,7 @@ class Watch:
             }
 
 
-def _facts(paths: Any) -> dict[Path, _Facts]:
+def _facts(paths: Iterable[Path]) -> dict[Path, _Facts]:
     found = {}
     for path in paths:
         try:

@@ -34,11 +34,11 @@ KILLED, INTERRUPTED = -signal.SIGKILL, 130
 SERVER = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
-from bloomq import pack_writer
+from bloomq import pack_writer, weight_files
 from bloomq.converters.convert import convert
 from bloomq.errors import BloomqError
 
-pack_writer.SHARD_BYTES = 60_000  # several files even of a tiny model
+weight_files.SHARD_BYTES = 60_000  # several files even of a tiny model
 steps, lock = 0, threading.Lock()
 
 def step(kill_at, signal_number):
@@ -60,7 +60,7 @@ def watch(kill_at, signal_number):
             step(kill_at, signal_number)
             return result
         return wrapper
-    pack_writer.PackWriter.write = counted(pack_writer.PackWriter.write)
+    weight_files.PackWriter.write = counted(weight_files.PackWriter.write)
     os.fsync = counted(os.fsync)
     sys.addaudithook(hook)
 
@@ -70,7 +70,7 @@ def child(job):
             Path(job["started"]).touch()
             while not Path(job["wait_for"]).exists():
                 time.sleep(0.005)
-    pack_writer._COMMIT_BYTES = job.get("commit_bytes", pack_writer._COMMIT_BYTES)
+    weight_files._COMMIT_BYTES = job.get("commit_bytes", weight_files._COMMIT_BYTES)
     if "kill_at" in job:
         watch(job["kill_at"], job["signal"])
     convert(job["source"], job["target"], force=job.get("force", False), progress=progress)

@@ -17,7 +17,7 @@ import pytest
 from bloomq.converters.convert import convert
 from conftest import NEEDS_PROC, edit_manifest, open_below, write_checkpoint, write_safetensors
 
-from bloomq import pack_writer
+from bloomq import pack_writer, weight_files
 from bloomq.config import BloomConfig, weight_specs
 from bloomq.errors import InputNotFound, OutputError, PackError
 from bloomq.pack import Pack, manifest_checksum, stored_arrays
@@ -169,7 +169,7 @@ def test_two_conversions_give_identical_bytes(pack_of, demo_checkpoint, tmp_path
 
 
 def test_shards_are_cut_at_layer_boundaries(demo_checkpoint, pack_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(pack_writer, "SHARD_BYTES", 400_000)
+    monkeypatch.setattr(weight_files, "SHARD_BYTES", 400_000)
     convert(demo_checkpoint, tmp_path / "pack", scheme="int4")
     shards = sorted(path.name for path in tmp_path.glob("pack/*.safetensors"))
     assert len(shards) > 2

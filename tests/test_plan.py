@@ -20,14 +20,14 @@ from bloomq.converters.source import Checkpoint, SourceTensor
 from click.testing import CliRunner
 from conftest import edit_manifest, to_dtype, write_checkpoint
 
-from bloomq import pack_writer
+from bloomq import weight_files
 from bloomq.cli import commands
 from bloomq.config import BloomConfig, weight_specs
 from bloomq.errors import OutputError, PackError, TokenizerError, UsageError
 from bloomq.pack import Pack
-from bloomq.pack_writer import layout
 from bloomq.schemes import get_scheme
 from bloomq.shards import lay_out
+from bloomq.weight_files import layout
 
 SCHEMES = ("int8", "int6", "int4", "nf4", "f32", "bf16", "f16")
 
@@ -195,7 +195,7 @@ def test_large_pack_has_a_file_for_each_layer():
 def test_pack_of_many_files_is_the_same_weights(tmp_path, monkeypatch):
     source = write_checkpoint(tmp_path / "checkpoint", n_layer=3)
     convert(source, tmp_path / "one")
-    monkeypatch.setattr(pack_writer, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(weight_files, "SHARD_BYTES", 1000)
     convert(source, tmp_path / "many")
     one, many = Pack.open(tmp_path / "one"), Pack.open(tmp_path / "many")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) == 5

@@ -30,7 +30,7 @@ from bloomq.converters.source import Checkpoint, SourceTensor
 from conftest import write_checkpoint
 from test_durability import KILLED, Converter, contents, names
 
-from bloomq import pack_writer
+from bloomq import pack_writer, weight_files
 from bloomq.config import weight_specs
 from bloomq.errors import CheckpointError, NumericError, OutputError
 from bloomq.journal import JOURNAL, Journal, read_journal
@@ -50,7 +50,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def commits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every weight is flushed and named by itself."""
-    monkeypatch.setattr(pack_writer, "_COMMIT_BYTES", 1)
+    monkeypatch.setattr(weight_files, "_COMMIT_BYTES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_second_interrupt_keeps_the_work_too(source, expected, tmp_path, monkeyp
         if self._open is not None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(pack_writer.PackWriter, "_close_shard", again)
+    monkeypatch.setattr(weight_files.PackWriter, "_close_shard", again)
     stopped(source, tmp_path / "pack", 0.9)
     monkeypatch.undo()
     assert kept_work(tmp_path / "pack")
@@ -471,6 +471,20 @@ def test_log_beside_the_checkpoint_may_grow(source, tmp_path):
     Pack.open(tmp_path / "pack").verify()
 
 
+def test_folder_that_cannot_be_listed_converts_all_the_same(
+    source, expected, tmp_path, monkeypatch
+):
+    def refuse(path: Path) -> Iterator[Path]:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "iterdir", refuse)
+        plan = make_plan(source, tmp_path / "pack")
+    assert not plan.watch.files
+    run(plan)
+    assert contents(tmp_path / "pack") == expected
+
+
 # -- full disks and missing rights -----------------------------------------------------------------
 
 LIMITED = """
@@ -498,7 +512,7 @@ def test_file_that_may_not_grow_is_named_and_the_work_is_kept(source, expected, 
 def test_full_disk_says_how_much_more_is_needed_and_keeps_the_work(
     source, expected, tmp_path, monkeypatch
 ):
-    real, written = pack_writer._write_all, [0]
+    real, written = weight_files._write_all, [0]
 
     def full(file: Any, view: memoryview) -> None:
         written[0] += len(view)
@@ -508,7 +522,7 @@ def test_full_disk_says_how_much_more_is_needed_and_keeps_the_work(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(file, view)
 
-    monkeypatch.setattr(pack_writer, "_write_all", full)
+    monkeypatch.setattr(weight_files, "_write_all", full)
     with pytest.raises(OutputError) as caught:
         convert(source, tmp_path / "pack")
     monkeypatch.undo()
