@@ -8,7 +8,7 @@ from bloomq.errors import CheckpointError, InputNotFound
 from bloomq.files import exists
 from bloomq.pack import MANIFEST
 
-from . import hf
+from . import gguf_file, hf
 from .source import Checkpoint
 
 
@@ -21,6 +21,8 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
     path = Path(source)
     if not exists(path):
         raise InputNotFound(f"{path}: no such folder")
+    if gguf := gguf_file.find_gguf(path):
+        return gguf_file.read_gguf(gguf)
     if not path.is_dir():
         raise CheckpointError(f"{path}: is a file, expected the folder of a checkpoint")
     if exists(path / MANIFEST):

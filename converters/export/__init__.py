@@ -1,0 +1,1 @@
+"""Foreign formats out of packs: each module writes one."""
