@@ -38,7 +38,7 @@ def encoded_rows(matrix: Matrix, ids: NDArray[np.int64], kind: BlockType, label:
 def _in_halves(
     w: F32, matrix: Matrix, ids: NDArray[np.int64], kind: BlockType
 ) -> tuple[Array, NDArray[np.float16]]:
-    """The rows, and what in them is float16, values or scales: infinite where they are too large."""
+    """The rows, and what is float16 in them, values or scales: infinite where too large."""
     if kind.name == "F16":
         halves = w.astype(np.float16)
         return halves, halves
