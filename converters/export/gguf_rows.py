@@ -28,7 +28,7 @@ def encoded_rows(matrix: Matrix, ids: NDArray[np.int64], kind: BlockType, label:
         return w
     if kind.name == "BF16":
         return f32_to_bf16(w)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):  # seen by what is checked below
         data, halves = _in_halves(w, matrix, ids, kind)
     if not np.isfinite(halves).all():
         raise NumericError(f"{label} holds weights too large for {kind.name}: choose bf16 or f32")
