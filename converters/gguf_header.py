@@ -245,7 +245,7 @@ def _placed(
     for name, (kind, shape, offset) in sorted(found.items(), key=lambda item: item[1][2]):
         start, label = base + offset, f"{path}: {shown(name)}"
         if start < end:
-            raise CheckpointError(f"{label} overlaps {shown(before)}: damaged")
+            raise CheckpointError(f"{label} begins inside {shown(before)}: damaged")
         end, before = start + kind.nbytes_of(math.prod(shape)), name
         if end > size:
             raise CheckpointError(

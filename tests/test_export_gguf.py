@@ -259,7 +259,7 @@ def test_weights_too_large_for_a_type_are_refused(tmp_path, packed, dtype):
         tensors["transformer.h.0.mlp.dense_4h_to_h.weight"][1][3, 5] = 1e12
 
     pack = packed("f32", edit=edit)
-    with pytest.raises(NumericError, match=r"ffn_down.weight holds weights too large for"):
+    with pytest.raises(NumericError, match=r"ffn_down.weight has weights that .* cannot hold"):
         write(pack, tmp_path / "m.gguf", dtype=dtype)
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint", "pack"}
 

@@ -592,7 +592,7 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     "unaligned": (tensor(offset=4), "has offset 4, expected a multiple of"),
     "beyond": (tensor(offset=1 << 40), "ends at byte"),
     "offset overflows": (tensor(offset=HUGE - 31), "ends at byte"),
-    "overlap": (tensor(offset=0), "overlaps"),
+    "overlap": (tensor(offset=0), "begins inside"),
     "shape": (tensor(dims=(191,)), "expected [192]"),
     "matrix for vector": (tensor(dims=(96, 2)), "expected [192]"),
     "no embedding": (

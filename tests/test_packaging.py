@@ -32,6 +32,7 @@ def test_the_core_needs_neither_torch_nor_bitsandbytes() -> None:
         "grammar",
         "chat",
         "eval",
+        "gguf",
         "test",
         "bench",
     }

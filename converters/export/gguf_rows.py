@@ -31,7 +31,7 @@ def encoded_rows(matrix: Matrix, ids: NDArray[np.int64], kind: BlockType, label:
     with np.errstate(over="ignore", invalid="ignore"):  # seen by what is checked below
         data, halves = _in_halves(w, matrix, ids, kind)
     if not np.isfinite(halves).all():
-        raise NumericError(f"{label} holds weights too large for {kind.name}: choose bf16 or f32")
+        raise NumericError(f"{label} has weights that {kind.name} cannot hold: choose bf16 or f32")
     return data
 
 
