@@ -269,18 +269,20 @@ def test_a_folder_with_one_gguf_and_no_config_is_that_file(tmp_path):
     assert gguf_file.find_gguf(DEMO / "config.json") is None
 
 
-def split(gguf: Gguf, folder: Path, parts: int = 3) -> list[Path]:
-    """The file in parts, the metadata in the first, as llama-gguf-split writes them."""
-    paths = []
-    for i in range(parts):
+def split(gguf: Gguf, folder: Path, *edits: Callable[[list[Gguf]], object]) -> list[Path]:
+    """The file in three parts, the metadata in the first, as llama-gguf-split writes them."""
+    parts = []
+    for i in range(3):
         metadata = dict(gguf.metadata) if i == 0 else {}
         metadata |= {
-            "split.no": (2, i), "split.count": (2, parts),
+            "split.no": (2, i), "split.count": (2, 3),
             "split.tensors.count": (I32, len(gguf.tensors)),
         }  # fmt: skip
-        path = folder / f"model-{i + 1:05}-of-{parts:05}.gguf"
-        paths.append(Gguf(metadata, gguf.tensors[i::parts]).write(path))
-    return paths
+        parts.append(Gguf(metadata, gguf.tensors[i::3]))
+    for edit in edits:
+        edit(parts)
+    folder.mkdir(exist_ok=True)
+    return [part.write(folder / f"model-{i + 1:05}-of-00003.gguf") for i, part in enumerate(parts)]
 
 
 def test_split_files_are_one_checkpoint(tmp_path):
@@ -292,46 +294,30 @@ def test_split_files_are_one_checkpoint(tmp_path):
         assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-def edit_part(path: Path, **changed: tuple[int, Any]) -> None:
-    header = read_header(path)
-    kinds = {str: STRING, float: F32, int: U32}
-    metadata = {key: (kinds[type(value)], value) for key, value in header.metadata.items()}
-    named = {key.replace("_", "."): value for key, value in changed.items()}
-    tensors = [
-        Tensor(n, e.shape[::-1], e.type.number, path.read_bytes()[e.start :][: e.type.nbytes_of(
-            int(np.prod(e.shape)))]) for n, e in header.tensors.items()
-    ]  # fmt: skip
-    Gguf({**metadata, **named}, tensors).write(path)
-
-
 def test_split_files_that_do_not_belong_together_are_refused(tmp_path):
-    def fresh(name: str) -> list[Path]:
-        (tmp_path / name).mkdir()
-        return split(tiny(), tmp_path / name)
-
     def refused(path: Path, words: str) -> None:
         with pytest.raises(CheckpointError, match=words):
             read_checkpoint(path)
 
-    parts = fresh("missing")
+    def edited(name: str, part: int, key: str, value: int) -> Path:
+        """The first part's path, one part's metadata changed."""
+        return split(
+            tiny(), tmp_path / name, lambda p: p[part].metadata.update({key: (U32, value)})
+        )[0]
+
+    parts = split(tiny(), tmp_path / "missing")
     parts[1].unlink()
     refused(parts[0], "missing part of a split GGUF")
     refused(parts[2], "a later part of a split GGUF: give the first one")
-    parts = fresh("renamed")
-    refused(parts[0].rename(tmp_path / "one.gguf"), "is a part of 3, expected a name that ends in")
-    parts = fresh("counts")
-    edit_part(parts[1], split_no=(U32, 2))
-    refused(parts[0], "does not call itself part 2 of 3")
-    parts = fresh("order")
-    edit_part(parts[0], split_no=(U32, 1))
-    refused(parts[0], "is not the first of 3 parts: give that one")
-    parts = fresh("tensors")
-    edit_part(parts[0], split_tensors_count=(U32, 7))
-    refused(parts[0], "its parts hold 17 tensors, which is not what it says")
-    parts = fresh("twice")
-    parts[1].write_bytes(parts[2].read_bytes())
-    edit_part(parts[1], split_no=(U32, 1))
-    refused(parts[0], "another part, .* has it")
+    renamed = split(tiny(), tmp_path / "renamed")[0].rename(tmp_path / "one.gguf")
+    refused(renamed, "is a part of 3, expected a name that ends in")
+    refused(edited("a", 1, "split.no", 2), "does not call itself part 2 of 3")
+    refused(edited("b", 2, "split.count", 4), "does not call itself part 3 of 3")
+    refused(edited("c", 0, "split.no", 1), "is not the first of 3 parts: give that one")
+    refused(edited("d", 0, "split.tensors.count", 7), "its parts hold 17 tensors, which is not")
+    twice = split(tiny(), tmp_path / "e", lambda parts: parts[2].tensors.pop(),
+                  lambda parts: parts[2].tensors.append(parts[1].tensors[0]))  # fmt: skip
+    refused(twice[0], "another part, .* has it")
 
 
 # -- the vocabulary --------------------------------------------------------------------------------
@@ -685,7 +671,7 @@ def test_flipped_bytes_give_a_checkpoint_or_an_error(tmp_path):
     }
     data = bytearray(gguf.to_bytes())
     file, end = tmp_path / "m.gguf", len(data) - sum(len(t.data) + 16 for t in gguf.tensors)
-    for at in range(0, end, 7):
+    for at in range(0, end, 11):
         for flip in (1, 0x80):
             data[at] ^= flip
             file.write_bytes(data)
