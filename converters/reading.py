@@ -9,7 +9,7 @@ from bloomq.errors import CheckpointError, InputNotFound, UsageError
 from bloomq.files import exists
 from bloomq.pack import MANIFEST
 
-from . import hf, hub, megatron
+from . import gguf_file, hf, hub, megatron
 from .packed import read_pack
 from .source import Checkpoint
 
@@ -33,6 +33,8 @@ def read_checkpoint(
         raise InputNotFound(f"{path}: no such folder")
     if revision is not None or stream:
         raise UsageError(f"{path}: is a path: a revision and --stream are for a hub id")
+    if gguf := gguf_file.find_gguf(path):
+        return gguf_file.read_gguf(gguf)
     if not path.is_dir():
         raise CheckpointError(f"{path}: is a file, expected the folder of a checkpoint")
     if exists(path / MANIFEST):

@@ -17,7 +17,7 @@ import pytest
 from bloomq.converters.convert import convert
 from conftest import NEEDS_PROC, edit_manifest, open_below, write_checkpoint, write_safetensors
 
-from bloomq import pack_writer, taken_folder
+from bloomq import pack_writer, taken_folder, weight_files
 from bloomq.config import BloomConfig, weight_specs
 from bloomq.errors import InputNotFound, OutputError, PackError
 from bloomq.pack import Pack, manifest_checksum, stored_arrays

@@ -33,7 +33,9 @@ def test_the_core_needs_neither_torch_nor_bitsandbytes() -> None:
         "grammar",
         "chat",
         "eval",
+        "gguf",
         "hub",
+        "fuzz",
         "test",
         "bench",
     }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bloomq import console
+from bloomq.cli.compare import write_report
 from bloomq.errors import UsageError
 from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
 
@@ -67,20 +68,24 @@ _LARGE_BYTES = 1 << 30  # of a pack: whoever writes so much is told so before, o
 @click.option(
     "--checksum-source", is_flag=True, help="Note the SHA-256 of every source file in the pack."
 )
+@click.option("--report", type=Path, help="Write a page that compares the pack with SOURCE.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result, or the plan, as JSON.")
 def convert(
     source: str, target: Path, scheme: str | None, group_size: str | None, head_scheme: str | None,
     adapters: tuple[Path, ...], scales: tuple[float, ...], revision: str | None, stream: bool,
     threads: int | None, force: bool, fresh: bool, dry_run: bool, checksum_source: bool,
-    as_json: bool,
+    report: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert the checkpoint SOURCE to a pack at TARGET.
 
-    SOURCE: a folder in Hugging Face format, safetensors in one file or sharded, GPTQ and AWQ too;
-    or the id of one at the hub, OWNER/NAME (needs bloomq[hub]). The model is never whole in
-    memory. A run that is interrupted leaves no pack, but its work: the same command goes on from
-    there, and gives the same bytes.
+    SOURCE: a folder with safetensors, PyTorch .bin files or Flax msgpack, in one file or sharded,
+    GPTQ and AWQ too; Megatron-DeepSpeed's layer files; a GGUF file (quantized ones need
+    bloomq[gguf]); another pack; or the id of a checkpoint at the hub, OWNER/NAME (needs
+    bloomq[hub]). The model is never whole in memory, and nothing is unpickled. A run that is
+    interrupted leaves no pack, but its work: the same command goes on from there, and gives the
+    same bytes.
     """
+    from bloomq.comparison import check_target as check_report
     from bloomq.converters.convert import run
     from bloomq.converters.plan import make_plan
     from bloomq.pack_writer import check_target
@@ -92,6 +97,13 @@ def convert(
         head_scheme=head_scheme, lora=_pairs(adapters, scales), revision=revision, stream=stream,
         threads=threads,
     )  # fmt: skip
+    if report is not None:
+        check_report(report)
+        if adapters or not Path(source).exists():
+            raise UsageError(
+                f"--report compares with {source} as it lies on this disk: not for a hub id, and "
+                "not with --lora"
+            )
     if dry_run:
         check_target(target, force)
         _print_plan(plan, as_json)
@@ -108,6 +120,8 @@ def convert(
         raise
     for line in result.notes:
         console.note(f"note: {line}")
+    if report is not None:
+        write_report(target, Path(source), report, quiet=as_json)
     if as_json:
         click.echo(json.dumps({**asdict(result), "pack": str(result.pack)}))
         return
