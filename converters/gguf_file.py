@@ -10,23 +10,24 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from bloomq.config import BloomConfig
-from bloomq.errors import CheckpointError
+from bloomq.errors import CheckpointError, NumericError
 from bloomq.files import exists, shown
-from bloomq.schemes import Array
+from bloomq.schemes import Array, get_scheme
 from bloomq.tensorfile import DTYPES
 
-from .gguf_blocks import AS_IT_LIES, check_readable, dequantize
+from .gguf_blocks import AS_IT_LIES, BLOCK, check_readable, dequantize, q4_0_parts
 from .gguf_header import MAGIC, Entry, Header, Value, read_header
 from .gguf_names import gguf_runs, our_name
 from .gguf_tokenizer import IDS, read_tokenizer
 from .in_file import read_into
 from .names import huggingface_name
-from .source import Checkpoint, SourceTensor
+from .source import Checkpoint, SourceTensor, Stored
 from .whole import whole
 
 ARCHITECTURE = "bloom"
@@ -118,7 +119,18 @@ def _source_tensor(
     heads = (config.n_head, config.head_dim) if ".attn.qkv." in ours else None
     reader = _Rows(header.path, header.size, label, entry, heads)
     dtype = entry.type.name if entry.type.name in AS_IT_LIES else "F32"
-    return SourceTensor(label, dtype, entry.shape, reader.values)
+    stored = None
+    if entry.type.name == "Q4_0" and len(entry.shape) == 2:
+        stored = Stored(get_scheme("int4", BLOCK), partial(_q4_0_rows, reader, label))
+    return SourceTensor(label, dtype, entry.shape, reader.values, stored=stored)
+
+
+def _q4_0_rows(reader: _Rows, label: str, start: int, stop: int) -> dict[str, Array]:
+    """Q4_0 is int4 in groups of 32 under another name: codes and scales are taken over."""
+    parts = q4_0_parts(reader.raw(start, stop))
+    if not np.isfinite(parts["scales"].astype(np.float32)).all():
+        raise NumericError(f"{label} has a scale that is no number: the file is damaged")
+    return parts
 
 
 # -- the files -------------------------------------------------------------------------------------

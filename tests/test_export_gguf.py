@@ -148,6 +148,26 @@ def test_q4_0_blocks_are_the_codes_and_scales_of_the_pack(tmp_path, pack_of):
     assert differences(pack, file) == {}  # nor of the head, which is int6, in Q8_0
 
 
+def test_a_q4_0_file_is_taken_over_code_by_code(tmp_path, pack_of):
+    write(Pack.open(pack_of("int4", 32, "int4")), tmp_path / "m.gguf", dtype="q4_0")
+    done = convert(tmp_path / "m.gguf", tmp_path / "again")
+    assert done.notes[-1] == "int4-g32: taken over from GGUF as it is"
+    for file in pack_of("int4", 32, "int4").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
+
+
+def test_a_scale_of_a_q4_0_file_that_is_no_number_is_named(tmp_path, pack_of):
+    path = tmp_path / "m.gguf"
+    write(Pack.open(pack_of("int4", 32, "int4")), path, dtype="q4_0")
+    entry = read_header(path).tensors["blk.1.ffn_up.weight"]
+    with path.open("r+b") as file:
+        file.seek(entry.start)
+        file.write(np.array([np.inf], "<f2").tobytes())
+    with pytest.raises(NumericError, match=r"ffn_up\.weight has a scale that is no number: "):
+        convert(path, tmp_path / "pack")
+    assert not (tmp_path / "pack").exists()
+
+
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_a_checkpoint_comes_back_as_the_same_pack_by_way_of_gguf(tmp_path, pack_of, dtype):
     write(Pack.open(pack_of("bf16")), tmp_path / "m.gguf", dtype=dtype)
