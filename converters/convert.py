@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from bloomq.errors import CheckpointError
+from bloomq.errors import CheckpointError, UsageError
 from bloomq.pack import Pack
 from bloomq.pack_writer import PackWriter, partial_folder, size_text, writing_pack
 
@@ -51,6 +51,9 @@ def convert(
     force: bool = False,
     fresh: bool = False,
     checksum_source: bool = False,
+    calibrate: str | Path | None = None,
+    calibration_tokens: int | None = None,
+    bits: float | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert the checkpoint at `source` to a pack at `target`.
@@ -61,9 +64,27 @@ def convert(
     run of the same conversion would be continued. checksum_source: put the SHA-256 of every file of
     the source into the pack's provenance, which reads them all once more.
 
+    calibrate: a text, or a folder of .txt files, to choose codes and scales by what reaches each
+    matrix (int4, int6 and int8); calibration_tokens: of it, None for 32,768. bits: instead of a
+    scheme for all, one for each matrix, so that the least is lost on that text with so many bits a
+    weight, all in.
+
     Raises: UsageError, InputNotFound, ConfigError, CheckpointError, TokenizerError, NumericError,
     OutputError.
     """
+    if calibrate is not None:
+        from .calibration.conversion import plan_calibrated
+
+        plan, producer, method = plan_calibrated(
+            source, target, calibrate, tokens=calibration_tokens, bits=bits, scheme=scheme,
+            group_size=group_size, head_scheme=head_scheme, threads=threads,
+        )  # fmt: skip
+        return run(
+            plan, producer=producer, method=method, force=force, fresh=fresh,
+            checksum_source=checksum_source, progress=progress,
+        )  # fmt: skip
+    if bits is not None or calibration_tokens is not None:
+        raise UsageError("bits and calibration_tokens need a text: name one with calibrate")
     plan = make_plan(
         source, target, scheme=scheme, group_size=group_size, head_scheme=head_scheme,
         threads=threads,

@@ -225,6 +225,18 @@ class Runner:
         for tokens, _ in self.steps():
             sink(norm(np.ascontiguousarray(x[tokens])))
 
+    def logits(self, weights: UnderWay, head: Matrix | None, x: F32) -> F32:
+        """What a head makes of hidden states x [M, C]; None: what the last norm does."""
+        norm, x = weights.norm("ln_f"), np.ascontiguousarray(x)
+        if head is None:
+            return np.asarray(self._backend.norm(norm)(x))
+        return np.asarray(self._backend.linear(head, norm=norm)(x))
+
+
+def places_of(wanted: I64) -> dict[int, int]:
+    """Token -> where it is among the wanted."""
+    return {token: place for place, token in enumerate(wanted.tolist())}
+
 
 def _ignore(x: F32) -> None:
     return None

@@ -29,7 +29,7 @@ from bloomq.weights import Matrix
 
 from ..pieces import Piece, Producer, blocks, rounded_block
 from ..source import Checkpoint, SourceTensor
-from .forward import Moments, Runner, UnderWay, linears_of, rows_of
+from .forward import Moments, Runner, UnderWay, linears_of, places_of, rows_of
 from .scratch import Scratch
 from .solver import DAMPING, SWEEPS, Solver
 
@@ -143,7 +143,7 @@ class _Calibration:
         yield from self._as_stored("emb_ln")
         x = self.scratch.new()
         weights = UnderWay(self._checkpoint)
-        self._runner.embed(weights, _places(wanted), stored, x)
+        self._runner.embed(weights, places_of(wanted), stored, x)
         self.scratch.keep(x, 0)
 
     def _head_moment(self) -> F32:
@@ -154,7 +154,7 @@ class _Calibration:
         weights, wanted = UnderWay(self._checkpoint), np.unique(ids)
         tensor = self._checkpoint.tensors["wte.weight"]
         x = np.empty((ids.size, self._config.hidden_size), np.float32)
-        runner.embed(weights, _places(wanted), _picked(tensor, wanted), x)
+        runner.embed(weights, places_of(wanted), _picked(tensor, wanted), x)
         for layer in range(self._config.n_layer):
             weights.add_exact(linears_of(layer))
             runner.through(layer, weights, x, x)
@@ -251,10 +251,6 @@ class _Calibration:
                 yield Piece(name, arrays, nbytes), start, solved.values
         except NumericError as error:
             raise NumericError(f"{tensor.name}: {error}") from None
-
-
-def _places(wanted: I64) -> dict[int, int]:
-    return {token: place for place, token in enumerate(wanted.tolist())}
 
 
 def _picked(tensor: SourceTensor, wanted: I64) -> F32:

@@ -1,0 +1,69 @@
+"""A calibrated conversion: its plan, its producer, and what the pack's provenance says of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bloomq.pack_writer import partial_folder
+
+from ..pieces import Producer
+from ..plan import Plan, make_plan
+from .budget import choose
+from .producer import Settings, calibrated
+from .sensitivity import Progress, measure
+from .text import TOKENS, read_windows
+
+METHOD = "gptq"  # as provenance names it; the version of the method is the converter's
+
+
+def plan_calibrated(
+    source: str | Path, target: str | Path, text: str | Path, *, tokens: int | None = None,
+    window: int | None = None, bits: float | None = None, scheme: str = "int4",
+    group_size: int | None = None, head_scheme: str | None = None, threads: int | None = None,
+    settings: Settings | None = None, progress: Progress = lambda done, total: None,
+) -> tuple[Plan, Producer, Mapping[str, Any]]:  # fmt: skip
+    """What `convert.run` needs to calibrate on a text: plan, producer and method.
+
+    tokens, window: see `read_windows`; bits: choose each matrix's scheme under this budget, by
+    sensitivities that are measured here and now; progress: of that, and then of the blocks, in
+    blocks done of all. Raises: as `make_plan`, `read_windows` and `choose`.
+    """
+    settings = settings or Settings()
+    plan = make_plan(
+        source, target, scheme=scheme, group_size=group_size, head_scheme=head_scheme,
+        threads=threads,
+    )  # fmt: skip
+    checkpoint = plan.checkpoint
+    ids = read_windows(checkpoint, text, tokens=TOKENS if tokens is None else tokens, window=window)
+    folder = partial_folder(Path(target))
+    if bits is not None:
+        # beside the work of an interrupted run, which is looked at when the schemes are known
+        scratch = folder.with_name(f"{folder.name}.sensitivity")
+        costs = measure(checkpoint, spread(ids), scratch, threads=threads, progress=progress)
+        options = {k: v for k, v in plan.options.items() if "scheme" not in k}
+        plan = replace(
+            plan, schemes=choose(checkpoint.config, costs, bits), options={**options, "bits": bits}
+        )
+    method = {
+        "method": METHOD,
+        "calibration": {
+            "tokens": int(ids.size), "window": int(ids.shape[1]), **asdict(settings),
+            "sha256": hashlib.sha256(np.ascontiguousarray(ids)).hexdigest(),
+        },
+    }  # fmt: skip
+    producer = calibrated(
+        ids, folder / "calibration", settings=settings, threads=threads, progress=progress
+    )
+    return plan, producer, method
+
+
+def spread(ids: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The windows in another order: from all over the text, however few are then taken."""
+    step = max(1, round(len(ids) ** 0.5))
+    return np.concatenate([ids[start::step] for start in range(step)])
