@@ -67,7 +67,7 @@ def _knapsack(
     best = np.zeros(_CELLS + 1)  # the least cost of the names so far, in so many cells
     taken = []
     for name, by in sizes.items():
-        options = sorted(by, key=lambda scheme: by[scheme])  # noqa: B023 (used at once)
+        options = sorted(by, key=lambda scheme: by[scheme])
         trial = np.full((len(options), _CELLS + 1), np.inf)
         for row, scheme in zip(trial, options, strict=True):
             cells = math.ceil((by[scheme] - smallest[name]) / cell - 1e-9)

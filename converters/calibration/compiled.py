@@ -1,4 +1,8 @@
-"""The inner loops of `solver`, compiled: 16 rows of the matrix at a time, columns first."""
+"""The inner loops of `gptq`, compiled: 16 rows of the matrix at a time, columns first.
+
+Innermost loops run over the 16 rows, so they vectorise without reordering a sum, and a row's bits
+depend on nothing else. They hold no lock: callers give spans of rows to threads.
+"""
 
 from __future__ import annotations
 
@@ -8,155 +12,192 @@ from ..quantize import _cached
 
 _ROUND = np.float32(12582912)  # 1.5 x 2^23: adding and subtracting it rounds, half to even
 _SPLIT, _STEP = np.float32(8193), np.float32(0.75)
+_LEAST_NORMAL = np.float32(6.103515625e-05)  # of float16, 2^-14
 
 
 @_cached
 def half(x):  # type: ignore[no-untyped-def]
-    """float32 rounded to what float16 holds, by Veltkamp's split; below 2^-14 to steps of 2^-24."""
+    """float32 rounded to what float16 holds: Veltkamp's split to 11 bits; below 2^-14 to multiples
+    of 2^-24, the last place of 0.75."""
     t = x * _SPLIT
     normal = t - (t - x)
     small = (x + _STEP) - _STEP
-    return small if abs(x) < np.float32(6.103515625e-05) else normal
+    return small if abs(x) < _LEAST_NORMAL else normal
+
+
+@_cached
+def _largest(w, fed, at, first, group, up, down):  # type: ignore[no-untyped-def]
+    """Of a group's values with what is fed to them: the largest, and the largest of the negated."""
+    for lane in range(16):
+        up[lane] = np.float32(0)
+        down[lane] = np.float32(0)
+    for k in range(at, at + group):
+        for lane in range(16):
+            v = w[k, first + lane] + fed[k, first + lane]
+            up[lane] = max(up[lane], v)
+            down[lane] = max(down[lane], -v)
+
+
+@_cached
+def _round_group(w, fed, unit, weight, at, first, low, high, scale, q, e, work, loss):  # type: ignore[no-untyped-def]
+    """Codes q and errors e [group, 16] of a group with these scales, and its weighed loss."""
+    group = q.shape[0]
+    inverse = np.empty(16, np.float32)
+    for lane in range(16):
+        inverse[lane] = np.float32(0) if scale[lane] == 0 else np.float32(1) / scale[lane]
+        loss[lane] = np.float32(0)
+    for k in range(group):
+        for lane in range(16):
+            work[k, lane] = fed[at + k, first + lane]
+    for k in range(group):
+        for lane in range(16):
+            v = w[at + k, first + lane]
+            code = ((v + work[k, lane]) * inverse[lane] + _ROUND) - _ROUND
+            code = min(max(code, low), high)
+            left = (v + work[k, lane]) - code * scale[lane]
+            q[k, lane] = code
+            e[k, lane] = v - code * scale[lane]
+            loss[lane] += weight[at + k] * left * left
+        for j in range(k + 1, group):
+            u = unit[at + k, at + j]
+            for lane in range(16):
+                work[j, lane] += u * e[k, lane]
+
+
+@_cached
+def _keep_better(scale, loss, q, e, best, least, best_q, best_e):  # type: ignore[no-untyped-def]
+    better = np.empty(16, np.bool_)
+    for lane in range(16):
+        better[lane] = loss[lane] < least[lane]
+        least[lane] = loss[lane] if better[lane] else least[lane]
+        best[lane] = scale[lane] if better[lane] else best[lane]
+    for k in range(q.shape[0]):
+        for lane in range(16):
+            best_q[k, lane] = q[k, lane] if better[lane] else best_q[k, lane]
+            best_e[k, lane] = e[k, lane] if better[lane] else best_e[k, lane]
+
+
+@_cached
+def _feed_on(unit, e, at, first, fed):  # type: ignore[no-untyped-def]
+    """Add a group's errors to what is fed to the block's later columns."""
+    group = e.shape[0]
+    total = np.empty(16, np.float32)
+    for j in range(at + group, fed.shape[0]):
+        for lane in range(16):
+            total[lane] = fed[j, first + lane]
+        for k in range(group):
+            u = unit[at + k, j]
+            for lane in range(16):
+                total[lane] += u * e[k, lane]
+        for lane in range(16):
+            fed[j, first + lane] = total[lane]
 
 
 @_cached
 def round_block(w, fed, unit, weight, group, shrink, low, high, given, codes, scales, errors):  # type: ignore[no-untyped-def]
-    columns, rows = w.shape
-    values = np.empty((group, 16), np.float32)
-    q = np.empty((group, 16), np.float32)
-    e = np.empty((group, 16), np.float32)
-    best_q = np.empty((group, 16), np.float32)
-    best_e = np.empty((group, 16), np.float32)
-    work, feed = np.empty((group, 16), np.float32), np.empty((group, 16), np.float32)
+    """One block of columns: w and fed [columns, N], unit and weight the factor's part.
+
+    given: [1, N], the scales of rows; of no rows: each group's scale is the best of those at which
+    its largest value, of either sign, gets the lowest or the highest code, times each of `shrink`.
+    """
+    q, e = np.empty((group, 16), np.float32), np.empty((group, 16), np.float32)
+    work = np.empty((group, 16), np.float32)
+    best_q, best_e = np.empty((group, 16), np.float32), np.empty((group, 16), np.float32)
     up, down = np.empty(16, np.float32), np.empty(16, np.float32)
-    scale, inverse = np.empty(16, np.float32), np.empty(16, np.float32)
-    loss, best_loss, best = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
-    tries = 2 * len(shrink) if len(given) == 0 else 1
-    for first in range(0, rows, 16):
-        for at in range(0, columns, group):
-            for lane in range(16):
-                up[lane] = np.float32(0)
-                down[lane] = np.float32(0)
-                best_loss[lane] = np.float32(np.inf)
-                best[lane] = np.float32(0)
-            for k in range(group):
-                for lane in range(16):
-                    values[k, lane] = w[at + k, first + lane]
-                    feed[k, lane] = fed[at + k, first + lane]
-                    v = values[k, lane] + feed[k, lane]
-                    up[lane] = max(up[lane], v)
-                    down[lane] = max(down[lane], -v)
-                    best_e[k, lane] = values[k, lane]
-                    best_q[k, lane] = np.float32(0)
-            for number in range(tries):
-                for lane in range(16):
-                    if len(given) > 0:
-                        s = given[0, first + lane]
-                    elif number < len(shrink):
-                        s = half(shrink[number] * max(up[lane] / high, down[lane] / -low))
-                    else:
-                        s = -half(shrink[number - len(shrink)] * max(up[lane] / -low, down[lane] / high))
-                    scale[lane] = s
-                    inverse[lane] = np.float32(0) if s == 0 else np.float32(1) / s
-                    loss[lane] = np.float32(0)
-                for k in range(group):
+    scale, best = np.empty(16, np.float32), np.empty(16, np.float32)
+    loss, least = np.empty(16, np.float32), np.empty(16, np.float32)
+    for first in range(0, w.shape[1], 16):
+        for at in range(0, w.shape[0], group):
+            least[:] = np.float32(np.inf)
+            if len(given):
+                best[:] = given[0, first : first + 16]
+                _round_group(
+                    w, fed, unit, weight, at, first, low, high, best, best_q, best_e, work, loss
+                )
+            else:
+                _largest(w, fed, at, first, group, up, down)
+                for number in range(2 * len(shrink)):
+                    s = shrink[number // 2]
                     for lane in range(16):
-                        work[k, lane] = feed[k, lane]
-                for k in range(group):
-                    for lane in range(16):
-                        v = values[k, lane] + work[k, lane]
-                        c = (v * inverse[lane] + _ROUND) - _ROUND
-                        c = min(max(c, low), high)
-                        r = v - c * scale[lane]
-                        q[k, lane] = c
-                        e[k, lane] = values[k, lane] - c * scale[lane]
-                        loss[lane] += weight[at + k] * r * r
-                    for j in range(k + 1, group):
-                        u = unit[at + k, at + j]
-                        for lane in range(16):
-                            work[j, lane] += u * e[k, lane]
-                for lane in range(16):
-                    better = loss[lane] < best_loss[lane]
-                    best_loss[lane] = loss[lane] if better else best_loss[lane]
-                    best[lane] = scale[lane] if better else best[lane]
-                    loss[lane] = np.float32(1) if better else np.float32(0)
-                for k in range(group):
-                    for lane in range(16):
-                        take = loss[lane] > 0
-                        best_q[k, lane] = q[k, lane] if take else best_q[k, lane]
-                        best_e[k, lane] = e[k, lane] if take else best_e[k, lane]
-            for lane in range(16):
-                scales[at // group, first + lane] = best[lane]
+                        above = half(s * max(up[lane] / high, down[lane] / -low))
+                        below = -half(s * max(up[lane] / -low, down[lane] / high))
+                        scale[lane] = below if number % 2 else above
+                    _round_group(
+                        w, fed, unit, weight, at, first, low, high, scale, q, e, work, loss
+                    )
+                    _keep_better(scale, loss, q, e, best, least, best_q, best_e)
             for k in range(group):
                 for lane in range(16):
                     codes[at + k, first + lane] = np.int8(best_q[k, lane])
                     errors[at + k, first + lane] = best_e[k, lane]
-            for j in range(at + group, columns):
-                for lane in range(16):
-                    values[0, lane] = fed[j, first + lane]
-                for k in range(group):
-                    u = unit[at + k, j]
-                    for lane in range(16):
-                        values[0, lane] += u * best_e[k, lane]
-                for lane in range(16):
-                    fed[j, first + lane] = values[0, lane]
+            scales[at // group, first : first + 16] = best
+            _feed_on(unit, best_e, at, first, fed)
+
+
+@_cached
+def _step_scale(h, at, first, codes, scale, errors, g, step, change):  # type: ignore[no-untyped-def]
+    """Set a group's scale to the best for its codes; g is the gradient of the block's columns."""
+    group = change.shape[0]
+    top, bottom = np.zeros(16, np.float32), np.zeros(16, np.float32)
+    for k in range(group):
+        for lane in range(16):
+            change[k, lane] = np.float32(0)
+        for j in range(group):
+            for lane in range(16):
+                change[k, lane] += h[at + k, at + j] * np.float32(codes[at + j, first + lane])
+        for lane in range(16):
+            code = np.float32(codes[at + k, first + lane])
+            top[lane] += code * g[at + k, lane]
+            bottom[lane] += code * change[k, lane]
+    for lane in range(16):
+        s, d = scale[first + lane], bottom[lane]
+        fresh = half(s + top[lane] / d) if d > 0 else s
+        step[lane] = fresh - s
+        gain = step[lane] * (np.float32(2) * top[lane] - step[lane] * d)
+        if not gain > 0 or fresh == 0:  # rounded to half, it may be worse than it was
+            step[lane] = np.float32(0)
+        scale[first + lane] = s + step[lane]
+    for k in range(group):
+        for lane in range(16):
+            change[k, lane] = step[lane] * np.float32(codes[at + k, first + lane])
+            errors[at + k, first + lane] -= change[k, lane]
+        for j in range(g.shape[0]):
+            for lane in range(16):
+                g[j, lane] -= h[at + k, j] * change[k, lane]
+
+
+@_cached
+def _step_code(h, k, first, low, high, codes, scale, errors, g, step):  # type: ignore[no-untyped-def]
+    """Set a column's codes to the best for all else."""
+    changed = False
+    for lane in range(16):
+        s, old = scale[first + lane], np.float32(codes[k, first + lane])
+        inverse = np.float32(0) if s == 0 else np.float32(1) / s
+        code = old + g[k, lane] / h[k, k] * inverse
+        code = min(max((code + _ROUND) - _ROUND, low), high)
+        step[lane] = s * (code - old)
+        changed |= code != old
+        codes[k, first + lane] = np.int8(code)
+        errors[k, first + lane] -= step[lane]
+    if changed:
+        for j in range(g.shape[0]):
+            for lane in range(16):
+                g[j, lane] -= h[k, j] * step[lane]
 
 
 @_cached
 def descend_block(gradient, h, group, low, high, free, codes, scales, errors):  # type: ignore[no-untyped-def]
-    columns, rows = gradient.shape
-    g = np.empty((columns, 16), np.float32)
-    change = np.empty((group, 16), np.float32)
-    top, bottom, step = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
-    for first in range(0, rows, 16):
-        for k in range(columns):
+    """One block of columns: gradient [columns, N] is h of all columns times their errors, h the
+    block's own part. free: the scales may change."""
+    g = np.empty((gradient.shape[0], 16), np.float32)
+    change, step = np.empty((group, 16), np.float32), np.empty(16, np.float32)
+    for first in range(0, gradient.shape[1], 16):
+        for k in range(g.shape[0]):
             for lane in range(16):
                 g[k, lane] = gradient[k, first + lane]
-        for at in range(0, columns, group):
+        for at in range(0, g.shape[0], group):
+            scale = scales[at // group]
             if free:
-                for lane in range(16):
-                    top[lane] = np.float32(0)
-                    bottom[lane] = np.float32(0)
-                for k in range(group):
-                    for lane in range(16):
-                        change[k, lane] = np.float32(0)
-                    for j in range(group):
-                        for lane in range(16):
-                            change[k, lane] += h[at + k, at + j] * np.float32(codes[at + j, first + lane])
-                    for lane in range(16):
-                        c = np.float32(codes[at + k, first + lane])
-                        top[lane] += c * g[at + k, lane]
-                        bottom[lane] += c * change[k, lane]
-                for lane in range(16):
-                    s = scales[at // group, first + lane]
-                    d = bottom[lane]
-                    fresh = half(s + top[lane] / d) if d > 0 else s
-                    step[lane] = fresh - s
-                    gain = step[lane] * (np.float32(2) * top[lane] - step[lane] * d)
-                    if not (gain > 0) or fresh == 0:
-                        step[lane] = np.float32(0)
-                    scales[at // group, first + lane] = s + step[lane]
-                for k in range(group):
-                    for lane in range(16):
-                        change[k, lane] = step[lane] * np.float32(codes[at + k, first + lane])
-                        errors[at + k, first + lane] -= change[k, lane]
-                    for j in range(columns):
-                        for lane in range(16):
-                            g[j, lane] -= h[at + k, j] * change[k, lane]
-            for k in range(group):
-                any_change = False
-                for lane in range(16):
-                    s = scales[at // group, first + lane]
-                    old = np.float32(codes[at + k, first + lane])
-                    inverse = np.float32(0) if s == 0 else np.float32(1) / s
-                    c = old + g[at + k, lane] / h[at + k, at + k] * inverse
-                    c = (c + _ROUND) - _ROUND
-                    c = min(max(c, low), high)
-                    step[lane] = s * (c - old)
-                    any_change |= c != old
-                    codes[at + k, first + lane] = np.int8(c)
-                    errors[at + k, first + lane] -= step[lane]
-                if any_change:
-                    for j in range(columns):
-                        for lane in range(16):
-                            g[j, lane] -= h[at + k, j] * step[lane]
+                _step_scale(h, at, first, codes, scale, errors, g, step, change)
+            for k in range(at, at + group):
+                _step_code(h, k, first, low, high, codes, scale, errors, g, step)

@@ -54,7 +54,7 @@ def plan_calibrated(
         "method": METHOD,
         "calibration": {
             "tokens": int(ids.size), "window": int(ids.shape[1]), **asdict(settings),
-            "sha256": hashlib.sha256(np.ascontiguousarray(ids)).hexdigest(),
+            "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
         },
     }  # fmt: skip
     producer = calibrated(

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.backends.numba_cpu.layers import NumbaBackend
-from bloomq.config import BloomConfig, weight_specs
+from bloomq.config import BloomConfig
 from bloomq.layers import Activation, Backend, LayerNorm, Span
 from bloomq.model import Block
-from bloomq.schemes import Array, Scheme, bf16_to_f32, get_scheme
+from bloomq.schemes import bf16_to_f32, get_scheme
 from bloomq.weights import Matrix, Norm
 
 from ..source import Checkpoint, SourceTensor

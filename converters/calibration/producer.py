@@ -41,7 +41,9 @@ Progress = Callable[[int, int], None]  # (work done, work in all), in an arbitra
 # states, as a look-up each column counts alike. So much damping is a compromise between the two
 # (docs/experiments.md).
 HEAD_DAMPING = 1.0
-_HEAD_TOKENS = 16384  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
+_HEAD_TOKENS = (
+    16384  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
+)
 _SOLVED_BYTES = 256 << 20  # of float32 rows that are solved at a time; some five times that at hand
 
 
@@ -74,16 +76,20 @@ def _produce(
     checkpoint: Checkpoint, schemes: Mapping[str, Scheme], done: Collection[str],
 ) -> Iterator[Piece]:  # fmt: skip
     with ThreadPoolExecutor(threads) as pool:
-        run = _Calibration(ids, folder, settings, threads, progress, checkpoint, schemes, done, pool)
+        run = _Calibration(
+            ids, folder, settings, threads, progress, checkpoint, schemes, done, pool
+        )
         yield from run.pieces()
     run.scratch.remove()
 
 
-def _key(ids: I64, settings: Settings, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]) -> str:
+def _key(
+    ids: I64, settings: Settings, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]
+) -> str:
     """A digest of all that the activations depend on."""
     labels = {name: scheme.label for name, scheme in schemes.items()}
     known = checkpoint.provenance.get("fingerprint") or checkpoint.fingerprint
-    text = hashlib.sha256(np.ascontiguousarray(ids, np.int64)).hexdigest()
+    text = hashlib.sha256(ids.tobytes()).hexdigest()
     facts = [known, labels, text, list(ids.shape), repr(settings)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -121,7 +127,9 @@ class _Calibration:
 
     def _first_undone_block(self) -> int:
         for layer in range(self._config.n_layer):
-            if any(name not in self._done for name in self._specs if name.startswith(f"h.{layer}.")):
+            if any(
+                name not in self._done for name in self._specs if name.startswith(f"h.{layer}.")
+            ):
                 return layer
         return self._config.n_layer
 
@@ -228,9 +236,7 @@ class _Calibration:
         weights.biases[key] = bias
         yield Piece(name, {key: bias}, self._checkpoint.tensors[key].nbytes)
 
-    def _solved(
-        self, name: str, moment: F32, damping: float
-    ) -> Iterator[tuple[Piece, int, F32]]:
+    def _solved(self, name: str, moment: F32, damping: float) -> Iterator[tuple[Piece, int, F32]]:
         """(piece, first row, values [n, K]) of some rows of a matrix at a time."""
         tensor = self._checkpoint.tensors[f"{name}.weight"]
         total, k = tensor.shape

@@ -51,7 +51,7 @@ class Scratch:
                 f"{self._folder}: activations need {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
                 "free: free some space, or calibrate with fewer tokens"
             )
-        x: F32 = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+        x: F32 = np.lib.format.open_memmap(
             self._folder / "new.npy", "w+", np.dtype(np.float32), self._shape
         )
         return x

@@ -88,7 +88,10 @@ class _Sweep:
         self._report(1, 1)
         self._scratch.remove()
         return {
-            name: {s: kl * e / max(self._errors[name][PROBE], 1e-30) for s, e in self._errors[name].items()}
+            name: {
+                s: kl * e / max(self._errors[name][PROBE], 1e-30)
+                for s, e in self._errors[name].items()
+            }
             for name, kl in found.items()
         }
 
@@ -108,7 +111,12 @@ class _Sweep:
                 if scheme in kept:
                     kept[scheme].append(parts)
         rest, probe = (
-            Matrix(name, scheme, (n, k), {leaf: np.concatenate([p[leaf] for p in blocks]) for leaf in blocks[0]})
+            Matrix(
+                name,
+                scheme,
+                (n, k),
+                {leaf: np.concatenate([p[leaf] for p in blocks]) for leaf in blocks[0]},
+            )
             for scheme, blocks in kept.items()
         )
         return _Probe(rest, probe, errors)
@@ -159,7 +167,10 @@ class _Sweep:
         total = 0.0
         for start in range(0, len(base), _HEAD_TOKENS):
             at = slice(start, start + _HEAD_TOKENS)
-            p, q = self._runner.logits(weights, of_base, base[at]), self._runner.logits(weights, of_other, other[at])
+            p, q = (
+                self._runner.logits(weights, of_base, base[at]),
+                self._runner.logits(weights, of_other, other[at]),
+            )
             if of_base is None:
                 total += float(np.square(p - q, dtype=np.float64).sum()) / 2
             else:

@@ -160,7 +160,7 @@ class Solver:
     def errors(self, e: F32) -> F64:
         """e [K, N] -> [N]: each row's error under the moment as it was, without damping."""
         total = np.einsum("kn,kn->n", self._h @ e, e, dtype=np.float64)
-        return total - np.einsum("kn,kn,k->n", e, e, self._added, dtype=np.float64)
+        return np.asarray(total - np.einsum("kn,kn,k->n", e, e, self._added, dtype=np.float64))
 
 
 def _bordered(moment: F32, k: int) -> F32:

@@ -75,6 +75,6 @@ def _rows(checkpoint: Checkpoint, files: list[Path], count: int, length: int) ->
 def _check_ids(file: Path, ids: I64, vocab_size: int) -> None:
     if ids.size and int(ids.max()) >= vocab_size:
         raise TokenizerError(
-            f"{file}: gives token {int(ids.max())}, the model has {vocab_size}: the tokenizer is of "
-            "another model"
+            f"{file}: gives token {int(ids.max())}, the model has {vocab_size}: its "
+            "tokenizer is of another model"
         )
