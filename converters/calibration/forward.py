@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 
 from bloomq.backends.numba_cpu.layers import NumbaBackend
 from bloomq.config import BloomConfig
+from bloomq.errors import NumericError
 from bloomq.layers import Activation, Backend, LayerNorm, Span
 from bloomq.model import Block
 from bloomq.schemes import bf16_to_f32, get_scheme
 from bloomq.weights import Matrix, Norm
 
+from ..quantize import all_finite
 from ..source import Checkpoint, SourceTensor
 
 F32 = NDArray[np.float32]
@@ -61,7 +63,7 @@ class UnderWay:
         return Norm(name, gain, bias, self.config.layer_norm_epsilon)
 
     def add_exact(self, names: list[str]) -> None:
-        """Take matrices as the checkpoint has them."""
+        """Take matrices as the checkpoint has them. Raises: NumericError where one is damaged."""
         for name in names:
             tensor = self.checkpoint.tensors[f"{name}.weight"]
             scheme = get_scheme("f32")
@@ -81,8 +83,10 @@ def linears_of(layer: int) -> list[str]:
 
 
 def rows_of(tensor: SourceTensor, start: int, stop: int) -> F32:
-    """[stop - start, K] float32."""
+    """[stop - start, ...] float32. Raises: NumericError where a value is not finite."""
     raw = tensor.rows(start, stop)
+    if not all_finite(raw, tensor.dtype):
+        raise NumericError(f"{tensor.name} holds NaN or infinity: the checkpoint is damaged")
     if tensor.dtype == "BF16":
         return bf16_to_f32(raw.view(np.uint16))
     return np.asarray(raw, np.float32)

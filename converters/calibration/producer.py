@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.config import WeightSpec, weight_specs
-from bloomq.errors import NumericError
 from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, round_up
 from bloomq.weights import Matrix
 
@@ -241,22 +240,16 @@ class _Calibration:
         tensor = self._checkpoint.tensors[f"{name}.weight"]
         total, k = tensor.shape
         rows = max(ROW_MULTIPLE, _SOLVED_BYTES // (4 * k) // ROW_MULTIPLE * ROW_MULTIPLE)
-        try:
-            solver = Solver(
-                moment, self._schemes[name], self._pool, damping=damping,
-                sweeps=self._settings.sweeps,
-            )  # fmt: skip
-            for start in range(0, total, rows):
-                stop = min(start + rows, total)
-                w = rows_of(tensor, start, stop)
-                if not np.isfinite(w).all():
-                    raise NumericError("holds NaN or infinity: the checkpoint is damaged")
-                solved = solver.rows(w)
-                arrays = {f"{name}.{leaf}": part for leaf, part in solved.parts.items()}
-                nbytes = tensor.nbytes * (stop - start) // total
-                yield Piece(name, arrays, nbytes), start, solved.values
-        except NumericError as error:
-            raise NumericError(f"{tensor.name}: {error}") from None
+        solver = Solver(
+            moment, self._schemes[name], self._pool, name=tensor.name, damping=damping,
+            sweeps=self._settings.sweeps,
+        )  # fmt: skip
+        for start in range(0, total, rows):
+            stop = min(start + rows, total)
+            solved = solver.rows(rows_of(tensor, start, stop))
+            arrays = {f"{name}.{leaf}": part for leaf, part in solved.parts.items()}
+            nbytes = tensor.nbytes * (stop - start) // total
+            yield Piece(name, arrays, nbytes), start, solved.values
 
 
 def _picked(tensor: SourceTensor, wanted: I64) -> F32:
