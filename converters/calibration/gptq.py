@@ -112,9 +112,9 @@ def gptq(
             own: F32 = own,
         ) -> None:  # fmt: skip
             round_block(
-                w[start:stop, a:b], fed[:, a:b], unit, by.weight[start:stop],
-                min(group, stop - start), SHRINK, np.float32(low), np.float32(high),
-                given[:, a:b], codes[start:stop, a:b], own[:, a:b], errors[start:stop, a:b],
+                a, b, w[start:stop], fed, unit, by.weight[start:stop], min(group, stop - start),
+                SHRINK, np.float32(low), np.float32(high), given, codes[start:stop], own,
+                errors[start:stop],
             )  # fmt: skip
 
         _spread(run, n, pool)
@@ -145,9 +145,8 @@ def descend(
             part: F32 = part, own: F32 = own,
         ) -> None:  # fmt: skip
             descend_block(
-                gradient[:, a:b], part, min(group, stop - start), np.float32(low),
-                np.float32(high), free, found.codes[start:stop, a:b], own[:, a:b],
-                errors[start:stop, a:b],
+                a, b, gradient, part, min(group, stop - start), np.float32(low), np.float32(high),
+                free, found.codes[start:stop], own, errors[start:stop],
             )  # fmt: skip
 
         _spread(run, n, pool)
