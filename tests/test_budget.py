@@ -11,10 +11,10 @@ from bloomq.converters.calibration.budget import CANDIDATES, choose
 from bloomq.converters.calibration.sensitivity import measure
 from bloomq.converters.plan import make_plan
 from bloomq.converters.reading import read_checkpoint
-from conftest import write_checkpoint
+from conftest import DEMO, write_checkpoint
 
 from bloomq.config import BloomConfig, weight_specs
-from bloomq.errors import UsageError
+from bloomq.errors import OutputError, UsageError
 from bloomq.schemes import Scheme, get_scheme
 
 CONFIG = BloomConfig(hidden_size=128, n_layer=1, n_head=4, vocab_size=512)
@@ -143,3 +143,16 @@ def test_sensitivities_of_other_heads(tmp_path, architecture):
     costs = measure(checkpoint, np.arange(40).reshape(2, 20), tmp_path / "scratch", threads=1)
     assert ("lm_head" in costs) == (architecture == "untied")
     assert all(by_scheme[CANDIDATES[0]] > 0 for by_scheme in costs.values())
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    from bloomq.converters.calibration import conversion
+
+    def refuse(**options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(conversion.tempfile, "TemporaryDirectory", refuse)
+    text = tmp_path / "text.txt"
+    text.write_text("A few words only.")
+    with pytest.raises(OutputError, match="cannot be written: Permission denied"):
+        conversion.plan_calibrated(DEMO, tmp_path / "pack", text, bits=5)

@@ -1,7 +1,7 @@
 """The inner loops of `gptq`, compiled: 128 rows of the matrix at a time, columns first.
 
-Innermost loops run over these rows, the lanes, so they vectorise without reordering a sum, and a row's bits
-depend on nothing else. They hold no lock: callers give spans of rows to threads.
+Innermost loops run over these rows, the lanes, so they vectorise without reordering a sum, and a
+row's bits depend on nothing else. They hold no lock: callers give spans of rows to threads.
 """
 
 from __future__ import annotations
@@ -207,8 +207,8 @@ def _step_code(h, k, first, lanes, low, high, codes, scale, errors, g, step):  #
 def descend_block(  # type: ignore[no-untyped-def]
     begin, end, gradient, h, group, low, high, free, codes, scales, errors
 ):  # fmt: skip
-    """Rows begin to end of one block of columns: gradient [columns, N] is h of all columns times their errors, h the
-    block's own part. free: the scales may change."""
+    """Rows begin to end of one block of columns: gradient [columns, N] is h of all columns times
+    their errors, h the block's own part. free: the scales may change."""
     g = np.empty((gradient.shape[0], _LANES), np.float32)
     change, step = np.empty((group, _LANES), np.float32), np.empty(_LANES, np.float32)
     for first in range(begin, end, _LANES):

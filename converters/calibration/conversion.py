@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bloomq.errors import OutputError
+from bloomq.files import exists
 from bloomq.pack_writer import partial_folder
 
 from ..pieces import Producer
@@ -43,9 +47,8 @@ def plan_calibrated(
     ids = read_windows(checkpoint, text, tokens=TOKENS if tokens is None else tokens, window=window)
     folder = partial_folder(Path(target))
     if bits is not None:
-        # beside the work of an interrupted run, which is looked at when the schemes are known
-        scratch = folder.with_name(f"{folder.name}.sensitivity")
-        costs = measure(checkpoint, spread(ids), scratch, threads=threads, progress=progress)
+        with _scratch_beside(folder) as scratch:
+            costs = measure(checkpoint, spread(ids), scratch, threads=threads, progress=progress)
         options = {k: v for k, v in plan.options.items() if "scheme" not in k}
         plan = replace(
             plan, schemes=choose(checkpoint.config, costs, bits), options={**options, "bits": bits}
@@ -61,6 +64,21 @@ def plan_calibrated(
         ids, folder / "calibration", settings=settings, threads=threads, progress=progress
     )
     return plan, producer, method
+
+
+@contextmanager
+def _scratch_beside(folder: Path) -> Iterator[Path]:
+    """A folder on the target's disk, gone in the end. Not in the one where an interrupted run's
+    work lies: whether that can go on is known when the schemes are. Raises: OutputError."""
+    parent = folder.parent
+    while not exists(parent):
+        parent = parent.parent
+    try:
+        made = tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=parent)
+    except OSError as error:
+        raise OutputError(f"{parent}: cannot be written: {error.strerror}") from None
+    with made as name:
+        yield Path(name) / "versions"
 
 
 def spread(ids: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -85,7 +85,7 @@ class _Sweep:
             self._block(layer, versions, 2 + 4 * layer)
             self._report(layer + 1, self._config.n_layer + 1)
         found = dict(self._divergences(versions, table))
-        self._report(1, 1)
+        self._report(self._config.n_layer + 1, self._config.n_layer + 1)
         self._scratch.remove()
         return {
             name: {
