@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from bloomq.converters.calibration import scratch as scratch_module
-from bloomq.converters.calibration.conversion import plan_calibrated, spread
+from bloomq.converters.calibration.conversion import plan_calibrated
 from bloomq.converters.calibration.forward import Moments, Runner, UnderWay, linears_of
 from bloomq.converters.calibration.gptq import SHRINK, Codes, column_order, descend, factor, gptq
 from bloomq.converters.calibration.producer import Settings, calibrated
 from bloomq.converters.calibration.scratch import Scratch
 from bloomq.converters.calibration.solver import Solver
-from bloomq.converters.calibration.text import read_windows
+from bloomq.converters.calibration.text import read_windows, spread
 from bloomq.converters.convert import convert, run
 from bloomq.converters.reading import read_checkpoint
 from conftest import DEMO, write_checkpoint

@@ -10,8 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bloomq.errors import OutputError
 from bloomq.files import exists
 from bloomq.pack_writer import partial_folder
@@ -21,7 +19,7 @@ from ..plan import Plan, make_plan
 from .budget import choose
 from .producer import Settings, calibrated
 from .sensitivity import Progress, measure
-from .text import TOKENS, read_windows
+from .text import TOKENS, read_windows, spread
 
 METHOD = "gptq"  # as provenance names it; the version of the method is the converter's
 
@@ -79,9 +77,3 @@ def _scratch_beside(folder: Path) -> Iterator[Path]:
         raise OutputError(f"{parent}: cannot be written: {error.strerror}") from None
     with made as name:
         yield Path(name) / "versions"
-
-
-def spread(ids: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The windows in another order: from all over the text, however few are then taken."""
-    step = max(1, round(len(ids) ** 0.5))
-    return np.concatenate([ids[start::step] for start in range(step)])

@@ -31,6 +31,7 @@ from ..source import Checkpoint, SourceTensor
 from .forward import Moments, Runner, UnderWay, linears_of, places_of, rows_of
 from .scratch import Scratch
 from .solver import DAMPING, SWEEPS, Solver
+from .text import spread
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -155,7 +156,7 @@ class _Calibration:
 
     def _head_moment(self) -> F32:
         """Of the hidden states that the checkpoint's own weights end in, over some of the text."""
-        ids = self._runner.ids
+        ids = spread(self._runner.ids)
         ids = ids[: max(1, _HEAD_TOKENS // ids.shape[1])]
         runner = Runner(ids, self._config, self._threads)
         weights, wanted = UnderWay(self._checkpoint), np.unique(ids)
