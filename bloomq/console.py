@@ -131,6 +131,19 @@ def byte_progress(label: str) -> Iterator[Progress]:
 
 
 @contextmanager
+def step_progress(label: str) -> Iterator[Progress]:
+    """A bar over steps of any kind, for callbacks (done, total)."""
+    from rich.progress import MofNCompleteColumn
+
+    with _bar(MofNCompleteColumn()) as bar:
+        if bar is None:
+            yield lambda done, total: None
+            return
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
 def text_progress(label: str, begun_at: int = 0) -> Iterator[Progress]:
     """A bar over texts and how many a second, for callbacks (done, total). begun_at: those that an
     earlier run has done."""

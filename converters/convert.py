@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from bloomq.errors import CheckpointError
+from bloomq.errors import CheckpointError, UsageError
 from bloomq.pack import Pack
 from bloomq.pack_writer import partial_folder, writing_pack
 from bloomq.taken_folder import size_text
@@ -56,6 +56,9 @@ def convert(
     force: bool = False,
     fresh: bool = False,
     checksum_source: bool = False,
+    calibrate: str | Path | None = None,
+    calibration_tokens: int | None = None,
+    bits: float | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert the checkpoint or the pack at `source` to a pack at `target`.
@@ -69,14 +72,63 @@ def convert(
     checksum_source: put the SHA-256 of every file of the source into the pack's provenance, which
     reads them all once more.
 
+    calibrate: a text, or a folder of .txt files, to choose codes and scales by what reaches each
+    matrix (int4, int6 and int8); calibration_tokens: of it, None for 32,768. bits: instead of a
+    scheme for all, one for each matrix, so that the least is lost on that text with so many bits a
+    weight, all in.
+
     Raises: UsageError, InputNotFound, ConfigError, CheckpointError, TokenizerError, PackError,
     NumericError, OutputError.
     """
-    plan = make_plan(
-        source, target, scheme=scheme, group_size=group_size, head_scheme=head_scheme,
-        lora=lora, revision=revision, stream=stream, threads=threads,
+    plan, producer, method = prepare(
+        source, target, scheme=scheme, group_size=group_size, head_scheme=head_scheme, lora=lora,
+        revision=revision, stream=stream, threads=threads, calibrate=calibrate,
+        calibration_tokens=calibration_tokens, bits=bits,
     )  # fmt: skip
-    return run(plan, force=force, fresh=fresh, checksum_source=checksum_source, progress=progress)
+    return run(
+        plan, producer=producer, method=method, force=force, fresh=fresh,
+        checksum_source=checksum_source, progress=progress,
+    )  # fmt: skip
+
+
+def prepare(
+    source: str | Path,
+    target: str | Path,
+    *,
+    scheme: str | None = None,
+    group_size: int | None = None,
+    head_scheme: str | None = None,
+    lora: Sequence[tuple[str | Path, float]] = (),
+    revision: str | None = None,
+    stream: bool = False,
+    threads: int | None = None,
+    calibrate: str | Path | None = None,
+    calibration_tokens: int | None = None,
+    bits: float | None = None,
+    calibrating: Progress | None = None,
+) -> tuple[Plan, Producer | None, Mapping[str, Any] | None]:
+    """What `run` needs for a conversion with the options of `convert`: plan, producer, method.
+
+    calibrating: told how far a calibration is, while it is prepared and while it runs, in steps
+    done of all. Raises: as `convert`.
+    """
+    if calibrate is None:
+        if bits is not None or calibration_tokens is not None:
+            raise UsageError("bits and calibration_tokens need a text: name one with calibrate")
+        plan = make_plan(
+            source, target, scheme=scheme, group_size=group_size, head_scheme=head_scheme,
+            lora=lora, revision=revision, stream=stream, threads=threads,
+        )  # fmt: skip
+        return plan, None, None
+    from .calibration.conversion import plan_calibrated
+
+    if stream:
+        raise UsageError("a calibration reads the checkpoint more than once: not with stream")
+    return plan_calibrated(
+        source, target, calibrate, tokens=calibration_tokens, bits=bits, scheme=scheme,
+        group_size=group_size, head_scheme=head_scheme, lora=lora, revision=revision,
+        threads=threads, progress=calibrating or (lambda done, total: None),
+    )  # fmt: skip
 
 
 def run(

@@ -37,7 +37,7 @@ LEVELS = {
     "backends": 5, "opening": 5, "modeling": 5, "flax": 5, "language_model": 5, "loading": 5,
     "describe": 5, "console": 5, "bench": 5, "pipelines": 5,
     "cli": 6, "__main__": 7,
-    "converters": 3, "": 8,
+    "converters": 3, "converters.calibration": 5, "": 8,
 }  # fmt: skip
 SAME_LEVEL = {
     ("config", "files"), ("tensorfile", "files"), ("tensorfile", "schemes"),
@@ -65,6 +65,7 @@ SAME_LEVEL = {
     ("describe", "loading"), ("describe", "backends"), ("loading", "backends"),
     ("comparison", "backends"), ("comparison", "perplexity"),
     ("converters", "tokenizer"),  # a pack's is looked through
+    ("converters", "converters.calibration"),  # which runs blocks: convert imports it on demand
     ("converters", "cli"),  # `python -m bloomq.converters.hf` is the command `convert`
 }  # fmt: skip
 # What a level may import of the outside: the model and the loop know no engine and no file.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +62,20 @@ _LARGE_BYTES = 1 << 30  # of a pack: whoever writes so much is told so before, o
     is_flag=True,
     help="Of a hub id: download a file when it is wanted, delete it when it is converted.",
 )
+@click.option(
+    "--calibrate",
+    type=Path,
+    metavar="TEXT",
+    help="Choose codes and scales by what this text, or a folder of .txt, makes of them (GPTQ).",
+)
+@click.option(
+    "--calibration-tokens", type=int, help="Of the text, evenly spread.  [default: 32,768]"
+)
+@click.option(
+    "--bits",
+    type=float,
+    help="With --calibrate: a scheme for each matrix, that so many bits a weight lose least.",
+)
 @click.option("-t", "--threads", type=int, help="Worker threads.  [default: all cores]")
 @click.option("--force", is_flag=True, help="Replace a pack that is there.")
 @click.option("--fresh", is_flag=True, help="Begin anew where an interrupted run had stopped.")
@@ -73,6 +88,7 @@ _LARGE_BYTES = 1 << 30  # of a pack: whoever writes so much is told so before, o
 def convert(
     source: str, target: Path, scheme: str | None, group_size: str | None, head_scheme: str | None,
     adapters: tuple[Path, ...], scales: tuple[float, ...], revision: str | None, stream: bool,
+    calibrate: Path | None, calibration_tokens: int | None, bits: float | None,
     threads: int | None, force: bool, fresh: bool, dry_run: bool, checksum_source: bool,
     report: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
@@ -86,17 +102,11 @@ def convert(
     same bytes.
     """
     from bloomq.comparison import check_target as check_report
-    from bloomq.converters.convert import run
-    from bloomq.converters.plan import make_plan
+    from bloomq.converters.convert import prepare, run
     from bloomq.pack_writer import check_target
 
     # huggingface_hub reads it when it is imported; without, it asks the hub for more than files.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    plan = make_plan(
-        source, target, scheme=scheme, group_size=int(group_size) if group_size else None,
-        head_scheme=head_scheme, lora=_pairs(adapters, scales), revision=revision, stream=stream,
-        threads=threads,
-    )  # fmt: skip
     if report is not None:
         check_report(report)
         if adapters or not Path(source).exists():
@@ -104,20 +114,33 @@ def convert(
                 f"--report compares with {source} as it lies on this disk: not for a hub id, and "
                 "not with --lora"
             )
-    if dry_run:
-        check_target(target, force)
-        _print_plan(plan, as_json)
-        return
-    if console.is_terminal(sys.stderr) or plan.pack_bytes > _LARGE_BYTES:
-        console.note(plan.summary)
-    try:
-        with console.byte_progress("converting") as progress:
+    with ExitStack() as bars:
+        steps = None
+        if calibrate is not None:
+            steps = bars.enter_context(console.step_progress("calibrating"))
+        plan, producer, method = prepare(
+            source, target, scheme=scheme, group_size=int(group_size) if group_size else None,
+            head_scheme=head_scheme, lora=_pairs(adapters, scales), revision=revision,
+            stream=stream, threads=threads, calibrate=calibrate,
+            calibration_tokens=calibration_tokens, bits=bits, calibrating=steps,
+        )  # fmt: skip
+        if dry_run:
+            check_target(target, force)
+            _print_plan(plan, as_json)
+            return
+        if console.is_terminal(sys.stderr) or plan.pack_bytes > _LARGE_BYTES:
+            console.note(plan.summary)
+        loaded = None
+        if calibrate is None:
+            loaded = bars.enter_context(console.byte_progress("converting"))
+        try:
             result = run(
-                plan, force=force, fresh=fresh, checksum_source=checksum_source, progress=progress
-            )
-    except KeyboardInterrupt:
-        _say_how_to_go_on(target)
-        raise
+                plan, producer=producer, method=method, force=force, fresh=fresh,
+                checksum_source=checksum_source, progress=loaded,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            _say_how_to_go_on(target)
+            raise
     for line in result.notes:
         console.note(f"note: {line}")
     if report is not None:

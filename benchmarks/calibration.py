@@ -1,0 +1,111 @@
+"""What calibration gains: bits, perplexity, KL divergence and top-1 agreement of each ingredient.
+
+    python benchmarks/calibration.py [--checkpoint DIR] [--text DIR] [--calibrate DIR]
+        [--tokens 8000] [--calibration-tokens 81920] [--window 256] [--only WORD]
+
+Held-out text and windows as of benchmarks/quality.py, and never calibrated on; the interval is two
+standard errors of the difference in loss. Runs through the Numba backend, rounding of activations
+included. Each row says how long its conversion took, on a machine that may be busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from bloomq.converters.calibration.conversion import plan_calibrated
+from bloomq.converters.calibration.producer import Settings
+from bloomq.converters.convert import convert, run
+from quality import Row, line, log_softmax, mean_loss, read_windows
+
+import bloomq
+
+ROOT = Path(__file__).resolve().parent.parent
+G32, G64, G128 = ({"scheme": "int4", "group_size": g} for g in (32, 64, 128))
+GPTQ_ALONE = Settings(sweeps=0, correct_bias=False)
+DESCENT = Settings(correct_bias=False)
+# name, options of the plan, settings (None: round to nearest)
+VARIANTS: tuple[tuple[str, dict[str, Any], Settings | None], ...] = (
+    ("int4-g32 int6 nearest", G32, None),
+    ("int4-g32 int6 gptq", G32, GPTQ_ALONE),
+    ("int4-g32 int6 +descent", G32, DESCENT),
+    ("int4-g32 int6 +bias", G32, Settings()),
+    ("int4-g32 nearest", {**G32, "head_scheme": "int4"}, None),
+    ("int4-g32 calibrated", {**G32, "head_scheme": "int4"}, Settings()),
+    ("int4-g128 nearest", {**G128, "head_scheme": "int4"}, None),
+    ("int4-g128 calibrated", {**G128, "head_scheme": "int4"}, Settings()),
+    ("int6 calibrated", {"scheme": "int6"}, Settings()),
+    ("int8 nearest", {"scheme": "int8"}, None),
+    ("int8 calibrated", {"scheme": "int8"}, Settings()),
+    *((f"{bits} bits calibrated", {"bits": bits}, Settings()) for bits in (4.3, 4.85, 5.4, 5.76)),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    corpora = ROOT.parent / "shared/corpora"
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "tests/data/bloom-demo")
+    parser.add_argument("--text", type=Path, default=corpora / "heldout")
+    parser.add_argument("--calibrate", type=Path, default=corpora / "calibration")
+    parser.add_argument("--tokens", type=int, default=8000, help="of each held-out file, at most")
+    parser.add_argument("--calibration-tokens", type=int, default=81920)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--only", default="", help="variants whose name has this in it")
+    args = parser.parse_args()
+    for text in (args.text, args.calibrate):
+        if not text.exists():
+            parser.error(f"{text}: no such text: name a file or folder")
+    chosen = [variant for variant in VARIANTS if args.only in variant[0]]
+    with tempfile.TemporaryDirectory() as folder:
+        convert(args.checkpoint, Path(folder) / "base", scheme="f32")
+        base = bloomq.load(Path(folder) / "base")
+        windows = read_windows(base, args.text, args.tokens, args.window)
+        print(f"{len(windows)} windows of {args.window} tokens")
+        print(f"{'scheme':22} {'bits':>5} {'perplexity':>10} {'change':>18} {'KL':>9} {'top-1':>7}")
+        for number, (name, options, settings) in enumerate(chosen):
+            target, started = Path(folder) / str(number), perf_counter()
+            make(args, target, options, settings)
+            seconds = perf_counter() - started
+            row = measure(name, bloomq.load(target), base, windows)
+            print(line(row), f"{seconds:7.1f} s", flush=True)
+
+
+def make(
+    args: argparse.Namespace, target: Path, options: dict[str, Any], settings: Settings | None
+) -> None:
+    if settings is None:
+        convert(args.checkpoint, target, **options)
+        return
+    plan, producer, method = plan_calibrated(
+        args.checkpoint, target, args.calibrate, tokens=args.calibration_tokens, window=args.window,
+        settings=settings, **options,
+    )  # fmt: skip
+    run(plan, producer=producer, method=method)
+
+
+def measure(
+    name: str, model: bloomq.LanguageModel, base: bloomq.LanguageModel, windows: list[np.ndarray]
+) -> Row:
+    """As `quality.compare`, one window of the base's scores at a time."""
+    losses, differences, divergences, agreements = [], [], [], []
+    for ids in windows:
+        p, q = log_softmax(base, ids), log_softmax(model, ids)
+        losses.append(mean_loss(q, ids))
+        differences.append(losses[-1] - mean_loss(p, ids))
+        divergences.append((np.exp(p) * (p - q)).sum(axis=1, dtype=np.float64).mean())
+        agreements.append((p.argmax(axis=1) == q.argmax(axis=1)).mean())
+    difference = np.array(differences)
+    return Row(
+        name, model.pack.bits_per_weight, float(np.exp(np.mean(losses))),
+        100 * float(np.expm1(difference.mean())),
+        200 * float(difference.std(ddof=1) / np.sqrt(len(windows))),
+        float(np.mean(divergences)), 100 * float(np.mean(agreements)),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

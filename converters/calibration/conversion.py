@@ -1,0 +1,81 @@
+"""A calibrated conversion: its plan, its producer, and what the pack's provenance says of it."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from bloomq.errors import OutputError
+from bloomq.files import exists
+from bloomq.pack_writer import partial_folder
+
+from ..pieces import Producer
+from ..plan import Plan, make_plan
+from .budget import choose
+from .producer import Settings, calibrated
+from .sensitivity import Progress, measure
+from .text import TOKENS, read_windows, spread
+
+METHOD = "gptq"  # as provenance names it; the version of the method is the converter's
+
+
+def plan_calibrated(
+    source: str | Path, target: str | Path, text: str | Path, *, tokens: int | None = None,
+    window: int | None = None, bits: float | None = None, scheme: str | None = None,
+    group_size: int | None = None, head_scheme: str | None = None,
+    lora: Sequence[tuple[str | Path, float]] = (), revision: str | None = None,
+    threads: int | None = None,
+    settings: Settings | None = None, progress: Progress = lambda done, total: None,
+) -> tuple[Plan, Producer, Mapping[str, Any]]:  # fmt: skip
+    """What `convert.run` needs to calibrate on a text: plan, producer and method.
+
+    tokens, window: see `read_windows`; bits: choose each matrix's scheme under this budget, by
+    sensitivities that are measured here and now; progress: of that, and then of the blocks, in
+    blocks done of all. Raises: as `make_plan`, `read_windows` and `choose`.
+    """
+    settings = settings or Settings()
+    plan = make_plan(
+        source, target, scheme=scheme, group_size=group_size, head_scheme=head_scheme,
+        lora=lora, revision=revision, threads=threads,
+    )  # fmt: skip
+    checkpoint = plan.checkpoint
+    ids = read_windows(checkpoint, text, tokens=TOKENS if tokens is None else tokens, window=window)
+    folder = partial_folder(Path(target))
+    if bits is not None:
+        with _scratch_beside(folder) as scratch:
+            costs = measure(checkpoint, spread(ids), scratch, threads=threads, progress=progress)
+        options = {k: v for k, v in plan.options.items() if "scheme" not in k}
+        plan = replace(
+            plan, schemes=choose(checkpoint.config, costs, bits), options={**options, "bits": bits}
+        )
+    method = {
+        "method": METHOD,
+        "calibration": {
+            "tokens": int(ids.size), "window": int(ids.shape[1]), **asdict(settings),
+            "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
+        },
+    }  # fmt: skip
+    producer = calibrated(
+        ids, folder / "calibration", settings=settings, threads=threads, progress=progress
+    )
+    return plan, producer, method
+
+
+@contextmanager
+def _scratch_beside(folder: Path) -> Iterator[Path]:
+    """A folder on the target's disk, gone in the end. Not in the one where an interrupted run's
+    work lies: whether that can go on is known when the schemes are. Raises: OutputError."""
+    parent = folder.parent
+    while not exists(parent):
+        parent = parent.parent
+    try:
+        made = tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=parent)
+    except OSError as error:
+        raise OutputError(f"{parent}: cannot be written: {error.strerror}") from None
+    with made as name:
+        yield Path(name) / "versions"

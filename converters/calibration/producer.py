@@ -1,0 +1,264 @@
+"""The producer of calibrated weights: block by block, each matrix solved for what reaches it
+through the blocks and matrices before it as they are stored.
+
+Rounding errors that a matrix makes on average over the text go into its bias. The embedding comes
+first in a pack; where it is the head too it is solved for the hidden states that the checkpoint's
+own weights end in, which takes a pass over the text before all else.
+
+Invariant: the pieces depend on the checkpoint, the schemes, the token ids and the settings alone,
+not on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bloomq.config import WeightSpec, weight_specs
+from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, round_up
+from bloomq.weights import Matrix
+
+from ..pieces import Piece, Producer, blocks, rounded_block
+from ..source import Checkpoint, SourceTensor
+from .forward import Moments, Runner, UnderWay, linears_of, places_of, rows_of
+from .scratch import Scratch
+from .solver import DAMPING, SWEEPS, Solver
+from .text import spread
+
+F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
+Progress = Callable[[int, int], None]  # (work done, work in all), in an arbitrary unit
+
+# An embedding that is also the head serves two ends: as the head its error is weighed by the hidden
+# states, as a look-up each column counts alike. So much damping is a compromise between the two
+# (docs/experiments.md).
+HEAD_DAMPING = 1.0
+_HEAD_TOKENS = (
+    16384  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
+)
+_SOLVED_BYTES = 256 << 20  # of float32 rows that are solved at a time; some five times that at hand
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How matrices are solved. damping: of their moments; head_damping: of the embedding's where it
+    is the head; sweeps: of descent; correct_bias: whether mean errors go into the biases."""
+
+    damping: float = DAMPING
+    head_damping: float = HEAD_DAMPING
+    sweeps: int = SWEEPS
+    correct_bias: bool = True
+
+
+def calibrated(
+    ids: I64, folder: Path, *, settings: Settings | None = None, threads: int | None = None,
+    progress: Progress = lambda done, total: None,
+) -> Producer:  # fmt: skip
+    """The producer that calibrates on windows of token ids [B, T].
+
+    folder: of its own, for activations: 4 bytes for each token and column, three times over; it is
+    gone when all weights are made. threads: of the loops and the layers; BLAS has its own.
+    Raises (when it produces): NumericError, OutputError, UsageError, CheckpointError.
+    """
+    return partial(_produce, ids, folder, settings or Settings(), threads, progress)
+
+
+def _produce(
+    ids: I64, folder: Path, settings: Settings, threads: int | None, progress: Progress,
+    checkpoint: Checkpoint, schemes: Mapping[str, Scheme], done: Collection[str],
+) -> Iterator[Piece]:  # fmt: skip
+    with ThreadPoolExecutor(threads) as pool:
+        run = _Calibration(
+            ids, folder, settings, threads, progress, checkpoint, schemes, done, pool
+        )
+        yield from run.pieces()
+    run.scratch.remove()
+
+
+def _key(
+    ids: I64, settings: Settings, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]
+) -> str:
+    """A digest of all that the activations depend on."""
+    labels = {name: scheme.label for name, scheme in schemes.items()}
+    known = checkpoint.provenance.get("fingerprint") or checkpoint.fingerprint
+    text = hashlib.sha256(ids.tobytes()).hexdigest()
+    facts = [known, labels, text, list(ids.shape), repr(settings)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Calibration:
+    """One run of the producer."""
+
+    def __init__(
+        self, ids: I64, folder: Path, settings: Settings, threads: int | None, progress: Progress,
+        checkpoint: Checkpoint, schemes: Mapping[str, Scheme], done: Collection[str],
+        pool: ThreadPoolExecutor,
+    ) -> None:  # fmt: skip
+        self._checkpoint, self._schemes, self._done = checkpoint, schemes, frozenset(done)
+        self._config, self._settings, self._pool = checkpoint.config, settings, pool
+        self._specs = {spec.name: spec for spec in weight_specs(self._config)}
+        self._runner = Runner(ids, self._config, threads)
+        self._threads = threads
+        key = _key(ids, settings, checkpoint, schemes)
+        self.scratch = Scratch(folder, key, ids.size, self._config.hidden_size)
+        self._report, self._work = progress, 0
+
+    def pieces(self) -> Iterator[Piece]:
+        layers = self._config.n_layer
+        begin = self.scratch.latest(self._first_undone_block())
+        if begin is None:
+            begin = 0
+            yield from self._embedding()
+        else:
+            yield from self._as_stored("emb_ln")
+        for layer in range(begin, layers):
+            yield from self._block(layer)
+            self._work += 1
+            self._report(self._work, layers - begin)
+        yield from self._after_blocks()
+
+    def _first_undone_block(self) -> int:
+        for layer in range(self._config.n_layer):
+            if any(
+                name not in self._done for name in self._specs if name.startswith(f"h.{layer}.")
+            ):
+                return layer
+        return self._config.n_layer
+
+    # -- before, between and after the blocks
+
+    def _embedding(self) -> Iterator[Piece]:
+        """The table, and the first block's input."""
+        wanted = np.unique(self._runner.ids)
+        moment = np.eye(self._config.hidden_size, dtype=np.float32)
+        damping = self._settings.damping
+        if self._config.head_is_embedding and not self._schemes["wte"].is_float:
+            moment, damping = self._head_moment(), self._settings.head_damping
+        stored = np.empty((len(wanted), self._config.hidden_size), np.float32)
+        for piece, start, values in self._solved("wte", moment, damping):
+            here = (wanted >= start) & (wanted < start + len(values))
+            stored[here] = values[wanted[here] - start]
+            if "wte" not in self._done:
+                yield piece
+        yield from self._as_stored("emb_ln")
+        x = self.scratch.new()
+        weights = UnderWay(self._checkpoint)
+        self._runner.embed(weights, places_of(wanted), stored, x)
+        self.scratch.keep(x, 0)
+
+    def _head_moment(self) -> F32:
+        """Of the hidden states that the checkpoint's own weights end in, over some of the text."""
+        ids = spread(self._runner.ids)
+        ids = ids[: max(1, _HEAD_TOKENS // ids.shape[1])]
+        runner = Runner(ids, self._config, self._threads)
+        weights, wanted = UnderWay(self._checkpoint), np.unique(ids)
+        tensor = self._checkpoint.tensors["wte.weight"]
+        x = np.empty((ids.size, self._config.hidden_size), np.float32)
+        runner.embed(weights, places_of(wanted), _picked(tensor, wanted), x)
+        for layer in range(self._config.n_layer):
+            weights.add_exact(linears_of(layer))
+            runner.through(layer, weights, x, x)
+            weights.drop(linears_of(layer))
+        moments = Moments()
+        runner.final(weights, x, moments.add)
+        return moments.result(central=False)[1]
+
+    def _after_blocks(self) -> Iterator[Piece]:
+        yield from self._as_stored("ln_f")
+        for spec in weight_specs(self._config)[-1:]:
+            if spec.kind == "head" and not self._schemes[spec.name].is_float:
+                moments = Moments()
+                x = self.scratch.open(self._config.n_layer)
+                self._runner.final(UnderWay(self._checkpoint), x, moments.add)
+                moment = moments.result(central=False)[1]
+                for piece, _, _ in self._solved(spec.name, moment, self._settings.damping):
+                    if spec.name not in self._done:
+                        yield piece
+            elif spec.name != "ln_f":
+                yield from self._as_stored(spec.name)
+
+    def _as_stored(self, name: str) -> Iterator[Piece]:
+        """A weight that is not calibrated."""
+        if name not in self._done:
+            others = self._specs.keys() - {name}
+            for block in blocks(self._checkpoint, self._schemes, others):
+                yield rounded_block(block)
+
+    # -- a block
+
+    def _block(self, layer: int) -> Iterator[Piece]:
+        """Its weights; then the next block's input."""
+        x, weights = self.scratch.open(layer), UnderWay(self._checkpoint)
+        for spec in self._specs.values():
+            if not spec.name.startswith(f"h.{layer}."):
+                continue
+            if not spec.is_matrix:
+                yield from self._as_stored(spec.name)
+                continue
+            moments = Moments()
+            self._runner.inputs_of(spec.name, layer, weights, x, moments.add)
+            mean, moment = moments.result(central=self._settings.correct_bias)
+            for piece in self._linear(spec, mean, moment, weights):
+                if spec.name not in self._done:
+                    yield piece
+        out = self.scratch.new()
+        self._runner.through(layer, weights, x, out)
+        self.scratch.keep(out, layer + 1)
+
+    def _linear(
+        self, spec: WeightSpec, mean: F32, moment: F32, weights: UnderWay
+    ) -> Iterator[Piece]:
+        """The pieces of a matrix and its bias, which `weights` then has."""
+        name, parts = spec.name, dict[str, list[Array]]()
+        key = f"{name}.bias"
+        bias = np.zeros(round_up(spec.shape[0], 32), np.float32)
+        bias[: spec.shape[0]] = weights.vector(key, spec.shape[0])
+        for piece, start, values in self._solved(name, moment, self._settings.damping):
+            for leaf, array in piece.arrays.items():
+                parts.setdefault(leaf.removeprefix(f"{name}."), []).append(array)
+            if self._settings.correct_bias:
+                tensor = self._checkpoint.tensors[f"{name}.weight"]
+                w = rows_of(tensor, start, start + len(values))
+                bias[start : start + len(values)] += (w - values) @ mean
+            yield piece
+        whole = {leaf: np.concatenate(arrays) for leaf, arrays in parts.items()}
+        weights.matrices[name] = Matrix(
+            name, self._schemes[name], (spec.shape[0], spec.shape[1]), whole
+        )
+        weights.biases[key] = bias
+        yield Piece(name, {key: bias}, self._checkpoint.tensors[key].nbytes)
+
+    def _solved(self, name: str, moment: F32, damping: float) -> Iterator[tuple[Piece, int, F32]]:
+        """(piece, first row, values [n, K]) of some rows of a matrix at a time."""
+        tensor = self._checkpoint.tensors[f"{name}.weight"]
+        total, k = tensor.shape
+        rows = max(ROW_MULTIPLE, _SOLVED_BYTES // (4 * k) // ROW_MULTIPLE * ROW_MULTIPLE)
+        solver = Solver(
+            moment, self._schemes[name], self._pool, name=tensor.name, damping=damping,
+            sweeps=self._settings.sweeps,
+        )  # fmt: skip
+        for start in range(0, total, rows):
+            stop = min(start + rows, total)
+            solved = solver.rows(rows_of(tensor, start, stop))
+            arrays = {f"{name}.{leaf}": part for leaf, part in solved.parts.items()}
+            nbytes = tensor.nbytes * (stop - start) // total
+            yield Piece(name, arrays, nbytes), start, solved.values
+
+
+def _picked(tensor: SourceTensor, wanted: I64) -> F32:
+    """Rows `wanted`, ascending, of a table that is read a block at a time."""
+    total, k = tensor.shape
+    picked, step = np.empty((len(wanted), k), np.float32), max(1, _SOLVED_BYTES // (16 * k))
+    for start in range(0, total, step):
+        here = (wanted >= start) & (wanted < start + step)
+        if here.any():
+            picked[here] = rows_of(tensor, start, min(start + step, total))[wanted[here] - start]
+    return picked

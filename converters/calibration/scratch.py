@@ -1,0 +1,68 @@
+"""The activations between two blocks, on disk, so that memory is bounded and work can go on.
+
+    x-KEY-00007.npy    float32 [tokens, C], the input of block 7
+
+Invariant: a file with its final name is whole; KEY is a digest of all that it depends on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bloomq.errors import OutputError
+
+F32 = NDArray[np.float32]
+
+
+class Scratch:
+    """The activations of one calibration in `folder`, which is made."""
+
+    def __init__(self, folder: Path, key: str, tokens: int, columns: int) -> None:
+        self._folder, self._key, self._shape = folder, key, (tokens, columns)
+
+    def _path(self, block: int) -> Path:
+        return self._folder / f"x-{self._key}-{block:05d}.npy"
+
+    def latest(self, most: int) -> int | None:
+        """The last block, up to `most`, whose input is here."""
+        return next((i for i in range(most, -1, -1) if self._path(i).exists()), None)
+
+    def open(self, block: int) -> F32:
+        """The input of a block, mapped. Raises: OutputError."""
+        try:
+            x: F32 = np.load(self._path(block), mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise OutputError(
+                f"{self._path(block)}: activations cannot be read ({error}): remove the folder"
+            ) from None
+        return x
+
+    def new(self) -> F32:
+        """Room for the input of one block, mapped, under no name yet. Raises: OutputError."""
+        need = 4 * self._shape[0] * self._shape[1]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._folder).free
+        if free < need:  # a mapped file that finds no room is killed, not told
+            raise OutputError(
+                f"{self._folder}: activations need {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
+                "free: free some space, or calibrate with fewer tokens"
+            )
+        x: F32 = np.lib.format.open_memmap(
+            self._folder / "new.npy", "w+", np.dtype(np.float32), self._shape
+        )
+        return x
+
+    def keep(self, x: F32, block: int) -> None:
+        """Name what `new` gave, and forget what lies two blocks back."""
+        assert isinstance(x, np.memmap)
+        x.flush()
+        (self._folder / "new.npy").replace(self._path(block))
+        self._path(block - 2).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """All of it."""
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,547 @@
+"""Calibration: the solver against a textbook GPTQ, activations against the reference's, and whole
+conversions, interrupted and not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bloomq.converters.calibration import scratch as scratch_module
+from bloomq.converters.calibration.conversion import plan_calibrated
+from bloomq.converters.calibration.forward import Moments, Runner, UnderWay, linears_of
+from bloomq.converters.calibration.gptq import SHRINK, Codes, column_order, descend, factor, gptq
+from bloomq.converters.calibration.producer import Settings, calibrated
+from bloomq.converters.calibration.scratch import Scratch
+from bloomq.converters.calibration.solver import Solver
+from bloomq.converters.calibration.text import read_windows, spread
+from bloomq.converters.convert import convert, run
+from bloomq.converters.reading import read_checkpoint
+from conftest import DEMO, write_checkpoint
+
+from bloomq.backends.reference import ReferenceBackend, layer_norm
+from bloomq.config import weight_specs
+from bloomq.errors import (
+    InputNotFound,
+    NumericError,
+    OutputError,
+    TokenizerError,
+    UsageError,
+)
+from bloomq.layers import Span
+from bloomq.model import Block
+from bloomq.pack import Pack, stored_arrays
+from bloomq.schemes import get_scheme
+
+SCHEMES = [("int4", 32), ("int4", 64), ("int4", 128), ("int6", None), ("int8", None)]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with ThreadPoolExecutor(2) as threads:
+        yield threads
+
+
+def problem(n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Weights [N, K] and the moment [K, K] of correlated inputs, a few of them large."""
+    rng = np.random.default_rng(seed)
+    mix = rng.standard_normal((k, k)) * np.exp(rng.standard_normal(k))
+    x = (rng.standard_normal((3 * k, k)) @ mix).astype(np.float32)
+    w = rng.standard_normal((n, k)).astype(np.float32) * np.float32(0.02)
+    return w, x.T @ x / np.float32(len(x))
+
+
+def output_errors(w: np.ndarray, values: np.ndarray, moment: np.ndarray) -> np.ndarray:
+    """[N], in float64."""
+    e = (w - values).astype(np.float64)
+    return np.asarray(((e @ moment.astype(np.float64)) * e).sum(axis=1))
+
+
+# -- the solver ------------------------------------------------------------------------------------
+
+
+def half(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float16).astype(np.float32)
+
+
+def textbook(
+    w: np.ndarray, h: np.ndarray, order: np.ndarray, group: int, low: int, high: int,
+    fixed: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """GPTQ as its paper has it, by the Cholesky factor of H's inverse, in float64: codes [N, K] and
+    values [N, K]. A group's scale is found by trying each on a copy."""
+    u = np.linalg.cholesky(np.linalg.inv(h.astype(np.float64)[np.ix_(order, order)])).T
+    left = w.astype(np.float64)[:, order]
+    codes, values = np.zeros(w.shape), np.zeros(w.shape)
+
+    def columns(now: np.ndarray, start: int, stop: int, scale: np.ndarray):
+        now, q, loss = now.copy(), np.zeros((len(w), stop - start)), np.zeros(len(w))
+        for j in range(start, stop):
+            inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+            q[:, j - start] = np.clip(np.rint(now[:, j] * inverse), low, high)
+            error = (now[:, j] - q[:, j - start] * scale) / u[j, j]
+            now[:, j:] -= np.outer(error, u[j, j:])
+            loss += error**2
+        return now, q, loss
+
+    for start in range(0, w.shape[1], group):
+        stop = start + group
+        up = np.maximum(left[:, start:stop].max(axis=1), 0)
+        down = np.maximum(-left[:, start:stop].min(axis=1), 0)
+        tried = [fixed] if fixed is not None else []
+        for s in SHRINK if fixed is None else ():
+            tried.append(half(s * np.maximum(up / high, down / -low)))
+            tried.append(-half(s * np.maximum(up / -low, down / high)))
+        found = [columns(left, start, stop, scale.astype(np.float64)) for scale in tried]
+        pick = np.argmin([loss for _, _, loss in found], axis=0)
+        rows = np.arange(len(w))
+        left = np.stack([now for now, _, _ in found])[pick, rows]
+        codes[:, start:stop] = np.stack([q for _, q, _ in found])[pick, rows]
+        values[:, start:stop] = codes[:, start:stop] * np.stack(tried)[pick, rows][:, None]
+    back = np.argsort(order)
+    return codes[:, back], values[:, back]
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_compiled_gptq_is_the_textbooks(pool, group):
+    w, h = problem(48, 256)
+    h += 0.01 * np.diag(h).mean() * np.eye(256, dtype=np.float32)
+    order = column_order(np.diag(h), group)
+    found = gptq(np.ascontiguousarray(w.T), factor(h, order), group, -8, 7, pool)
+    codes, values = textbook(w, h, order, group, -8, 7)
+    same = (codes == found.codes.T)[:, order].reshape(48, -1, group)
+    # In float32 a tie may fall the other way, and changes all that follows in its row.
+    assert same[:, 0].all()
+    assert same[:, 1].all(axis=1).mean() > 0.1
+    ours, theirs = output_errors(w, found.values().T, h), output_errors(w, values, h)
+    assert ours.sum() == pytest.approx(theirs.sum(), rel=0.01)
+
+
+def test_compiled_gptq_with_scales_of_rows_is_the_textbooks(pool):
+    w, h = problem(32, 256)
+    h += 0.01 * np.diag(h).mean() * np.eye(256, dtype=np.float32)
+    order, scale = column_order(np.diag(h), 1), np.abs(w).max(axis=1) / np.float32(127)
+    by = factor(h, order)
+    found = gptq(np.ascontiguousarray(w.T), by, 256, -127, 127, pool, fixed=scale[None])
+    codes, _ = textbook(w, h, order, 256, -127, 127, fixed=scale)
+    assert (codes == found.codes.T).mean() > 0.99
+
+
+def test_factor_restores_the_moment():
+    _, h = problem(1, 96)
+    order = column_order(np.diag(h), 32)
+    by = factor(h + np.eye(96, dtype=np.float32), order)
+    restored = (by.unit * by.weight) @ by.unit.T
+    assert np.allclose(restored, (h + np.eye(96))[np.ix_(order, order)], rtol=1e-4, atol=1e-3)
+    assert np.array_equal(by.unit, np.triu(by.unit))
+    assert (np.diag(by.unit) == 1).all()
+
+
+def test_groups_stay_whole_in_the_order_of_columns():
+    diagonal = np.random.default_rng(1).random(128).astype(np.float32)
+    order = column_order(diagonal, 32)
+    assert sorted(order) == list(range(128))
+    groups = order.reshape(-1, 32) // 32
+    assert (groups == groups[:, :1]).all()
+    assert (np.diff(diagonal[order].reshape(-1, 32), axis=1) <= 0).all()
+
+
+def test_descent_never_raises_an_error(pool):
+    w, h = problem(32, 256)
+    wt = np.ascontiguousarray(w.T)
+    found = gptq(wt, factor(h, column_order(np.diag(h), 32)), 32, -8, 7, pool)
+    before = output_errors(w, found.values().T, h)
+    for _ in range(3):
+        descend(wt, h, found, -8, 7, 1, pool)
+        after = output_errors(w, found.values().T, h)
+        assert (after <= before * (1 + 1e-4)).all()
+        before = after
+
+
+def test_descent_finds_what_is_exactly_there(pool):
+    """Codes one step off, with the right scales: one sweep puts them right."""
+    rng = np.random.default_rng(2)
+    codes = rng.integers(-7, 7, (64, 16)).astype(np.int8)
+    found = Codes(codes.copy(), half(rng.random((2, 16)).astype(np.float32) + 0.1), 32)
+    exact = found.values()
+    found.codes[5] += 1
+    descend(exact, np.eye(64, dtype=np.float32), found, -8, 7, 2, pool)
+    assert np.allclose(found.values(), exact, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "group"), SCHEMES)
+@pytest.mark.parametrize("shape", [(32, 128), (70, 200), (5, 96)], ids=str)
+def test_no_row_is_worse_than_rounded_to_nearest(pool, name, group, shape):
+    scheme, (w, moment) = get_scheme(name, group), problem(*shape, seed=3)
+    w[0], moment[:, 3], moment[3] = 0, 0, 0  # a row of zeros, an input that is always 0
+    solved = Solver(moment.copy(), scheme, pool).rows(w)
+    nearest = scheme.dequantize(scheme.quantize(w), shape)
+    ours, theirs = (output_errors(w, values, moment) for values in (solved.values, nearest))
+    assert (ours <= theirs * (1 + 1e-4) + 1e-12).all()
+    assert ours.sum() < 0.8 * theirs.sum()
+    for leaf, part in scheme.parts(shape).items():
+        assert solved.parts[leaf].shape == part.shape
+    assert np.array_equal(scheme.dequantize(solved.parts, shape), solved.values)
+    assert np.isfinite(solved.values).all()
+
+
+@pytest.mark.parametrize(("name", "group"), SCHEMES)
+def test_rows_that_nearest_rounds_better_are_taken_from_it(pool, name, group, monkeypatch):
+    from bloomq.converters.calibration import solver as solver_module
+
+    def spoilt(wt: np.ndarray, by: Any, group: int, *rest: Any, **options: Any) -> Codes:
+        found = gptq(wt, by, group, *rest, **options)
+        found.codes[:, ::3] = 0
+        return found
+
+    monkeypatch.setattr(solver_module, "gptq", spoilt)
+    scheme, (w, moment) = get_scheme(name, group), problem(32, 128)
+    solved = Solver(moment.copy(), scheme, pool, sweeps=0).rows(w)
+    nearest = scheme.dequantize(scheme.quantize(w), w.shape)
+    assert np.array_equal(solved.values[::3], nearest[::3])
+    assert not np.array_equal(solved.values[1::3], nearest[1::3])
+
+
+def test_schemes_without_even_steps_are_rounded_to_nearest(pool):
+    w, moment = problem(32, 128)
+    for name in ("nf4", "bf16"):
+        scheme = get_scheme(name)
+        solved = Solver(moment.copy(), scheme, pool).rows(w)
+        assert np.array_equal(solved.values, scheme.dequantize(scheme.quantize(w), w.shape))
+
+
+def test_same_bytes_for_any_threads_and_any_cut_into_rows():
+    w, moment = problem(600, 128)
+    found = []
+    for threads, cuts in ((1, [0, 600]), (3, [0, 600]), (2, [0, 320, 600])):
+        with ThreadPoolExecutor(threads) as threads_pool:
+            solver = Solver(moment.copy(), get_scheme("int4", 32), threads_pool)
+            pairs = itertools.pairwise(cuts)
+            found.append(np.concatenate([solver.rows(w[a:b]).values for a, b in pairs]))
+    assert found[0].tobytes() == found[1].tobytes()
+    assert np.mean(found[0] == found[2]) > 0.999  # products of other widths may sum otherwise
+
+
+def test_inputs_that_are_always_zero_are_rounded_plainly(pool):
+    w, _ = problem(32, 64)
+    solved = Solver(np.zeros((64, 64), np.float32), get_scheme("int4", 32), pool).rows(w)
+    assert np.abs(solved.values - w).max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["int4", "int6"])
+def test_weights_beyond_the_scales_range_are_refused(pool, name):
+    w, moment = problem(32, 64)
+    with pytest.raises(NumericError, match="weights too large for int"):
+        Solver(moment, get_scheme(name), pool).rows(w * np.float32(1e9))
+
+
+def test_moments_that_are_not_finite_are_refused(pool):
+    with pytest.raises(NumericError, match="activations are not finite: the checkpoint is"):
+        Solver(np.full((64, 64), np.nan, np.float32), get_scheme("int4", 32), pool)
+
+
+def test_a_moment_without_a_factor_is_refused():
+    with pytest.raises(NumericError, match="of activations are not positive definite"):
+        factor(-np.eye(32, dtype=np.float32), np.arange(32))
+
+
+def test_a_singular_moment_gets_more_on_its_diagonal():
+    ones = np.ones((32, 32), np.float32)
+    by = factor(ones, np.arange(32))
+    assert np.isfinite(by.unit).all()
+
+
+# -- activations -----------------------------------------------------------------------------------
+
+
+def test_moments_hold_a_channel_that_is_large_and_nearly_constant():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((700, 8)).astype(np.float32)
+    x[:, 2] = 3000 + 0.01 * x[:, 2]
+    for central in (True, False):
+        moments = Moments()
+        for part in np.array_split(x, 5):
+            moments.add(part)
+        mean, moment = moments.result(central=central)
+        wide = x.astype(np.float64)
+        exact = np.cov(wide.T, bias=True) if central else wide.T @ wide / len(wide)
+        assert np.allclose(mean, wide.mean(axis=0), rtol=1e-6, atol=1e-6)
+        assert np.allclose(moment, exact, rtol=1e-3, atol=1e-6 if central else 1e-2)
+
+
+@pytest.mark.parametrize("post", [False, True], ids=["pre-norm", "post-norm"])
+def test_inputs_are_those_of_the_references_block(tmp_path, post):
+    settings = {"apply_residual_connection_post_layernorm": post}
+    checkpoint = read_checkpoint(write_checkpoint(tmp_path / "c", n_layer=2, config=settings))
+    ids = np.random.default_rng(0).integers(0, 96, (3, 20))
+    weights = UnderWay(checkpoint)
+    weights.add_exact(linears_of(1))
+    runner = Runner(ids, checkpoint.config, 1)
+    x = np.random.default_rng(1).standard_normal((60, 64)).astype(np.float32)
+    seen: dict[str, np.ndarray] = {}
+    for name in linears_of(1):
+        runner.inputs_of(name, 1, weights, x, lambda part, name=name: seen.update({name: part}))
+    out = np.empty_like(x)
+    runner.through(1, weights, x, out)
+
+    reference, expected = ReferenceBackend(), {}
+
+    class Recording(ReferenceBackend):
+        def linear(
+            self, weight: Any, bias: Any = None, *, norm: Any = None, act: Any = None
+        ) -> Any:
+            inner = reference.linear(weight, bias, norm=norm, act=act)
+
+            def call(x: np.ndarray, add: Any = None, delta: Any = None) -> np.ndarray:
+                expected[weight.name] = x if norm is None else layer_norm(x, norm)
+                return inner(x, add=add)
+
+            return call
+
+    block = Block(weights, Recording(), 1)
+    result = block(x, reference.cache(checkpoint.config, 3, 20), Span.of(range(3), [20] * 3))
+    assert np.allclose(out, result, atol=1e-4)
+    for name in linears_of(1):
+        assert np.allclose(seen[name], expected[name], atol=1e-4), name
+
+
+# -- conversions -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A random checkpoint of two blocks."""
+    folder = tmp_path_factory.mktemp("calibration") / "checkpoint"
+    return write_checkpoint(folder, n_layer=2, vocab_size=200, seed=4)
+
+
+IDS = np.random.default_rng(5).integers(0, 200, (6, 32))
+
+
+def pieces(checkpoint: Path, folder: Path, done: tuple[str, ...] = (), **options: Any) -> list[Any]:
+    source = read_checkpoint(checkpoint)
+    schemes = {
+        spec.name: get_scheme("int6") if spec.name == "wte" else get_scheme("int4", 32)
+        for spec in weight_specs(source.config) if spec.is_matrix
+    }  # fmt: skip
+    return list(calibrated(IDS, folder, **options)(source, schemes, done))
+
+
+def bytes_of(found: list[Any]) -> dict[str, bytes]:
+    joined: dict[str, bytes] = {}
+    for piece in found:
+        for key, array in piece.arrays.items():
+            joined[key] = joined.get(key, b"") + np.ascontiguousarray(array).tobytes()
+    return joined
+
+
+def test_pieces_come_in_order_and_whole(small, tmp_path):
+    found = pieces(small, tmp_path / "scratch")
+    source = read_checkpoint(small)
+    names = list(dict.fromkeys(piece.weight for piece in found))
+    assert names == [spec.name for spec in weight_specs(source.config)]
+    expected = {}
+    for spec in weight_specs(source.config):
+        scheme = get_scheme("int6") if spec.name == "wte" else get_scheme("int4", 32)
+        for key, part in stored_arrays(spec, scheme if spec.is_matrix else None).items():
+            width = {"U8": 1, "F16": 2, "F32": 4}[part.dtype]
+            expected[key] = width * int(np.prod(part.shape))
+    assert {key: len(data) for key, data in bytes_of(found).items()} == expected
+    assert sum(piece.source_bytes for piece in found) == source.nbytes
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_going_on_gives_the_same_bytes_wherever_it_stopped(small, tmp_path):
+    source = read_checkpoint(small)
+    names = [spec.name for spec in weight_specs(source.config)]
+    undisturbed = bytes_of(pieces(small, tmp_path / "undisturbed"))
+    schemes = {
+        spec.name: get_scheme("int6") if spec.name == "wte" else get_scheme("int4", 32)
+        for spec in weight_specs(source.config) if spec.is_matrix
+    }  # fmt: skip
+    for stop in range(1, len(names), 2):
+        folder = tmp_path / f"stopped-{stop}"
+        producer = calibrated(IDS, folder)
+        begun = producer(source, schemes, ())
+        first = []
+        for piece in begun:
+            if piece.weight == names[stop]:
+                break
+            first.append(piece)
+        begun.close()  # type: ignore[attr-defined]
+        if stop % 4 == 3:
+            shutil.rmtree(folder, ignore_errors=True)  # the activations were lost
+        rest = list(producer(source, schemes, names[:stop]))
+        assert {piece.weight for piece in rest} == set(names[stop:])
+        assert bytes_of(first + rest) == undisturbed, names[stop]
+
+
+def test_the_next_blocks_work_does_not_repeat_the_last_ones(small, tmp_path):
+    source = read_checkpoint(small)
+    names = [spec.name for spec in weight_specs(source.config)]
+    schemes = {s.name: get_scheme("int4", 32) for s in weight_specs(source.config) if s.is_matrix}
+    producer = calibrated(IDS, tmp_path / "scratch")
+    begun = producer(source, schemes, ())
+    for piece in begun:
+        if piece.weight == "h.1.ln_1":
+            break
+    begun.close()  # type: ignore[attr-defined]
+    seen: list[tuple[int, int]] = []
+    producer = calibrated(IDS, tmp_path / "scratch", progress=lambda *at: seen.append(at))
+    list(producer(source, schemes, names[: names.index("h.1.ln_1")]))
+    assert seen == [(1, 1)]
+
+
+def test_biases_take_the_mean_error(small, tmp_path):
+    """Of the first matrix: on the text that was calibrated on, its mean output is the exact one."""
+    source = read_checkpoint(small)
+    arrays = bytes_of(pieces(small, tmp_path / "scratch"))
+    plain = bytes_of(pieces(small, tmp_path / "plain", settings=Settings(correct_bias=False)))
+    key = "h.0.attn.qkv.bias"
+    exact = source.tensors[key].rows(0, 192).astype(np.float32)
+    assert np.frombuffer(plain[key], np.float32)[:192].tobytes() == exact.tobytes()
+    bias = np.frombuffer(arrays[key], np.float32)[:192]
+    assert not np.array_equal(bias, exact)
+    assert np.abs(bias - exact).max() < 0.1
+
+
+def test_a_damaged_weight_is_named(tmp_path):
+    def spoil(tensors: Any) -> None:
+        tensors["transformer.h.0.mlp.dense_h_to_4h.weight"][1][3, 5] = np.nan
+
+    checkpoint = write_checkpoint(tmp_path / "c", vocab_size=200, edit=spoil)
+    with pytest.raises(NumericError, match=r"h_to_4h.*NaN or infinity: the checkpoint is damaged"):
+        pieces(checkpoint, tmp_path / "scratch")
+
+
+def test_a_full_disk_is_told(small, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(scratch_module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OutputError, match="activations need 0 MB, 0 MB are free: free some"):
+        pieces(small, tmp_path / "scratch")
+
+
+def test_activations_that_cannot_be_read_are_told(tmp_path):
+    scratch = Scratch(tmp_path, "key", 4, 8)
+    (tmp_path / "x-key-00000.npy").write_bytes(b"nonsense")
+    assert scratch.latest(3) == 0
+    with pytest.raises(OutputError, match="activations cannot be read"):
+        scratch.open(0)
+
+
+def test_untied_heads_and_classifiers_are_calibrated_too(tmp_path):
+    def untie(tensors: Any) -> None:
+        dtype, table = tensors["transformer.word_embeddings.weight"]
+        tensors["lm_head.weight"] = (dtype, table[::-1].copy())
+
+    checkpoint = write_checkpoint(
+        tmp_path / "c", vocab_size=200, edit=untie, config={"tie_word_embeddings": False}
+    )
+    found = bytes_of(pieces(checkpoint, tmp_path / "scratch"))
+    assert {"lm_head.codes", "wte.codes"} <= found.keys()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    """A folder of two texts."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.txt").write_text("It was the best of times, it was the worst of times. " * 60)
+    (folder / "b.txt").write_text("def f(x):\n    return [y for y in x if y]\n\n\n" * 60)
+    return folder
+
+
+def test_a_calibrated_demo_is_nearer_to_the_checkpoint(tmp_path, pack_of):
+    import bloomq
+
+    root = Path(__file__).parent.parent
+    options = {"head_scheme": "int4", "calibration_tokens": 4096}
+    convert(DEMO, tmp_path / "pack", calibrate=root / "docs/architecture.md", **options)  # type: ignore[arg-type]
+    Pack.open(tmp_path / "pack").verify()
+    provenance = Pack.open(tmp_path / "pack").manifest["provenance"]
+    assert provenance["method"] == "gptq"
+    assert provenance["calibration"]["tokens"] == 2048
+    exact, ours, nearest = (
+        bloomq.load(path)
+        for path in (pack_of("f32"), tmp_path / "pack", pack_of("int4", head_scheme="int4"))
+    )
+    said = (root / "docs/generation.md").read_text()[:4000]
+    figures = [model.perplexity(said, base=exact).comparison.kl for model in (ours, nearest)]
+    assert figures[0] < 0.9 * figures[1]
+
+
+def test_windows_come_from_every_file_in_equal_shares(text):
+    checkpoint = read_checkpoint(DEMO)
+    ids = read_windows(checkpoint, text, tokens=256, window=32)
+    assert ids.shape == (8, 32)
+    one = read_windows(checkpoint, text / "b.txt", tokens=128, window=32)
+    assert np.array_equal(one, ids[4:])
+    assert sorted(map(tuple, spread(ids))) == sorted(map(tuple, ids))
+
+
+def test_a_short_text_is_one_short_window(tmp_path):
+    (tmp_path / "short.txt").write_text("A few words only.")
+    ids = read_windows(read_checkpoint(DEMO), tmp_path / "short.txt")
+    assert ids.shape[0] == 1
+    assert 2 <= ids.shape[1] < 20
+
+
+def test_texts_that_cannot_be_calibrated_on_are_refused(tmp_path, text):
+    checkpoint = read_checkpoint(DEMO)
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "folder").mkdir()
+    for error, match, path, options in (
+        (InputNotFound, "no such text to calibrate on", tmp_path / "none", {}),
+        (UsageError, r"no \.txt file in this folder", tmp_path / "folder", {}),
+        (UsageError, "too short to calibrate on", tmp_path / "empty.txt", {}),
+        (UsageError, "calibration tokens are 1, expected", text, {"tokens": 1}),
+        (UsageError, "calibration window is 1, expected 2 to", text, {"window": 1}),
+    ):
+        with pytest.raises(error, match=match):
+            read_windows(checkpoint, path, **options)
+
+
+def test_a_text_needs_a_tokenizer_of_the_model(tmp_path, text):
+    bare = write_checkpoint(tmp_path / "bare")
+    with pytest.raises(TokenizerError, match="is needed to read a text to calibrate on"):
+        read_windows(read_checkpoint(bare), text)
+    other = write_checkpoint(tmp_path / "other")
+    shutil.copy(DEMO / "tokenizer.json", other)
+    with pytest.raises(TokenizerError, match="tokenizer is of another model"):
+        read_windows(read_checkpoint(other), text)
+
+
+def test_bits_and_tokens_need_a_text(tmp_path):
+    for options in ({"bits": 4.5}, {"calibration_tokens": 100}):
+        with pytest.raises(UsageError, match="bits and calibration_tokens need a text"):
+            convert(DEMO, tmp_path / "pack", **options)  # type: ignore[arg-type]
+
+
+def test_an_interrupted_calibrated_conversion_goes_on_to_the_same_bytes(text, tmp_path):
+    source = write_checkpoint(tmp_path / "source", n_layer=2, vocab_size=8192)
+    shutil.copy(DEMO / "tokenizer.json", source)
+
+    def planned(target: Path) -> Any:
+        return plan_calibrated(source, target, text, tokens=256, window=64, bits=5.2)
+
+    plan, producer, method = planned(tmp_path / "a")
+    run(plan, producer=producer, method=method)
+
+    def stop(done: int, total: int) -> None:
+        if done > 0.95 * total:
+            raise KeyboardInterrupt
+
+    plan, producer, method = planned(tmp_path / "b")
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, producer=producer, method=method, progress=stop)
+    plan, producer, method = planned(tmp_path / "b")
+    result = run(plan, producer=producer, method=method)
+    assert result.resumed_bytes > 0
+    assert result.bits_per_weight <= 5.2
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "source"]
