@@ -39,6 +39,6 @@ def read_checkpoint(
         raise CheckpointError(f"{path}: is a file, expected the folder of a checkpoint")
     if exists(path / MANIFEST):
         return read_pack(path)
-    if megatron.is_checkpoint(path) and not hf.holds_weights(path):
+    if not hf.holds_weights(path) and megatron.is_checkpoint(path):
         return megatron.read_folder(path)
     return hf.read_folder(path)

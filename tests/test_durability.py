@@ -23,7 +23,7 @@ import pytest
 from bloomq.converters.convert import convert
 from conftest import write_checkpoint
 
-from bloomq import pack_writer
+from bloomq import pack_writer, taken_folder
 from bloomq.errors import OutputError, PackError
 from bloomq.journal import JOURNAL
 from bloomq.pack import Pack
@@ -34,7 +34,7 @@ KILLED, INTERRUPTED = -signal.SIGKILL, 130
 SERVER = """
 import json, os, signal, sys, threading, time
 from pathlib import Path
-from bloomq import pack_writer, weight_files
+from bloomq import pack_writer, weight_files, taken_folder
 from bloomq.converters.convert import convert
 from bloomq.errors import BloomqError
 
@@ -289,7 +289,7 @@ def test_interrupt_before_the_lock_is_held_leaves_nothing(converter, tmp_path, m
     def interrupted(*args: Any) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pack_writer, "_lock", interrupted)
+    monkeypatch.setattr(taken_folder, "_lock", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert(converter.source, tmp_path / "pack")
     assert names(tmp_path) == []
