@@ -47,6 +47,16 @@ def test_the_code_about_generation_runs(tmp_path: Path):
     assert run("page.py", cwd=tmp_path).strip()
 
 
+def test_the_commands_about_converting_run(tmp_path: Path, demo_checkpoint: Path):
+    shutil.copytree(demo_checkpoint, tmp_path / "checkpoint")
+    (tmp_path / "text.txt").write_text((ROOT / "README.md").read_text())
+    page = (ROOT / "docs" / "converting.md").read_text()
+    commands = re.findall(r"^\$ bloomq (.+)$", page, re.MULTILINE)
+    assert len(commands) >= 8
+    for command in commands:
+        run("-m", "bloomq", *command.split(), cwd=tmp_path)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_every_link_of_a_page_leads_somewhere(page: Path):
     for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
