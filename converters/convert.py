@@ -73,7 +73,7 @@ def convert(
     reads them all once more.
 
     calibrate: a text, or a folder of .txt files, to choose codes and scales by what reaches each
-    matrix (int4, int6 and int8); calibration_tokens: of it, None for 32,768. bits: instead of a
+    matrix (int4, int6 and int8); calibration_tokens: of it, None for 24,576. bits: instead of a
     scheme for all, one for each matrix, so that the least is lost on that text with so many bits a
     weight, all in.
 

@@ -29,6 +29,8 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 Sink = Callable[[F32], None]  # is given the inputs of a matrix, [M, K]
+_SUMMED_ROWS = 8192  # 0.5 GB of 16,384 columns
+_TRIANGLE = 1024  # columns of a second moment that are summed in one product
 STEP_TOKENS = 2048  # tokens of one step, at least one window: 134 MB of 7b1's widest activations
 
 
@@ -96,41 +98,61 @@ def vector_of(tensor: SourceTensor) -> F32:
     return rows_of(tensor, 0, tensor.shape[0])
 
 
-@dataclass(slots=True, eq=False)
 class Moments:
     """Mean and second moment of rows that come a few at a time.
 
     Sums are taken about the first rows' mean, so that float32 holds them where a channel is large
-    and nearly constant.
+    and nearly constant; and of many rows at once: for 16,384 columns, adding up is 1 GB each time.
     """
 
-    centre: F32 | None = None
-    total: F64 | None = None
-    squares: F32 | None = None
-    count: int = 0
+    def __init__(self) -> None:
+        self._waiting: list[F32] = []
+        self._centre: F32 | None = None
+        self._total: F64 | None = None
+        self._squares: F32 | None = None
+        self._count = 0
 
     def add(self, x: F32) -> None:
         """x [M, K]."""
-        if self.centre is None or self.total is None or self.squares is None:
-            self.centre = x.mean(axis=0, dtype=np.float64).astype(np.float32)
-            self.total = np.zeros(x.shape[1])
-            self.squares = np.zeros((x.shape[1], x.shape[1]), np.float32)
-        x = x - self.centre
-        self.total += x.sum(axis=0, dtype=np.float64)
-        self.squares += x.T @ x
-        self.count += len(x)
+        self._waiting.append(x)
+        if sum(map(len, self._waiting)) >= _SUMMED_ROWS:
+            self._sum()
+
+    def _sum(self) -> None:
+        x = np.concatenate(self._waiting)
+        self._waiting = []
+        if self._centre is None:
+            self._centre = x.mean(axis=0, dtype=np.float64).astype(np.float32)
+        x -= self._centre
+        self._count += len(x)
+        if self._total is None or self._squares is None:
+            self._total = np.zeros(x.shape[1])
+            self._squares = np.zeros((x.shape[1], x.shape[1]), np.float32)
+        self._total += x.sum(axis=0, dtype=np.float64)
+        # The upper triangle alone: 11 s for 4,096 tokens of 16,384 columns, NumPy's x.T @ x 14.
+        for start in range(0, x.shape[1], _TRIANGLE):
+            stop = start + _TRIANGLE
+            self._squares[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
 
     def result(self, *, central: bool) -> tuple[F32, F32]:
         """(mean [K], moment [K, K]), about the mean or about 0; at most once."""
-        assert self.centre is not None and self.total is not None and self.squares is not None
-        shift = self.total / self.count
-        moment, self.squares = self.squares, None
-        moment /= np.float32(self.count)
-        moment -= np.outer(shift, shift).astype(np.float32)
-        mean = self.centre + shift
-        if not central:
-            moment += np.outer(mean, mean).astype(np.float32)
-        return mean.astype(np.float32), moment
+        if self._waiting:
+            self._sum()
+        moment, self._squares = self._squares, None
+        assert self._centre is not None and self._total is not None and moment is not None
+        shift = self._total / self._count
+        moment /= np.float32(self._count)
+        mean = (self._centre + shift).astype(np.float32)
+        narrow, added = shift.astype(np.float32), mean if not central else np.zeros_like(mean)
+        for start in range(0, len(moment), _TRIANGLE):
+            stop = start + _TRIANGLE
+            part = moment[start:stop, start:]
+            part -= np.outer(narrow[start:stop], narrow[start:])
+            part += np.outer(added[start:stop], added[start:])
+            moment[stop:, start:stop] = moment[start:stop, stop:].T
+            square = moment[start:stop, start:stop]
+            square[:] = np.triu(square) + np.triu(square, 1).T
+        return mean, moment
 
 
 class _Reached(BaseException):

@@ -15,7 +15,7 @@ from bloomq.tokenizer import BloomTokenizer
 from ..source import Checkpoint
 
 I64 = NDArray[np.int64]
-TOKENS = 32768  # twice the columns of 7b1's widest matrix, so that its moments have full rank
+TOKENS = 24576  # more than 7b1's widest matrix has columns, so that its moments have full rank
 _WINDOW = 2048  # as GPTQ's, where the model has such a context
 _TOKEN_BYTES = 16  # of text, more than a token has on average in any language of BLOOM's
 
