@@ -163,7 +163,7 @@ def test_a_scale_of_a_q4_0_file_that_is_no_number_is_named(tmp_path, pack_of):
     with path.open("r+b") as file:
         file.seek(entry.start)
         file.write(np.array([np.inf], "<f2").tobytes())
-    with pytest.raises(NumericError, match=r"ffn_up\.weight has a scale that is no number: "):
+    with pytest.raises(NumericError, match="has a scale that is no number: the file is damaged"):
         convert(path, tmp_path / "pack")
     assert not (tmp_path / "pack").exists()
 
