@@ -312,6 +312,17 @@ def test_tokenizer_that_a_gguf_cannot_carry_is_refused(tmp_path, pack_of):
     assert not (tmp_path / "m.gguf").exists()
 
 
+def test_a_q4_0_scale_that_is_no_number_is_an_error(tmp_path, packed):
+    write(packed("int4"), tmp_path / "m.gguf")
+    entry = read_header(tmp_path / "m.gguf").tensors["blk.0.ffn_up.weight"]
+    with (tmp_path / "m.gguf").open("r+b") as file:
+        file.seek(entry.start + entry.row_bytes)
+        file.write(np.float16(np.inf).tobytes())
+    with pytest.raises(NumericError, match="has a scale that is no number: the file is damaged"):
+        convert(tmp_path / "m.gguf", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 # -- the file --------------------------------------------------------------------------------------
 
 
