@@ -242,7 +242,7 @@ def _check_labels(labels: object) -> None:
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise ConfigError(f"{name} is {value!r}, expected a whole number from {low} to {high}")
+        raise ConfigError(f"{name} is {value!r:.80}, expected a whole number from {low} to {high}")
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], hidden_size: object, source: str) -> None:

@@ -6,7 +6,6 @@ BLOOM's order, [H, 3, D], a run at a time. No tensor is ever whole in memory.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,23 +16,23 @@ import numpy as np
 
 from bloomq.config import BloomConfig
 from bloomq.errors import CheckpointError, NumericError
-from bloomq.files import exists, shown
+from bloomq.files import shown
 from bloomq.schemes import Array, get_scheme
 from bloomq.tensorfile import DTYPES
 
 from .gguf_blocks import AS_IT_LIES, BLOCK, check_readable, dequantize, q4_0_parts
-from .gguf_header import MAGIC, Entry, Header, Value, read_header
-from .gguf_names import gguf_runs, our_name
+from .gguf_header import Entry, Header, Value, read_header
+from .gguf_names import gguf_name, gguf_runs, our_name
+from .gguf_parts import PART
 from .gguf_tokenizer import IDS, read_tokenizer
 from .in_file import read_into
-from .names import huggingface_name
+from .names import expected_tensors, huggingface_name
 from .source import Checkpoint, SourceTensor, Stored
 from .whole import whole
 
 ARCHITECTURE = "bloom"
 _BLOOM_CONTEXT = 2048  # tokens, on which every published BLOOM was trained
 WRITTEN_BY = "bloomq.version"  # metadata of the files that bloomq writes
-_PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +65,6 @@ class _Rows:
         return raw.reshape(-1).view(DTYPES[kind.name]).reshape(len(raw), *self.entry.shape[1:])
 
 
-def find_gguf(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or that a folder without config.json holds alone (of a split
-    one, the first part); None for anything else."""
-    try:
-        if path.is_file():
-            with path.open("rb") as file:
-                return path if file.read(len(MAGIC)) == MAGIC else None
-        if not path.is_dir() or exists(path / "config.json"):
-            return None
-        files = [file for file in sorted(path.glob("*.gguf")) if _number(file) in (None, 1)]
-    except OSError:  # may not be looked at: another reader says so
-        return None
-    return files[0] if len(files) == 1 else None
-
-
 def read_gguf(path: Path) -> Checkpoint:
     """Open a GGUF file, or the first part of a split one; no tensor is read yet (but for a head
     that may be tied).
@@ -97,6 +81,9 @@ def read_gguf(path: Path) -> Checkpoint:
         if ours is None:
             raise CheckpointError(f"{label}: no tensor of a BLOOM as llama.cpp names them")
         found[huggingface_name(ours)] = _source_tensor(header, label, entry, ours, config)
+    for name in map(gguf_name, expected_tensors(config)):
+        if name not in entries:
+            raise CheckpointError(f"{path}: no tensor {name}: the checkpoint is incomplete")
     config, tensors, notes = whole(path, config, found)
     tokenizer, settings, more = read_tokenizer(metadata, config.vocab_size, path)
     types = Counter(entry.type.name for _, entry in entries.values())
@@ -136,12 +123,6 @@ def _q4_0_rows(reader: _Rows, label: str, start: int, stop: int) -> dict[str, Ar
 # -- the files -------------------------------------------------------------------------------------
 
 
-def _number(path: Path) -> int | None:
-    """Which part of a split file this is by its name, from 1; None: of none."""
-    match = _PART.fullmatch(path.name)
-    return int(match[2]) if match else None
-
-
 def _headers(path: Path) -> list[Header]:
     """The header of the file, or of each part of it, checked to belong together."""
     first = read_header(path)
@@ -149,7 +130,7 @@ def _headers(path: Path) -> list[Header]:
     count = _whole(first, "split.count", 1)
     if count <= 1:
         return [first]
-    match = _PART.fullmatch(path.name)
+    match = PART.fullmatch(path.name)
     if match is None or int(match[3]) != count:
         raise CheckpointError(
             f"{path}: is a part of {count}, expected a name that ends in -00001-of-{count:05}.gguf"

@@ -82,6 +82,8 @@ class Header:
 def read_header(path: Path) -> Header:
     """The header of a file. Raises: CheckpointError."""
     try:
+        if path.is_fifo():  # opening it would wait for its other end
+            raise CheckpointError(f"{path}: is a FIFO, expected a GGUF file")
         with path.open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)

@@ -238,6 +238,8 @@ def _content(tokenizer: bytes, path: Path) -> tuple[list[_Token], tuple[str, ...
             for one in added
         ]
         merges = tuple(m if isinstance(m, str) else " ".join(m) for m in model["merges"])
+        texts = [token for token, _, _ in listed if isinstance(token, str)]
+        "".join([*texts, *merges]).encode()  # half of a surrogate pair is no text
         same = {
             "pre_tokenizer": _as_blooms(content["pre_tokenizer"]) == _as_blooms(PRE_TOKENIZER),
             "normalizer": content.get("normalizer") in _NOTHING,

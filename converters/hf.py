@@ -34,6 +34,7 @@ _FORMS: tuple[tuple[str, str, Callable[[Sequence[Path]], dict[str, SourceTensor]
     ("pytorch_model.bin", _BIN_INDEX, bin_tensors),
     (FLAX_SINGLE, FLAX_INDEX, flax_tensors),
 )
+_PACKED = "gptq_model-*.safetensors"  # AutoGPTQ's own names
 _TOKENIZER_LIMIT_BYTES = 256 << 20
 
 
@@ -89,7 +90,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def holds_weights(path: Path) -> bool:
     """Is there a file of weights, or an index of them, by Hugging Face's names?"""
-    return any(exists(path / name) for *names, _ in _FORMS for name in names)
+    known = any(exists(path / name) for *names, _ in _FORMS for name in names)
+    return known or any(path.glob(_PACKED))
 
 
 def _find_tensors(path: Path) -> dict[str, SourceTensor]:
@@ -99,7 +101,7 @@ def _find_tensors(path: Path) -> dict[str, SourceTensor]:
             return tensors_of([path / single])
         if exists(path / index):
             return tensors_of(shards_of(path / index))
-    if packed := sorted(path.glob("gptq_model-*.safetensors")):  # AutoGPTQ's own names
+    if packed := sorted(path.glob(_PACKED)):
         return safetensors_tensors(packed)
     single, index, _ = _FORMS[0]
     if shards := sorted(p.name for p in path.glob("pytorch_model-*.bin")):

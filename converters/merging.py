@@ -18,12 +18,11 @@ from bloomq.errors import CheckpointError, UsageError
 from bloomq.lora import Factors
 from bloomq.schemes import bf16_to_f32
 
-from .peft import read_adapter
+from .peft import CONFIG, read_adapter, weights_file
 from .source import Checkpoint, SourceTensor
 
 F32 = NDArray[np.float32]
 _LARGEST = float(np.finfo(np.float32).max)
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ def merged(checkpoint: Checkpoint, adapters: Sequence[tuple[str | Path, float]])
 def _digest(folder: Path) -> str:
     """SHA-256 of the digests of the adapter's config and of its tensors."""
     digest = hashlib.sha256()
-    for path in (folder / name for name in _FILES):
+    for path in (folder / CONFIG, weights_file(folder)):
         try:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

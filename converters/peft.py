@@ -32,9 +32,8 @@ from .source import SourceTensor
 from .torch_file import torch_tensors
 
 F32 = NDArray[np.float32]
-_CONFIG, _TENSORS, _BIN = (
-    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-)  # fmt: skip
+CONFIG = "adapter_config.json"
+_TENSORS, _BIN = "adapter_model.safetensors", "adapter_model.bin"
 _PEFT_PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)\.weight")
 _READABLE = ("F32", "F16", "BF16")
@@ -105,11 +104,12 @@ def read_adapter(path: str | os.PathLike[str], config: BloomConfig) -> Adapter:
     if not exists(path):
         raise InputNotFound(f"{path}: no such adapter")
     try:
-        raw = read_json(path / _CONFIG)
+        raw = read_json(path / CONFIG)
     except InputNotFound:
-        raise CheckpointError(f"{path}: no {_CONFIG}: not the folder of a PEFT adapter") from None
-    lora = LoraConfig.from_dict(raw, str(path / _CONFIG))
-    file, tensors = _tensors(path)
+        raise CheckpointError(f"{path}: no {CONFIG}: not the folder of a PEFT adapter") from None
+    lora = LoraConfig.from_dict(raw, str(path / CONFIG))
+    file = weights_file(path)
+    tensors = torch_tensors(file) if file.name == _BIN else safetensors_tensors([file])
     modules = _modules(file, tensors, config)
     if not modules:
         raise CheckpointError(f"{file}: holds no lora_A and lora_B: not an adapter")
@@ -118,13 +118,12 @@ def read_adapter(path: str | os.PathLike[str], config: BloomConfig) -> Adapter:
     })  # fmt: skip
 
 
-def _tensors(path: Path) -> tuple[Path, dict[str, SourceTensor]]:
-    """The file of weights in folder `path`, and its tensors."""
-    if not exists(path / _TENSORS) and exists(path / _BIN):
-        return path / _BIN, torch_tensors(path / _BIN)
-    if not exists(path / _TENSORS):
+def weights_file(path: Path) -> Path:
+    """The file of weights of the adapter in folder `path`. Raises: InputNotFound."""
+    found = next((path / name for name in (_TENSORS, _BIN) if exists(path / name)), None)
+    if found is None:
         raise InputNotFound(f"{path / _TENSORS}: no such file")
-    return path / _TENSORS, safetensors_tensors([path / _TENSORS])
+    return found
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
@@ -218,7 +217,7 @@ def _values(tensor: SourceTensor, shape: tuple[int, int], scale: float) -> F32:
     if tensor.shape != shape:
         raise CheckpointError(
             f"{tensor.name} is {list(tensor.shape)}, expected {list(shape)} by this model and "
-            f"{_CONFIG}"
+            f"{CONFIG}"
         )
     stored: Any = tensor.rows(0, shape[0])
     values = bf16_to_f32(stored) if tensor.dtype == "BF16" else stored.astype(np.float32)

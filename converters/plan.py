@@ -239,14 +239,16 @@ def make_plan(
         checkpoint = read_checkpoint(source, revision=revision, stream=stream)
     checkpoint = merged(checkpoint, lora)
     kept = checkpoint.stored_scheme
+    own: dict[str, Scheme] = {}
     if kept is not None and scheme is None and group_size is None:
+        own = _own_schemes(checkpoint, head_scheme)
         body, head = kept, _body_and_head(kept.name, None, head_scheme)[1]
         table = checkpoint.tensors["wte.weight"].stored
         if table is not None and head_scheme is None:
             head = table.scheme
     options: dict[str, Any] = {"method": "round-to-nearest"}
     if schemes is None:
-        schemes = choose_schemes(checkpoint.config, body, head)
+        schemes = choose_schemes(checkpoint.config, body, head) | own
         options |= {"scheme": body.label, "head_scheme": head.label}
         notes = checkpoint.notes + stored_notes(checkpoint, body)
         checkpoint = replace(checkpoint, notes=notes)
@@ -265,6 +267,17 @@ def _body_and_head(
         get_scheme(scheme, group_size if scheme == "int4" else None),
         get_scheme(head_scheme, group_size if head_scheme == "int4" else None),
     )
+
+
+def _own_schemes(checkpoint: Checkpoint, head_scheme: str | None) -> dict[str, Scheme]:
+    """The scheme of every matrix that has one of its own: a pack's may differ from each other."""
+    chosen = () if head_scheme is None else ("embedding", "head")
+    own = {}
+    for spec in weight_specs(checkpoint.config):
+        tensor = checkpoint.tensors[f"{spec.name}.weight"]
+        if tensor.stored is not None and spec.kind not in chosen:
+            own[spec.name] = tensor.stored.scheme
+    return own
 
 
 def worker_count(threads: int | None) -> int:

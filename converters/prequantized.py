@@ -256,12 +256,22 @@ def _notes(path: Path, packing: Packing, scheme: Scheme | None, folded: int) -> 
 
 def stored_notes(checkpoint: Checkpoint, body: Scheme) -> tuple[str, ...]:
     """What became of a checkpoint's own grid in a pack of scheme `body`."""
-    kept = checkpoint.stored_scheme
-    if kept is None:
+    kept, notes = checkpoint.stored_scheme, []
+    if body.is_float:  # which loses nothing a second time
         return ()
     label = checkpoint.quantized_by
     if kept == body:
-        return (f"{kept.label}: taken over from {label} as it is",)
-    return (
-        f"{body.label}: quantized anew from {label}: a second loss, which {kept.label} has not",
-    )
+        notes.append(f"{kept.label}: taken over from {label} as it is")
+    elif kept is not None:
+        notes.append(
+            f"{body.label}: quantized anew from {label}: a second loss, which {kept.label} has not"
+        )
+    types = checkpoint.provenance.get("types", ())  # of a GGUF
+    if others := [
+        name for name in types if name not in (*_FLOATS, *("Q4_0",) * (kept is not None))
+    ]:
+        notes.append(
+            f"{', '.join(others)} of the GGUF: dequantized, then quantized anew: a second loss, "
+            "which the original checkpoint has not"
+        )
+    return tuple(notes)

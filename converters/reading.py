@@ -9,7 +9,7 @@ from bloomq.errors import CheckpointError, InputNotFound, UsageError
 from bloomq.files import exists
 from bloomq.pack import MANIFEST
 
-from . import gguf_file, hf, hub, megatron
+from . import gguf_file, gguf_parts, hf, hub, megatron
 from .packed import read_pack
 from .source import Checkpoint
 
@@ -30,15 +30,17 @@ def read_checkpoint(
     if not exists(path):
         if hub.is_id(os.fspath(source)):
             return hub.read_repository(os.fspath(source), revision=revision, stream=stream)
-        raise InputNotFound(f"{path}: no such folder")
+        raise InputNotFound(f"{path}: no such file or folder")
     if revision is not None or stream:
         raise UsageError(f"{path}: is a path: a revision and --stream are for a hub id")
-    if gguf := gguf_file.find_gguf(path):
+    if gguf := gguf_parts.find_gguf(path):
         return gguf_file.read_gguf(gguf)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: is a file, expected the folder of a checkpoint")
+        raise CheckpointError(f"{path}: is a file, expected the folder of a checkpoint, or a GGUF")
     if exists(path / MANIFEST):
         return read_pack(path)
-    if not hf.holds_weights(path) and megatron.is_checkpoint(path):
-        return megatron.read_folder(path)
+    if not hf.holds_weights(path):
+        if megatron.is_checkpoint(path):
+            return megatron.read_folder(path)
+        gguf_parts.refuse_choice(path)
     return hf.read_folder(path)

@@ -15,6 +15,8 @@ from typing import Any
 
 from bloomq.errors import CheckpointError
 
+from .gguf_parts import parts_beside
+
 # What a form of checkpoint may consist of; logs and the like beside it may change.
 _SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".msgpack", ".gguf", ".json", ".jinja"})
 _READ_BYTES = 8 << 20
@@ -29,9 +31,10 @@ class Watch:
 
     @classmethod
     def of(cls, source: Path) -> Watch:
-        """The file `source`, or those directly in it that a checkpoint may consist of."""
+        """The file `source`, with the other parts of a split GGUF, or those directly in a folder
+        that a checkpoint may consist of."""
         if not source.is_dir():
-            return cls(_facts([source]))
+            return cls(_facts(parts_beside(source)))
         try:
             found = [path for path in source.iterdir() if path.suffix in _SUFFIXES]
         except OSError:  # its files may be readable all the same

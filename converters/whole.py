@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bloomq.config import BloomConfig
 from bloomq.errors import CheckpointError
-from bloomq.files import shown
+from bloomq.files import exists, shown
 
 from .names import PREFIX, expected_tensors, huggingface_name
 from .source import SourceTensor
@@ -38,7 +38,7 @@ def whole(
         tensor = left.pop(foreign, None)
         if tensor is None:
             raise CheckpointError(f"{path}: no tensor {foreign}: the checkpoint is incomplete")
-        tensors[name] = _checked(tensor, shape)
+        tensors[name] = _checked(path, tensor, shape)
     if left:
         extra = sorted(left)
         others = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
@@ -59,15 +59,16 @@ def _unprefixed(found: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
     return tensors
 
 
-def _checked(tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:
+def _checked(path: Path, tensor: SourceTensor, shape: tuple[int, ...]) -> SourceTensor:
     if tensor.dtype not in _READABLE:
         raise CheckpointError(
             f"{tensor.name} is {tensor.dtype}, expected one of {', '.join(_READABLE)}: save the "
             "model in one of them"
         )
     if tensor.shape != shape:
+        by = "config.json" if exists(path / "config.json") else "the sizes it states"
         raise CheckpointError(
-            f"{tensor.name} is {list(tensor.shape)}, expected {list(shape)} by config.json"
+            f"{tensor.name} is {list(tensor.shape)}, expected {list(shape)} by {by}"
         )
     return tensor
 
@@ -85,7 +86,7 @@ def _settle_tie(
     if head is None:
         return (replace(config, tie_word_embeddings=True) if bare else config), ()
     for tensor in filter(None, (head, table)):
-        _checked(tensor, (config.vocab_size, config.hidden_size))
+        _checked(path, tensor, (config.vocab_size, config.hidden_size))
     if table is not None and _equal(head, table):
         del found["lm_head.weight"]
         head.release()

@@ -112,7 +112,7 @@ def test_reference_and_numba_write_the_same_text() -> None:
         (("generate", "a", "-n", "50", "-c", "20"), 1, "exceed the context of 20"),
         (("generate", "a", "--backend", "tpu"), 1, "unknown backend 'tpu'"),
         (("generate", "a", "--backend", "cuda"), 1, "backend cuda is not available"),
-        (("convert", "/no/such", "/tmp/out"), 1, "/no/such: no such folder"),
+        (("convert", "/no/such", "/tmp/out"), 1, "/no/such: no such file or folder"),
         (("verify", "/no/such"), 1, "no such pack"),
         (("info", "/no/such"), 1, "no such pack"),
     ],

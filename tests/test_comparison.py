@@ -560,7 +560,7 @@ def test_what_is_missing_is_named(
         compare(tmp_path / "none", demo_checkpoint)
     with pytest.raises(PackError, match="not a pack"):
         compare(demo_checkpoint, demo_checkpoint)
-    with pytest.raises(InputNotFound, match="no such folder"):
+    with pytest.raises(InputNotFound, match="no such file or folder"):
         compare(pack_of("int8"), tmp_path / "none")
     assert isinstance(open_side(pack_of("int8")), PackSide)
 

@@ -147,6 +147,7 @@ def test_demo_config_is_read_from_its_file(demo_checkpoint):
         ({"hidden_size": 1 << 40}, "hidden_size is 1099511627776, expected a whole number"),
         ({"hidden_size": "64"}, "hidden_size is '64', expected a whole number"),
         ({"hidden_size": [64]}, "hidden_size is [64], expected a whole number"),
+        ({"n_layer": "9" * 99}, f"n_layer is '{'9' * 79}, expected a whole number from 1 to 4096"),
         ({"n_layer": 2.0}, "n_layer is 2.0, expected a whole number from 1 to 4096"),
         ({"n_layer": True}, "n_layer is True, expected a whole number"),
         ({"n_head": 1 << 13}, "n_head is 8192, expected a whole number from 1 to 4096"),

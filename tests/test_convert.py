@@ -493,12 +493,12 @@ def test_missing_parents_of_the_target_are_made(tmp_path):
 
 def test_absent_checkpoint_is_named(tmp_path):
     message = refused(InputNotFound, tmp_path / "none")
-    assert message == f"{tmp_path / 'none'}: no such folder"
+    assert message == f"{tmp_path / 'none'}: no such file or folder"
 
 
 def test_file_in_place_of_the_checkpoint_is_named(tmp_path):
     file = write_checkpoint(tmp_path / "checkpoint") / "model.safetensors"
-    expected = f"{file}: is a file, expected the folder of a checkpoint"
+    expected = f"{file}: is a file, expected the folder of a checkpoint, or a GGUF"
     assert refused(CheckpointError, file) == expected
 
 

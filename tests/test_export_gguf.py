@@ -148,6 +148,14 @@ def test_q4_0_blocks_are_the_codes_and_scales_of_the_pack(tmp_path, pack_of):
     assert differences(pack, file) == {}  # nor of the head, which is int6, in Q8_0
 
 
+@pytest.mark.parametrize(("scheme", "notes"), [("int4", 1), ("f32", 0)])
+def test_quantizing_another_type_anew_is_said_to_lose_twice(tmp_path, packed, scheme, notes):
+    write(packed("int8"), tmp_path / "m.gguf")
+    done = convert(tmp_path / "m.gguf", tmp_path / "again", scheme=scheme)
+    loss = "Q8_0 of the GGUF: dequantized, then quantized anew: a second loss, which the original "
+    assert sum(note.startswith(loss) for note in done.notes) == notes
+
+
 def test_a_q4_0_file_is_taken_over_code_by_code(tmp_path, pack_of):
     write(Pack.open(pack_of("int4", 32, "int4")), tmp_path / "m.gguf", dtype="q4_0")
     done = convert(tmp_path / "m.gguf", tmp_path / "again")
@@ -304,6 +312,17 @@ def test_tokenizer_that_a_gguf_cannot_carry_is_refused(tmp_path, pack_of):
     assert not (tmp_path / "m.gguf").exists()
 
 
+def test_a_q4_0_scale_that_is_no_number_is_an_error(tmp_path, packed):
+    write(packed("int4"), tmp_path / "m.gguf")
+    entry = read_header(tmp_path / "m.gguf").tensors["blk.0.ffn_up.weight"]
+    with (tmp_path / "m.gguf").open("r+b") as file:
+        file.seek(entry.start + entry.row_bytes)
+        file.write(np.float16(np.inf).tobytes())
+    with pytest.raises(NumericError, match="has a scale that is no number: the file is damaged"):
+        convert(tmp_path / "m.gguf", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 # -- the file --------------------------------------------------------------------------------------
 
 
@@ -318,15 +337,45 @@ def test_a_gguf_that_is_there_is_replaced_and_nothing_else(tmp_path, packed):
     with pytest.raises(OutputError, match="is there, and is no such file to replace"):
         write(pack, target)
     assert target.read_bytes() == b"my thesis"
-    with pytest.raises(OutputError, match="no file can be written there"):
+    with pytest.raises(OutputError, match="cannot be written: No such file"):
         write(pack, tmp_path / "no" / "folder" / "m.gguf")
     with pytest.raises(OutputError, match="is no name that a file can have"):
         write(pack, tmp_path / "m\0.gguf")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs there")
+def test_a_fifo_is_not_waited_for(tmp_path, packed):
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(OutputError, match="is there, and is no such file to replace"):
+        write(packed("f32"), tmp_path / "m.gguf")
+
+
+def test_a_name_that_is_no_text_becomes_one(tmp_path, packed):
+    pack = packed("f32").path
+    edit_manifest(
+        pack, lambda m: m["provenance"].update(name="m\udcff")
+    )  # a folder called b"m\xff"
+    write(Pack.open(pack), tmp_path / "m.gguf")
+    assert read_header(tmp_path / "m.gguf").metadata["general.name"] == "m?"
+
+
+def test_a_token_that_is_no_text_is_refused(tmp_path, demo_checkpoint):
+    pack = convert(demo_checkpoint, tmp_path / "pack").pack
+    tokenizer = json.loads((pack / "tokenizer.json").read_bytes())
+    tokenizer["model"]["vocab"]["\ud800"] = 300
+    content = json.dumps(tokenizer).encode()
+    (pack / "tokenizer.json").write_bytes(content)
+    edit_manifest(pack, lambda m: m["files"]["tokenizer.json"].update(bytes=len(content)))
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json that could become a GGUF's"):
+        write(Pack.open(pack), tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
-    [(OSError(errno.ENOSPC, "full"), "the disk is full"), (KeyboardInterrupt("now"), "now")],
+    [
+        (OSError(errno.ENOSPC, "full"), "disk full: free some space"),
+        (KeyboardInterrupt("now"), "now"),
+    ],
     ids=["full", "Ctrl-C"],
 )
 def test_an_export_that_ends_early_leaves_what_was_there(tmp_path, packed, error, words):
@@ -346,7 +395,7 @@ def test_an_export_that_ends_early_leaves_what_was_there(tmp_path, packed, error
 def test_too_small_a_disk_is_named_before_anything_is_written(tmp_path, packed, monkeypatch):
     pack = packed("f32")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 1000))
-    with pytest.raises(OutputError, match=r"takes 0.2 MB, there is room for 0.0 MB: free some"):
+    with pytest.raises(OutputError, match=r"takes 0.2 MB, 0.0 MB are free: choose another disk"):
         write(pack, tmp_path / "m.gguf")
     assert not list(tmp_path.glob(".*"))
 

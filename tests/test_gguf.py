@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import struct
 import sys
@@ -15,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bloomq.converters import gguf_file
+from bloomq.converters import gguf_parts
 from bloomq.converters.convert import convert
 from bloomq.converters.gguf_blocks import BY_NAME, TYPES, check_readable, q4_0_parts
 from bloomq.converters.gguf_header import HEADER_BYTES, parse_header, read_header
 from bloomq.converters.gguf_names import bloom_rows, gguf_name, gguf_runs, our_name
-from bloomq.converters.gguf_tokenizer import write_tokenizer
+from bloomq.converters.gguf_tokenizer import read_tokenizer, write_tokenizer
 from bloomq.converters.names import expected_tensors
 from bloomq.converters.reading import read_checkpoint
 from conftest import DEMO, write_checkpoint
@@ -262,11 +263,37 @@ def test_a_folder_with_one_gguf_and_no_config_is_that_file(tmp_path):
     tiny().write(folder / "model.gguf")
     assert read_checkpoint(folder).provenance["name"] == "model.gguf"
     tiny().write(folder / "other.gguf")
-    with pytest.raises(CheckpointError, match=r"no config\.json"):
+    with pytest.raises(CheckpointError, match=r"holds model.gguf and 1 more and no other weights"):
         read_checkpoint(folder)
-    assert gguf_file.find_gguf(folder) is None
-    assert gguf_file.find_gguf(DEMO) is None
-    assert gguf_file.find_gguf(DEMO / "config.json") is None
+    assert gguf_parts.find_gguf(folder) is None
+    assert gguf_parts.find_gguf(DEMO) is None
+    assert gguf_parts.find_gguf(DEMO / "config.json") is None
+
+
+def test_a_gguf_beside_a_config_alone_is_named(tmp_path):
+    tiny().write(tmp_path / "model.gguf")
+    (tmp_path / "config.json").write_bytes((DEMO / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match=r"holds model\.gguf and no other weights: name the"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs there")
+def test_a_fifo_called_gguf_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match="is a FIFO, expected a GGUF file"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_later_part_that_changes_underneath_is_an_error(tmp_path):
+    first, *_, last = split(tiny(), tmp_path / "source")
+
+    def touch(done: int, total: int) -> None:
+        os.utime(last, ns=(0, 0))
+
+    with pytest.raises(CheckpointError, match=r"00003-of-00003\.gguf: changed while it was"):
+        convert(first, tmp_path / "pack", progress=touch)
+    done = Pack.open(convert(first, tmp_path / "pack", checksum_source=True).pack)
+    assert len(done.manifest["provenance"]["source_files"]) == 3
 
 
 def split(gguf: Gguf, folder: Path, *edits: Callable[[list[Gguf]], object]) -> list[Path]:
@@ -459,7 +486,7 @@ def test_tokenizers_go_into_metadata_and_back(tmp_path, original):
     found = write_tokenizer(data, config, template, tmp_path)
     assert found["tokenizer.ggml.pre"] == "bloom"
     assert found["tokenizer.ggml.tokens"][8199] == "[PAD8199]"
-    again = gguf_file.read_tokenizer(found, 8200, tmp_path)
+    again = read_tokenizer(found, 8200, tmp_path)
     assert (json.loads(again[0] or b""), again[1], again[2]) == (original, template, ())
 
 
@@ -579,11 +606,12 @@ DAMAGE: dict[str, tuple[Edit, str]] = {
     "beyond": (tensor(offset=1 << 40), "ends at byte"),
     "offset overflows": (tensor(offset=HUGE - 31), "ends at byte"),
     "overlap": (tensor(offset=0), "begins inside"),
-    "shape": (tensor(dims=(191,)), "expected [192]"),
+    "shape": (tensor(dims=(191,)), "expected [192] by the sizes it states"),
     "matrix for vector": (tensor(dims=(96, 2)), "expected [192]"),
     "no embedding": (
         lambda g: g.tensors.pop(0), "no tensor token_embd.weight: not a whole model",
     ),
+    "no norm": (lambda g: g.tensors.pop(), "no tensor blk.0.ffn_norm.bias: the checkpoint"),
     "architecture": (
         setting("general.architecture", STRING, "llama"), "its architecture is 'llama', expected",
     ),

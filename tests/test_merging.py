@@ -172,6 +172,19 @@ def test_provenance_names_adapter_digest_and_scale(tmp_path, base):
     assert re.fullmatch("[0-9a-f]{64}", entry["sha256"])
 
 
+def test_an_adapter_in_a_bin_file_is_merged_as_well(tmp_path, base):
+    torch = pytest.importorskip("torch")
+    files = pytest.importorskip("safetensors.torch")
+    adapter = written(tmp_path / "adapter")
+    expected = convert(base, tmp_path / "a", lora=[(adapter, 1.0)]).pack
+    file = adapter / "adapter_model.safetensors"
+    torch.save(files.load_file(file), adapter / "adapter_model.bin")
+    file.unlink()
+    found = convert(base, tmp_path / "b", lora=[(adapter, 1.0)]).pack
+    for weights in expected.glob("*.safetensors"):
+        assert weights.read_bytes() == (found / weights.name).read_bytes()
+
+
 def test_fingerprint_is_of_base_adapters_and_scales(tmp_path, base):
     one, other = (written(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2)))
     again = shutil.copytree(one, tmp_path / "again" / "a")

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bloomq.converters.convert import convert
+from bloomq.converters.convert import convert, run
 from bloomq.converters.packed import pack_tensors
+from bloomq.converters.plan import make_plan
 from bloomq.converters.reading import read_checkpoint
 from conftest import dequantized, edit_manifest, write_checkpoint
 
@@ -53,6 +54,20 @@ def refused(kind: type[Exception], source: Path, target: Path, **options: Any) -
 
 
 # -- the same scheme -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["int4", "int6"])
+def test_a_pack_of_several_schemes_keeps_each_unless_one_is_asked_for(tmp_path, first):
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    schemes = make_plan(checkpoint, tmp_path / "pack", scheme="int4").schemes
+    other = get_scheme({"int4": "int6", "int6": "int4"}[first])
+    mixed = {**schemes, "h.0.attn.qkv": get_scheme(first), "h.0.mlp.down": other}
+    run(make_plan(checkpoint, tmp_path / "pack", schemes=mixed))
+    convert(tmp_path / "pack", tmp_path / "copy")
+    assert Pack.open(tmp_path / "copy").schemes == mixed
+    assert weights_of(tmp_path / "copy") == weights_of(tmp_path / "pack")
+    convert(tmp_path / "pack", tmp_path / "head", head_scheme="int8")
+    assert Pack.open(tmp_path / "head").schemes == {**mixed, "wte": get_scheme("int8")}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -315,6 +315,12 @@ def test_rows_that_hold_the_code_int8_lacks_are_quantized_anew(tmp_path):
     assert not np.array_equal(found[7], grid.weights[7])
 
 
+def test_a_float_pack_of_a_quantized_checkpoint_loses_nothing_twice(tmp_path):
+    source, _ = packed_checkpoint(tmp_path / "m", group=128)
+    done = convert(source, tmp_path / "pack", scheme="f32")
+    assert not any("second loss" in note for note in done.notes)
+
+
 @pytest.mark.parametrize("options", [{"scheme": "int8"}, {"scheme": "int4"}, {"group_size": 64}])
 def test_another_scheme_quantizes_anew_and_says_so(tmp_path, options):
     source, grids = packed_checkpoint(tmp_path / "m", group=128)

@@ -161,11 +161,12 @@ def _metadata(pack: Pack, tensors: list[_Tensor]) -> dict[str, Value]:
     """As llama.cpp's converter writes it, and who wrote it."""
     config = pack.config
     bulk = next(tensor.type.name for tensor in tensors if tensor.name.endswith("ffn_up.weight"))
-    name = pack.manifest["provenance"].get("name")
+    given = pack.manifest["provenance"].get("name")
+    name = given if isinstance(given, str) and given else pack.path.resolve().name
     return {
         "general.architecture": ARCHITECTURE,
         "general.type": "model",
-        "general.name": name if isinstance(name, str) and name else pack.path.resolve().name,
+        "general.name": name.encode(errors="replace").decode(),  # a folder's may be no text
         "general.file_type": _FILE_TYPES[bulk],
         "general.quantization_version": _QUANTIZATION_VERSION,
         WRITTEN_BY: __version__,

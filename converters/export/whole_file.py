@@ -6,7 +6,6 @@ that is killed leaves that hidden file; the next one writes over it.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from bloomq.errors import OutputError
+from bloomq.taken_folder import os_errors, size_text
 
 
 @contextmanager
@@ -26,16 +26,11 @@ def whole_file(target: Path, nbytes: int, magic: bytes) -> Iterator[BinaryIO]:
     """
     if "\0" in str(target):
         raise OutputError(f"{str(target)!r} is no name that a file can have")
-    try:
+    with os_errors(target):
         if target.exists() or target.is_symlink():
             _check_replaceable(target, magic)
+        check_room(target, target.parent, nbytes)
         partial = target.with_name(f".{target.name}.partial")
-        free = shutil.disk_usage(target.parent).free
-        if free < nbytes:
-            raise OutputError(
-                f"{target}: takes {nbytes / 1e6:.1f} MB, there is room for {free / 1e6:.1f} MB: "
-                "free some or choose another disk"
-            )
         handle = os.open(partial, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         with open(handle, "wb") as file:
             _lock(handle, partial, target)
@@ -49,20 +44,23 @@ def whole_file(target: Path, nbytes: int, magic: bytes) -> Iterator[BinaryIO]:
                 with suppress(OSError):
                     partial.unlink()
                 raise
-    except OutputError:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                f"{target}: the disk is full: free some space and try again"
-            ) from None
-        raise OutputError(f"{target}: no file can be written there: {error.strerror}") from None
+
+
+def check_room(target: Path, folder: Path, nbytes: int) -> None:
+    """Raises: OutputError where the disk of `folder` has not so many bytes left."""
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise OutputError(
+            f"{target}: the export takes {size_text(nbytes)}, {size_text(free)} are free: choose "
+            "another disk or a smaller dtype"
+        )
 
 
 def _check_replaceable(target: Path, magic: bytes) -> None:
-    with target.open("rb") as file:
-        if target.is_file() and not target.is_symlink() and file.read(len(magic)) == magic:
-            return
+    if target.is_file() and not target.is_symlink():  # a FIFO would be waited for in vain
+        with target.open("rb") as file:
+            if file.read(len(magic)) == magic:
+                return
     raise OutputError(f"{target}: is there, and is no such file to replace: choose another name")
 
 

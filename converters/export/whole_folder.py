@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import IO
 
 from bloomq.errors import OutputError
-from bloomq.taken_folder import BusyError, empty, flush_folder, os_errors, size_text, take_folder
+from bloomq.taken_folder import BusyError, empty, flush_folder, os_errors, take_folder
+
+from .whole_file import check_room
 
 
 @contextmanager
@@ -34,12 +36,7 @@ def whole_folder(target: Path, nbytes: int, is_ours: Callable[[Path], bool]) -> 
             lock = take_folder(folder, target)
             _check_replaceable(target, is_ours)  # another run may have ended since
             empty(folder)
-            free = shutil.disk_usage(folder).free
-            if free < nbytes:
-                raise OutputError(
-                    f"{target}: the export takes {size_text(nbytes)}, {size_text(free)} are "
-                    "free: choose another disk or a smaller dtype"
-                )
+            check_room(target, folder, nbytes)
             yield folder
             flush_folder(folder)
             _replace(folder, target, is_ours)
