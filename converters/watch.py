@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bloomq.errors import CheckpointError
+from bloomq.files import exists
 
 # What a form of checkpoint may consist of; logs and the like beside it may change.
 _SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".msgpack", ".gguf", ".json", ".jinja"})
@@ -30,7 +31,7 @@ class Watch:
     @classmethod
     def of(cls, source: Path) -> Watch:
         """The file `source`, or those directly in it that a checkpoint may consist of."""
-        if not source.is_dir():
+        if not (exists(source) and source.is_dir()):
             return cls(_facts([source]))
         try:
             found = [path for path in source.iterdir() if path.suffix in _SUFFIXES]
