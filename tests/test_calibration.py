@@ -545,3 +545,68 @@ def test_an_interrupted_calibrated_conversion_goes_on_to_the_same_bytes(text, tm
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "source"]
+
+
+def test_a_text_that_cannot_be_read_is_named(tmp_path):
+    checkpoint = read_checkpoint(DEMO)
+    (tmp_path / "folder" / "a.txt").mkdir(parents=True)
+    (tmp_path / "binary.txt").write_bytes(b"some words \xff\x00\x81")
+    for name, match in (
+        ("folder", r"a\.txt: cannot be read to calibrate on: Is a directory"),
+        ("binary.txt", r"binary\.txt: is not UTF-8 \(byte 11\)"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            read_windows(checkpoint, tmp_path / name)
+
+
+def test_a_character_that_the_limit_cuts_is_left_out(tmp_path):
+    (tmp_path / "text.txt").write_text("é" * 4000)
+    (tmp_path / "shifted.txt").write_text("a" + "é" * 4000)  # cut in the middle, at 16 * 2 * 8
+    for name in ("text.txt", "shifted.txt"):
+        assert read_windows(read_checkpoint(DEMO), tmp_path / name, tokens=16, window=8).size
+
+
+def test_more_tokens_than_a_disk_could_hold_are_refused(text):
+    with pytest.raises(UsageError, match="calibration tokens are 1000000000, expected 2 to"):
+        read_windows(read_checkpoint(DEMO), text, tokens=10**9)
+
+
+def test_options_that_a_calibration_would_not_heed_are_refused(text, tmp_path):
+    for options, match in (
+        ({"bits": 5, "scheme": "int8"}, "found bits beside a scheme, group size or head"),
+        ({"bits": 5, "group_size": 64}, "found bits beside a scheme, group size or head"),
+        ({"bits": 5, "head_scheme": "int8"}, "found bits beside a scheme, group size or head"),
+        ({"scheme": "bf16"}, "scheme is bf16, which a calibration leaves as it is"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            convert(DEMO, tmp_path / "pack", calibrate=text, **options)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_is_refused_before_anything_is_measured(text, tmp_path, monkeypatch):
+    from bloomq.converters.calibration import conversion
+
+    def measured(*arguments: object, **options: object) -> None:
+        raise AssertionError("measured sensitivities for nothing")
+
+    monkeypatch.setattr(conversion, "measure", measured)
+    for bits in (3.0, float("nan"), 99):
+        with pytest.raises(UsageError, match=r"bits is .*expected"):
+            convert(DEMO, tmp_path / "pack", calibrate=text, bits=bits)
+    (tmp_path / "pack").write_text("a file")
+    with pytest.raises(OutputError, match="already exists"):
+        convert(DEMO, tmp_path / "pack", calibrate=text, bits=5)
+
+
+def test_a_text_that_is_much_too_short_is_noted(tmp_path):
+    (tmp_path / "short.txt").write_text("A few words only.")
+    plan, _, _ = plan_calibrated(DEMO, tmp_path / "pack", tmp_path / "short.txt")
+    assert plan.checkpoint.notes[-1].endswith("of 32768: a longer text does better")
+
+
+def test_a_disk_that_refuses_activations_is_told_and_nobody_is_killed(tmp_path, monkeypatch):
+    def refuse(handle: int, start: int, length: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scratch_module.os, "posix_fallocate", refuse)
+    with pytest.raises(OutputError, match="cannot be written: No space left on device: free some"):
+        Scratch(tmp_path / "scratch", "key", 4, 8).new()
