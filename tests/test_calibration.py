@@ -483,6 +483,13 @@ def test_windows_come_from_every_file_in_equal_shares(text):
     assert sorted(map(tuple, spread(ids))) == sorted(map(tuple, ids))
 
 
+def test_more_files_than_windows_give_no_more_tokens_than_asked(text):
+    checkpoint = read_checkpoint(DEMO)
+    all_files = read_windows(checkpoint, text, tokens=64, window=32)
+    assert len(all_files) == 2
+    assert np.array_equal(read_windows(checkpoint, text, tokens=32, window=32), all_files[:1])
+
+
 def test_a_short_text_is_one_short_window(tmp_path):
     (tmp_path / "short.txt").write_text("A few words only.")
     ids = read_windows(read_checkpoint(DEMO), tmp_path / "short.txt")

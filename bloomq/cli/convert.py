@@ -70,7 +70,9 @@ _LARGE_BYTES = 1 << 30  # of a pack: whoever writes so much is told so before, o
     help="Choose codes and scales by what this text, or a folder of .txt, makes of them (GPTQ).",
 )
 @click.option(
-    "--calibration-tokens", type=int, help="Of the text, evenly spread.  [default: 32,768]"
+    "--calibration-tokens",
+    type=int,
+    help="From the start of each text, in equal shares.  [default: 32,768]",
 )
 @click.option(
     "--bits",

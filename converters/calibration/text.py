@@ -49,6 +49,9 @@ def read_windows(
     rows = _rows(checkpoint, files, max(1, tokens // length // len(files)), min(length, tokens))
     if not rows:
         raise UsageError(f"{path}: too short to calibrate on, expected 2 tokens or more")
+    most = max(1, tokens // length)  # of more files than windows, some have no share
+    if len(rows) > most:
+        rows = [rows[i * len(rows) // most] for i in range(most)]
     return np.stack(rows)
 
 
