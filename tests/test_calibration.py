@@ -240,6 +240,20 @@ def test_weights_beyond_the_scales_range_are_refused(pool, name):
         Solver(moment, get_scheme(name), pool).rows(w * np.float32(1e9))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "chosen", [{"scheme": "int4"}, {"scheme": "int6"}, {"scheme": "nf4"}, {"bits": 5}], ids=str
+)
+def test_weights_too_large_are_one_error_and_no_warning(tmp_path, text, chosen):
+    def enlarge(tensors: Any) -> None:
+        tensors["transformer.h.0.mlp.dense_h_to_4h.weight"][1][3, 5] = 1e30
+
+    source = write_checkpoint(tmp_path / "c", vocab_size=8192, edit=enlarge)
+    shutil.copy(DEMO / "tokenizer.json", source)
+    with pytest.raises(NumericError, match="holds weights too large for"):
+        convert(source, tmp_path / "pack", calibrate=text, calibration_tokens=64, **chosen)
+
+
 def test_moments_that_are_not_finite_are_refused(pool):
     with pytest.raises(NumericError, match="activations are not finite: the checkpoint is"):
         Solver(np.full((64, 64), np.nan, np.float32), get_scheme("int4", 32), pool)
