@@ -102,14 +102,16 @@ def _check_space(writer: PackWriter, folder: Path, target: Path) -> None:
 
 
 def check_target(target: Path, force: bool) -> None:
-    """Raises: OutputError where something is there that is not to be replaced."""
-    if not target.exists():
-        return
-    is_pack = (target / MANIFEST).is_file()
-    if force and is_pack:
-        return
-    if target.is_dir() and not any(target.iterdir()):
-        return
+    """Raises: OutputError where something is there that is not to be replaced, or no such name can
+    be."""
+    with os_errors(target):
+        if not target.exists():
+            return
+        is_pack = (target / MANIFEST).is_file()
+        if force and is_pack:
+            return
+        if target.is_dir() and not any(target.iterdir()):
+            return
     remedy = "--force replaces a pack" if is_pack else "choose another name"
     raise OutputError(f"{target}: already exists: {remedy}")
 

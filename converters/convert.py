@@ -15,7 +15,7 @@ from typing import Any
 
 from bloomq.errors import CheckpointError, UsageError
 from bloomq.pack import Pack
-from bloomq.pack_writer import partial_folder, writing_pack
+from bloomq.pack_writer import check_target, partial_folder, writing_pack
 from bloomq.taken_folder import size_text
 from bloomq.weight_files import PackWriter
 
@@ -80,6 +80,7 @@ def convert(
     Raises: UsageError, InputNotFound, ConfigError, CheckpointError, TokenizerError, PackError,
     NumericError, OutputError.
     """
+    check_target(Path(target), force)  # before a calibration's hours
     plan, producer, method = prepare(
         source, target, scheme=scheme, group_size=group_size, head_scheme=head_scheme, lora=lora,
         revision=revision, stream=stream, threads=threads, calibrate=calibrate,

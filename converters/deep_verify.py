@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bloomq.config import WeightSpec, weight_specs
-from bloomq.errors import PackError
+from bloomq.errors import PackError, UsageError
 from bloomq.files import shown
 from bloomq.pack import Pack
 from bloomq.schemes import F32, ROW_MULTIPLE, TILE, Array, Scheme, bf16_to_f32
@@ -169,9 +169,15 @@ def _by_row(tiled: F32) -> F32:
 
 
 def _check_same_model(pack: Pack, checkpoint: Checkpoint) -> None:
-    """Raises: PackError."""
+    """Raises: PackError; UsageError where no checkpoint has the pack's numbers."""
     ours, theirs = weight_specs(pack.config), weight_specs(checkpoint.config)
-    known = pack.manifest.get("provenance", {}).get("fingerprint")
+    made = pack.manifest.get("provenance", {})
+    if made.get("lora") and not checkpoint.provenance.get("lora"):
+        raise UsageError(
+            f"{pack.path}: has adapters merged in, so its numbers are not the checkpoint's: leave "
+            "the checkpoint out, or look at both with 'bloomq compare'"
+        )
+    known = made.get("fingerprint")
     if ours != theirs or (known is not None and known != checkpoint.fingerprint):
         name = shown(str(checkpoint.provenance.get("name")))
         raise PackError(f"{pack.path}: was not made of the checkpoint {name}, as it is now")

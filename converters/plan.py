@@ -61,7 +61,8 @@ class Share:
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """A conversion of a checkpoint to a pack at `target`. options: as the pack's provenance names
-    them; watch: the source's files as they were before it was read."""
+    them; watch: the source's files as they were before it was read; scratch_bytes: of files that a
+    calibration writes beside the pack and deletes."""
 
     source: str
     target: Path
@@ -70,6 +71,7 @@ class Plan:
     options: Mapping[str, Any]
     workers: int
     watch: Watch
+    scratch_bytes: int = 0
 
     @property
     def shards(self) -> list[Shard]:
@@ -109,7 +111,7 @@ class Plan:
         """Of all files; a pack that is replaced is deleted only when the new one is whole."""
         arrays = sum(len(shard.places) for shard in self.shards)
         text = len(self.checkpoint.tokenizer or b"") + _MANIFEST_BYTES * arrays
-        return sum(shard.nbytes for shard in self.shards) + text
+        return sum(shard.nbytes for shard in self.shards) + text + self.scratch_bytes
 
     @property
     def disk_free_bytes(self) -> int:
@@ -119,9 +121,15 @@ class Plan:
         return shutil.disk_usage(folder).free
 
     @property
-    def peak_memory_bytes(self) -> int:
-        """An estimate, of round to nearest."""
+    def peak_memory_bytes(self) -> int | None:
+        """An estimate, of round to nearest; None for a calibration."""
+        if self.is_calibrated:
+            return None
         return _LIBRARIES_BYTES + self.workers * _WORKER_BYTES
+
+    @property
+    def is_calibrated(self) -> bool:
+        return "calibration" in self.options
 
     @property
     def summary(self) -> str:
@@ -134,8 +142,8 @@ class Plan:
             f"{size_text(self.disk_free_bytes)} free"
         )
 
-    def describe(self, seconds: float) -> dict[str, Any]:
-        """All of it, for JSON; seconds: what `estimate_seconds` found."""
+    def describe(self, seconds: float | None) -> dict[str, Any]:
+        """All of it, for JSON; seconds: what `estimate_seconds` found, if it was asked."""
         config = self.checkpoint.config
         return {
             "source": self.source, "target": str(self.target),
@@ -149,10 +157,11 @@ class Plan:
             "files": {shard.name: shard.nbytes for shard in self.shards},
             "disk_needed_bytes": self.disk_needed_bytes, "disk_free_bytes": self.disk_free_bytes,
             "threads": self.workers, "estimated_peak_memory_bytes": self.peak_memory_bytes,
-            "estimated_seconds": round(seconds, 1), "notes": list(self.checkpoint.notes),
+            "estimated_seconds": None if seconds is None else round(seconds, 1),
+            "notes": list(self.checkpoint.notes),
         }  # fmt: skip
 
-    def lines(self, seconds: float) -> list[str]:
+    def lines(self, seconds: float | None) -> list[str]:
         """All of it, for a person."""
         config, source = self.checkpoint.config, self.checkpoint
         dtypes = ", ".join(sorted({tensor.dtype for tensor in source.tensors.values()}))
@@ -170,17 +179,21 @@ class Plan:
             )
         sizes = [shard.nbytes for shard in self.shards]
         enough = "" if self.disk_needed_bytes <= self.disk_free_bytes else ": NOT ENOUGH"
-        rate = source.nbytes / 1e6 / max(seconds, 1e-9)
         rows += [
             f"files    {len(sizes)}, the largest {size_text(max(sizes))}",
             f"disk     {size_text(self.disk_needed_bytes)} needed, "
             f"{size_text(self.disk_free_bytes)} free{enough}",
-            f"memory   about {size_text(self.peak_memory_bytes)} at the peak, "
-            f"{self.workers} threads",
+        ]
+        memory = self.peak_memory_bytes
+        if seconds is None or memory is None:
+            return [*rows, "memory   and time are not estimated for a calibration"]
+        rate = source.nbytes / 1e6 / max(seconds, 1e-9)
+        return [
+            *rows,
+            f"memory   about {size_text(memory)} at the peak, {self.workers} threads",
             f"time     about {_duration(seconds)} by a sample of reading and rounding "
             f"({rate:.0f} MB/s), if the disk writes as fast",
         ]
-        return rows
 
     def fingerprint(self) -> str:
         """The checkpoint's, or what its reader knows it by."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bloomq.errors import CheckpointError
+from bloomq.files import exists
 
 from .gguf_parts import parts_beside
 
@@ -33,7 +34,7 @@ class Watch:
     def of(cls, source: Path) -> Watch:
         """The file `source`, with the other parts of a split GGUF, or those directly in a folder
         that a checkpoint may consist of."""
-        if not source.is_dir():
+        if not (exists(source) and source.is_dir()):
             return cls(_facts(parts_beside(source)))
         try:
             found = [path for path in source.iterdir() if path.suffix in _SUFFIXES]

@@ -241,6 +241,20 @@ def test_weights_beyond_the_scales_range_are_refused(pool, name):
         Solver(moment, get_scheme(name), pool).rows(w * np.float32(1e9))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "chosen", [{"scheme": "int4"}, {"scheme": "int6"}, {"scheme": "nf4"}, {"bits": 5}], ids=str
+)
+def test_weights_too_large_are_one_error_and_no_warning(tmp_path, text, chosen):
+    def enlarge(tensors: Any) -> None:
+        tensors["transformer.h.0.mlp.dense_h_to_4h.weight"][1][3, 5] = 1e30
+
+    source = write_checkpoint(tmp_path / "c", vocab_size=8192, edit=enlarge)
+    shutil.copy(DEMO / "tokenizer.json", source)
+    with pytest.raises(NumericError, match="holds weights too large for"):
+        convert(source, tmp_path / "pack", calibrate=text, calibration_tokens=64, **chosen)
+
+
 def test_moments_that_are_not_finite_are_refused(pool):
     with pytest.raises(NumericError, match="activations are not finite: the checkpoint is"):
         Solver(np.full((64, 64), np.nan, np.float32), get_scheme("int4", 32), pool)
@@ -486,6 +500,13 @@ def test_windows_come_from_every_file_in_equal_shares(text):
     assert sorted(map(tuple, spread(ids))) == sorted(map(tuple, ids))
 
 
+def test_more_files_than_windows_give_no_more_tokens_than_asked(text):
+    checkpoint = read_checkpoint(DEMO)
+    all_files = read_windows(checkpoint, text, tokens=64, window=32)
+    assert len(all_files) == 2
+    assert np.array_equal(read_windows(checkpoint, text, tokens=32, window=32), all_files[:1])
+
+
 def test_a_short_text_is_one_short_window(tmp_path):
     (tmp_path / "short.txt").write_text("A few words only.")
     ids = read_windows(read_checkpoint(DEMO), tmp_path / "short.txt")
@@ -548,3 +569,68 @@ def test_an_interrupted_calibrated_conversion_goes_on_to_the_same_bytes(text, tm
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "source"]
+
+
+def test_a_text_that_cannot_be_read_is_named(tmp_path):
+    checkpoint = read_checkpoint(DEMO)
+    (tmp_path / "folder" / "a.txt").mkdir(parents=True)
+    (tmp_path / "binary.txt").write_bytes(b"some words \xff\x00\x81")
+    for name, match in (
+        ("folder", r"a\.txt: cannot be read to calibrate on: Is a directory"),
+        ("binary.txt", r"binary\.txt: is not UTF-8 \(byte 11\)"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            read_windows(checkpoint, tmp_path / name)
+
+
+def test_a_character_that_the_limit_cuts_is_left_out(tmp_path):
+    (tmp_path / "text.txt").write_text("é" * 4000)
+    (tmp_path / "shifted.txt").write_text("a" + "é" * 4000)  # cut in the middle, at 16 * 2 * 8
+    for name in ("text.txt", "shifted.txt"):
+        assert read_windows(read_checkpoint(DEMO), tmp_path / name, tokens=16, window=8).size
+
+
+def test_more_tokens_than_a_disk_could_hold_are_refused(text):
+    with pytest.raises(UsageError, match="calibration tokens are 1000000000, expected 2 to"):
+        read_windows(read_checkpoint(DEMO), text, tokens=10**9)
+
+
+def test_options_that_a_calibration_would_not_heed_are_refused(text, tmp_path):
+    for options, match in (
+        ({"bits": 5, "scheme": "int8"}, "found bits beside a scheme, group size or head"),
+        ({"bits": 5, "group_size": 64}, "found bits beside a scheme, group size or head"),
+        ({"bits": 5, "head_scheme": "int8"}, "found bits beside a scheme, group size or head"),
+        ({"scheme": "bf16"}, "scheme is bf16, which a calibration leaves as it is"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            convert(DEMO, tmp_path / "pack", calibrate=text, **options)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_is_refused_before_anything_is_measured(text, tmp_path, monkeypatch):
+    from bloomq.converters.calibration import conversion
+
+    def measured(*arguments: object, **options: object) -> None:
+        raise AssertionError("measured sensitivities for nothing")
+
+    monkeypatch.setattr(conversion, "measure", measured)
+    for bits in (3.0, float("nan"), 99):
+        with pytest.raises(UsageError, match=r"bits is .*expected"):
+            convert(DEMO, tmp_path / "pack", calibrate=text, bits=bits)
+    (tmp_path / "pack").write_text("a file")
+    with pytest.raises(OutputError, match="already exists"):
+        convert(DEMO, tmp_path / "pack", calibrate=text, bits=5)
+
+
+def test_a_text_that_is_much_too_short_is_noted(tmp_path):
+    (tmp_path / "short.txt").write_text("A few words only.")
+    plan, _, _ = plan_calibrated(DEMO, tmp_path / "pack", tmp_path / "short.txt")
+    assert plan.checkpoint.notes[-1].endswith("of 32768: a longer text does better")
+
+
+def test_a_disk_that_refuses_activations_is_told_and_nobody_is_killed(tmp_path, monkeypatch):
+    def refuse(handle: int, start: int, length: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(scratch_module.os, "posix_fallocate", refuse)
+    with pytest.raises(OutputError, match="cannot be written: No space left on device: free some"):
+        Scratch(tmp_path / "scratch", "key", 4, 8).new()

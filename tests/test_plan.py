@@ -18,7 +18,7 @@ from bloomq.converters.plan import estimate_seconds, make_plan
 from bloomq.converters.reading import read_checkpoint
 from bloomq.converters.source import Checkpoint, SourceTensor
 from click.testing import CliRunner
-from conftest import edit_manifest, to_dtype, write_checkpoint
+from conftest import DEMO, edit_manifest, to_dtype, write_checkpoint
 
 from bloomq import weight_files
 from bloomq.cli import commands
@@ -96,6 +96,31 @@ def test_dry_run_in_json_has_all_of_it(tmp_path):
     assert facts["estimated_seconds"] >= 0
     assert facts["estimated_peak_memory_bytes"] < 2 << 30
     assert (facts["scheme"], facts["form"], facts["dtypes"]) == ("int4-g32", "huggingface", ["F32"])
+
+
+def test_dry_run_of_a_calibration_foretells_no_time_of_rounding(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("A few words only. " * 50)
+    options = ("--calibrate", text, "--calibration-tokens", 64, "--dry-run")
+    facts = json.loads(command("convert", DEMO, tmp_path / "pack", *options, "--json").stdout)
+    assert (facts["method"], facts["calibration"]["tokens"]) == ("gptq", 64)
+    assert facts["estimated_seconds"] is facts["estimated_peak_memory_bytes"] is None
+    plain = make_plan(DEMO, tmp_path / "pack").disk_needed_bytes
+    assert facts["disk_needed_bytes"] == plain + 3 * 4 * 64 * 256  # activations of three blocks
+    lines = command("convert", DEMO, tmp_path / "pack", *options).stdout.splitlines()
+    assert lines[-1] == "memory   and time are not estimated for a calibration"
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_names_that_no_file_can_have_are_told(tmp_path):
+    long = "a" * 300
+    ended = command("convert", DEMO, tmp_path / long, "--dry-run")
+    assert "cannot be written: File name too long" in str(ended.exception)
+    ended = command("convert", long, tmp_path / "pack")
+    assert str(ended.exception) == f"{long}: no such folder"
+    page = tmp_path / "page.html"
+    ended = command("convert", long, tmp_path / "pack", "--report", page)
+    assert isinstance(ended.exception, UsageError)
 
 
 def test_dry_run_refuses_what_the_run_would_refuse(tmp_path):
@@ -318,6 +343,13 @@ def test_pack_of_another_method_is_measured_instead(tmp_path, checkpoint):
     assert all(0.001 < row.relative_error < 0.02 for row in found.values())
     ended = command("verify", "--deep", tmp_path / "pack", checkpoint)
     assert "h.0.mlp.up           int8       relative error 0.00" in ended.stdout
+
+
+def test_pack_with_an_adapter_is_not_called_another_checkpoints(tmp_path, checkpoint):
+    convert(checkpoint, tmp_path / "pack")
+    edit_manifest(tmp_path / "pack", lambda m: m["provenance"].update(lora=[{"name": "a"}]))
+    with pytest.raises(UsageError, match="has adapters merged in, so its numbers are not"):
+        deep_verify(Pack.open(tmp_path / "pack"), read_checkpoint(checkpoint))
 
 
 def test_odd_tensors_are_noted_and_no_error(tmp_path):

@@ -15,6 +15,7 @@ import click
 from bloomq import console
 from bloomq.cli.compare import write_report
 from bloomq.errors import UsageError
+from bloomq.files import exists
 from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
 
 if TYPE_CHECKING:
@@ -69,7 +70,9 @@ _LARGE_BYTES = 1 << 30  # of a pack: whoever writes so much is told so before, o
     help="Choose codes and scales by what this text, or a folder of .txt, makes of them (GPTQ).",
 )
 @click.option(
-    "--calibration-tokens", type=int, help="Of the text, evenly spread.  [default: 32,768]"
+    "--calibration-tokens",
+    type=int,
+    help="From the start of each text, in equal shares.  [default: 32,768]",
 )
 @click.option(
     "--bits",
@@ -109,11 +112,12 @@ def convert(
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if report is not None:
         check_report(report)
-        if adapters or not Path(source).exists():
+        if adapters or not exists(Path(source)):
             raise UsageError(
                 f"--report compares with {source} as it lies on this disk: not for a hub id, and "
                 "not with --lora"
             )
+    check_target(target, force)  # before a calibration's hours
     with ExitStack() as bars:
         steps = None
         if calibrate is not None:
@@ -125,7 +129,6 @@ def convert(
             calibration_tokens=calibration_tokens, bits=bits, calibrating=steps,
         )  # fmt: skip
         if dry_run:
-            check_target(target, force)
             _print_plan(plan, as_json)
             return
         if console.is_terminal(sys.stderr) or plan.pack_bytes > _LARGE_BYTES:
@@ -176,11 +179,11 @@ def _say_how_to_go_on(target: Path) -> None:
 def _print_plan(plan: Plan, as_json: bool) -> None:
     from bloomq.converters.plan import estimate_seconds
 
-    facts = plan.describe(estimate_seconds(plan))
+    seconds = None if plan.is_calibrated else estimate_seconds(plan)
     if as_json:
-        click.echo(json.dumps(facts))
+        click.echo(json.dumps(plan.describe(seconds)))
         return
-    for line in plan.lines(facts["estimated_seconds"]):
+    for line in plan.lines(seconds):
         click.echo(line)
     for line in plan.checkpoint.notes:
         console.note(f"note: {line}")

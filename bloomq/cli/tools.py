@@ -12,6 +12,7 @@ import click
 from bloomq import __version__, console
 from bloomq.cli.options import engine_options, load
 from bloomq.errors import UsageError
+from bloomq.files import shown
 
 if TYPE_CHECKING:
     from bloomq.pack import Pack
@@ -79,6 +80,12 @@ def _verify_deep(pack: Pack, checkpoint: Path | None, threads: int | None) -> No
     click.echo(f"{pack.path}: every value is in order")
     if report.is_exact:
         click.echo(f"{pack.path}: every byte is what {checkpoint} gives")
+    if report.differences:
+        method = pack.manifest.get("provenance", {}).get("method")
+        console.note(
+            f"note: {pack.path}: was made by {shown(str(method))}, or by another version, so bytes "
+            f"are not compared: how far each matrix is from {checkpoint}"
+        )
     for row in report.differences:
         click.echo(f"{row.weight:20} {row.scheme:10} relative error {row.relative_error:.5f}")
 

@@ -7,7 +7,7 @@ that fits, up to the cells that sizes are counted in.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -33,12 +33,36 @@ def choose(config: BloomConfig, costs: Costs, bits: float) -> dict[str, Scheme]:
     bits: of the whole pack for each weight, scales and vectors included. The sum of costs is least:
     the knapsack with one choice for each matrix, by dynamic programming. Raises: UsageError.
     """
-    check_number("bits", bits, 0, 64, "bits a weight")
-    exact = get_scheme("f32")
-    sizes = {
-        spec.name: {s: _stored_bytes(spec.name, config, s) for s in costs.get(spec.name, (exact,))}
+    sizes = _sizes(config, costs)
+    room = _room(config, sizes, bits)
+    fixed = {name: next(iter(by)) for name, by in sizes.items() if name not in costs}
+    room -= sum(sizes[name][scheme] for name, scheme in fixed.items())
+    found = _knapsack({n: sizes[n] for n in sizes if n in costs}, costs, room)
+    return {name: fixed.get(name) or found[name] for name in sizes}
+
+
+def check_bits(config: BloomConfig, bits: float) -> None:
+    """Asked before hours of measuring: is there any choice? Raises: UsageError."""
+    specs = [spec for spec in weight_specs(config) if spec.is_matrix and spec.kind != "classifier"]
+    _room(config, _sizes(config, {spec.name: CANDIDATES for spec in specs}), bits)
+
+
+def _sizes(
+    config: BloomConfig, candidates: Mapping[str, Iterable[Scheme]]
+) -> dict[str, dict[Scheme, int]]:
+    """Bytes of each matrix in each of its candidates; one that has none is stored exactly."""
+    exact = (get_scheme("f32"),)
+    return {
+        spec.name: {
+            s: _stored_bytes(spec.name, config, s) for s in candidates.get(spec.name, exact)
+        }
         for spec in weight_specs(config) if spec.is_matrix
     }  # fmt: skip
+
+
+def _room(config: BloomConfig, sizes: Mapping[str, Mapping[Scheme, int]], bits: float) -> float:
+    """Bytes for all matrices. Raises: UsageError."""
+    check_number("bits", bits, 0, 64, "a number of bits a weight, up to 64")
     parameters = sum(
         math.prod(spec.shape) + spec.shape[0] * spec.has_bias for spec in weight_specs(config)
     )
@@ -50,10 +74,7 @@ def choose(config: BloomConfig, costs: Costs, bits: float) -> dict[str, Scheme]:
             f"bits is {bits:g} a weight, expected {math.ceil(100 * fewest) / 100:.2f} or more: the "
             "smallest scheme takes so many for this model"
         )
-    fixed = {name: next(iter(by)) for name, by in sizes.items() if name not in costs}
-    room -= sum(sizes[name][scheme] for name, scheme in fixed.items())
-    found = _knapsack({n: sizes[n] for n in sizes if n in costs}, costs, room)
-    return {name: fixed.get(name) or found[name] for name in sizes}
+    return room
 
 
 def _knapsack(

@@ -10,14 +10,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bloomq.errors import OutputError
+from bloomq.errors import OutputError, UsageError
 from bloomq.files import exists
 from bloomq.pack_writer import partial_folder
 
 from ..pieces import Producer
 from ..plan import Plan, make_plan
-from .budget import choose
+from .budget import check_bits, choose
 from .producer import Settings, calibrated
+from .scratch import ACTIVATIONS
 from .sensitivity import Progress, measure
 from .text import TOKENS, read_windows, spread
 
@@ -39,13 +40,29 @@ def plan_calibrated(
     blocks done of all. Raises: as `make_plan`, `read_windows` and `choose`.
     """
     settings = settings or Settings()
+    if bits is not None and (scheme, group_size, head_scheme) != (None, None, None):
+        raise UsageError(
+            "found bits beside a scheme, group size or head scheme, expected one or the other: bits"
+            " has them chosen"
+        )
     plan = make_plan(
         source, target, scheme=scheme, group_size=group_size, head_scheme=head_scheme,
         lora=lora, revision=revision, threads=threads,
     )  # fmt: skip
     checkpoint = plan.checkpoint
+    if bits is not None:
+        check_bits(checkpoint.config, bits)
+    elif all(scheme.is_float for scheme in plan.schemes.values()):
+        raise UsageError(
+            f"scheme is {scheme}, which a calibration leaves as it is: choose int4, int6 or int8, "
+            "or drop the text"
+        )
     ids = read_windows(checkpoint, text, tokens=TOKENS if tokens is None else tokens, window=window)
     folder = partial_folder(Path(target))
+    wanted = TOKENS if tokens is None else tokens
+    if 2 * ids.size < wanted:
+        note = f"{text}: calibrates on {ids.size} tokens of {wanted}: a longer text does better"
+        plan = replace(plan, checkpoint=replace(checkpoint, notes=(*checkpoint.notes, note)))
     if bits is not None:
         with _scratch_beside(folder) as scratch:
             costs = measure(checkpoint, spread(ids), scratch, threads=threads, progress=progress)
@@ -60,6 +77,10 @@ def plan_calibrated(
             "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
         },
     }  # fmt: skip
+    plan = replace(
+        plan, options={**plan.options, **method},
+        scratch_bytes=ACTIVATIONS * 4 * ids.size * checkpoint.config.hidden_size,
+    )  # fmt: skip
     producer = calibrated(
         ids, folder / "calibration", settings=settings, threads=threads, progress=progress
     )

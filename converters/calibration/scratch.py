@@ -7,6 +7,7 @@ Invariant: a file with its final name is whole; KEY is a digest of all that it d
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from bloomq.errors import OutputError
 
 F32 = NDArray[np.float32]
+ACTIVATIONS = 3  # of so many blocks at once, at most
 
 
 class Scratch:
@@ -44,16 +46,29 @@ class Scratch:
     def new(self) -> F32:
         """Room for the input of one block, mapped, under no name yet. Raises: OutputError."""
         need = 4 * self._shape[0] * self._shape[1]
-        self._folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self._folder).free
-        if free < need:  # a mapped file that finds no room is killed, not told
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self._folder).free
+            if free >= need:
+                return self._reserved()
+        except OSError as error:
             raise OutputError(
-                f"{self._folder}: activations need {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
-                "free: free some space, or calibrate with fewer tokens"
-            )
-        x: F32 = np.lib.format.open_memmap(
-            self._folder / "new.npy", "w+", np.dtype(np.float32), self._shape
+                f"{self._folder}: activations of {need / 1e6:.0f} MB cannot be written: "
+                f"{error.strerror}: free some space, or calibrate with fewer tokens"
+            ) from None
+        raise OutputError(
+            f"{self._folder}: activations need {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
+            "free: free some space, or calibrate with fewer tokens"
         )
+
+    def _reserved(self) -> F32:
+        """A new file with all its blocks: who writes to a mapped one and finds no room on the disk
+        is killed, not told."""
+        path = self._folder / "new.npy"
+        x: F32 = np.lib.format.open_memmap(path, "w+", np.dtype(np.float32), self._shape)
+        if hasattr(os, "posix_fallocate"):
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return x
 
     def keep(self, x: F32, block: int) -> None:

@@ -106,8 +106,10 @@ class _Sweep:
             w = rows_of(tensor, start, min(start + rows, n))
             for scheme in CANDIDATES:
                 parts = quantize_block(w, "F32", scheme)
-                e = w - scheme.dequantize(parts, (len(w), k))
-                errors[scheme] += float(np.square(e).sum(axis=0, dtype=np.float64) @ weigh)
+                with np.errstate(over="ignore", invalid="ignore"):  # refused when it is solved
+                    e = w - scheme.dequantize(parts, (len(w), k))
+                    squares = np.square(e).sum(axis=0, dtype=np.float64)
+                    errors[scheme] += float(squares @ weigh)
                 if scheme in kept:
                     kept[scheme].append(parts)
         rest, probe = (

@@ -34,6 +34,7 @@ from bloomq.schemes import (
     to_half,
 )
 
+from ..quantize import all_finite
 from .gptq import Codes, Factor, column_order, descend, factor, gptq
 
 F32 = NDArray[np.float32]
@@ -83,11 +84,18 @@ class Solver:
 
     def rows(self, w: F32) -> Solved:
         """w [n, K], n a multiple of 32 but for a matrix's last rows. Raises: NumericError."""
+        with np.errstate(over="ignore", invalid="ignore"):  # weights too large are refused
+            return self._solved(w)
+
+    def _solved(self, w: F32) -> Solved:
         n, k = w.shape
         stored = np.zeros(self.scheme.padded((n, k)), np.float32)
         stored[:n, :k] = w
         nearest = self.scheme.quantize(stored)
         if self._factor is None:
+            for leaf, part in self.scheme.parts((n, k)).items():
+                if leaf in ("scales", "values") and not all_finite(nearest[leaf], part.dtype):
+                    raise self._too_large()
             return Solved(nearest, self.scheme.dequantize(nearest, (n, k)))
         wt = np.ascontiguousarray(stored.T)  # [K, N]
         found = self._first(wt, self._factor)
@@ -107,13 +115,15 @@ class Solver:
             return {"codes": tile_bytes(found.codes.T), "scales": found.scales[0].copy()}
         half = to_half(np.ascontiguousarray(found.scales.T))
         if not np.isfinite(half).all():
-            raise NumericError(
-                f"{self._name} holds weights too large for {self.scheme.name}: "
-                "choose bf16, f32 or int8"
-            )
+            raise self._too_large()
         codes = (found.codes.T - self._low).astype(np.uint8)
         tiled = tile_sixes(codes) if self.scheme.name == "int6" else tile_nibbles(codes)
         return {"codes": tiled, "scales": tile_rows(half)}
+
+    def _too_large(self) -> NumericError:
+        return NumericError(
+            f"{self._name} holds weights too large for {self.scheme.name}: choose bf16, f32 or int8"
+        )
 
     def _keep_better(self, wt: F32, parts: dict[str, Array], nearest: dict[str, Array]) -> None:
         """Rows that rounding to nearest does better, if any: those are taken."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..source import Checkpoint
 I64 = NDArray[np.int64]
 TOKENS = 24576  # more than 7b1's widest matrix has columns, so that its moments have full rank
 _WINDOW = 2048  # as GPTQ's, where the model has such a context
+_MOST_TOKENS = 1 << 24  # of 7b1, 270 GB of activations
 _TOKEN_BYTES = 16  # of text, more than a token has on average in any language of BLOOM's
 
 
@@ -30,8 +32,8 @@ def read_windows(
     window is one shorter window. Raises: InputNotFound, UsageError, TokenizerError.
     """
     path, length = Path(text), min(_WINDOW, checkpoint.config.seq_length)
-    if not is_whole(tokens) or tokens < 2:
-        raise UsageError(f"calibration tokens are {tokens!r}, expected 2 or more")
+    if not is_whole(tokens) or not 2 <= tokens <= _MOST_TOKENS:
+        raise UsageError(f"calibration tokens are {tokens!r}, expected 2 to {_MOST_TOKENS}")
     if window is not None:
         if not is_whole(window) or not 2 <= window <= checkpoint.config.seq_length:
             raise UsageError(
@@ -47,6 +49,9 @@ def read_windows(
     rows = _rows(checkpoint, files, max(1, tokens // length // len(files)), min(length, tokens))
     if not rows:
         raise UsageError(f"{path}: too short to calibrate on, expected 2 tokens or more")
+    most = max(1, tokens // length)  # of more files than windows, some have no share
+    if len(rows) > most:
+        rows = [rows[i * len(rows) // most] for i in range(most)]
     return np.stack(rows)
 
 
@@ -60,9 +65,8 @@ def _rows(checkpoint: Checkpoint, files: list[Path], count: int, length: int) ->
     rows: list[I64] = []
     longest: I64 = np.zeros(0, np.int64)
     for file in files:
-        with file.open("rb") as stream:
-            data = stream.read(_TOKEN_BYTES * count * length)
-        ids = np.array(tokenizer.encode(data.decode("utf-8", errors="replace")), np.int64)
+        start = _start_of(file, _TOKEN_BYTES * count * length)
+        ids = np.array(tokenizer.encode(start), np.int64)
         _check_ids(file, ids, checkpoint.config.vocab_size)
         starts = range(0, len(ids) - length + 1, length)
         rows += [ids[i : i + length] for i in starts[:count]]
@@ -70,6 +74,21 @@ def _rows(checkpoint: Checkpoint, files: list[Path], count: int, length: int) ->
     if not rows and len(longest) >= 2:
         return [longest]
     return rows
+
+
+def _start_of(file: Path, nbytes: int) -> str:
+    """What so many bytes hold of a text, less a character that they cut. Raises: UsageError."""
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(nbytes)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read to calibrate on: {error.strerror}") from None
+    try:
+        return codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{file}: is not UTF-8 (byte {error.start}), expected text to calibrate on: convert it"
+        ) from None
 
 
 def _check_ids(file: Path, ids: I64, vocab_size: int) -> None:
