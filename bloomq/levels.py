@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,8 @@ class Levels:
     """Of logits [V] at a temperature, with d = (logit - best) / temperature of each token:
 
     levels: uint16 [V], each token's; masses: float64 [LEVELS], the sums of e**d of each level's
-    tokens; count, total, squares, moment: of the tokens that are not at -infinity how many there
-    are, and the sums of d, d**2 and d e**d.
+    tokens; count, total, squares, moment: of the tokens whose d is not -infinity (in a backend's
+    float32) how many there are, and the sums of d, d**2 and d e**d.
     """
 
     best: np.float32
@@ -42,8 +43,8 @@ class Levels:
     def tokens(self, wanted: Sequence[int]) -> I64:
         """The tokens of these levels, by id."""
         mine = np.zeros(len(self.levels), np.bool_)
-        edges = [i for i, level in enumerate(wanted) if not i or level != wanted[i - 1] + 1]
-        for first, stop in zip(edges, [*edges[1:], len(wanted)], strict=True):  # runs
+        starts = [i for i, level in enumerate(wanted) if not i or level != wanted[i - 1] + 1]
+        for first, stop in pairwise([*starts, len(wanted)]):  # runs
             low, high = wanted[first], wanted[stop - 1]
             above = self.levels if not low else self.levels - np.uint16(low)  # below wraps around
             mine |= above <= np.uint16(high - low)

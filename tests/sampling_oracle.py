@@ -123,10 +123,12 @@ def apply(name: str, state: State, sampling: Sampling, exclude: bool) -> None:
     elif name == "typical" and sampling.typical_p < 1:
         distance = np.abs(-np.log(state.shares) - entropy(state.shares))
         order = np.argsort(distance, kind="stable")
-        bound = distance[order[state.reaching(order, sampling.typical_p) - 1]]
-        # Equal scores are equally near and all kept; others should be told apart by rounding.
-        apart = np.abs(np.subtract.outer(distance, [bound])).ravel()
-        state.keep(distance <= bound + 1e-9, apart[apart > 1e-9])
+        last = order[state.reaching(order, sampling.typical_p) - 1]
+        # Equal scores are equally near and all kept; others, even one as far on the other side of
+        # the entropy, should be told apart by rounding.
+        others = state.scores != state.scores[last]
+        apart = np.abs(distance - distance[last])[others]
+        state.keep(distance <= distance[last] + 1e-9, apart)
     elif name == "xtc" and exclude:
         shares = state.shares
         above = int((shares >= sampling.xtc_threshold).sum())

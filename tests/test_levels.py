@@ -60,6 +60,13 @@ def test_levels_of_a_known_row(backend):
     assert levels.deviation() == pytest.approx(np.std(np.log([0.25, 0.5, 0.25])), rel=1e-5)
     assert levels.tokens([0]).tolist() == [1]
     assert levels.tokens([0, 21, 22]).tolist() == [0, 1, 3]
+    assert levels.tokens([]).tolist() == []
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 100.0])
+def test_a_token_further_away_than_float32_reaches_adds_nothing_to_the_entropy(temperature):
+    values = np.array([[0.0, 0.0, -1e38]], np.float32)
+    assert BACKENDS[0].levels(values, temperature).entropy() == pytest.approx(np.log(2))
 
 
 def test_levels_are_the_same_bits_for_any_number_of_threads():

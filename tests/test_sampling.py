@@ -18,7 +18,7 @@ from bloomq.backends.numba_cpu.layers import NumbaBackend
 from bloomq.backends.reference import ReferenceBackend
 from bloomq.errors import UsageError
 from bloomq.layers import Top
-from bloomq.levels import Levels
+from bloomq.levels import LEVELS, Levels
 from bloomq.sampling import ORDER, Logits, Sampler, Sampling, generator, masked
 from bloomq.sampling.draws import pick
 from bloomq.sampling.filters import FEW
@@ -170,6 +170,84 @@ def test_a_draw_is_the_inverse_of_the_sum_best_first(size, backend):
     for u in (0.0, 0.1, 0.5, 0.9, 0.999):
         wanted = int(order[np.searchsorted(total, u * total[-1], side="right")])
         assert whole.pick(u) == listed.pick(u) == wanted
+
+
+class Noting(Logits):
+    """Notes which levels are listed."""
+
+    __slots__ = ("noted",)
+
+    def listed(self, temperature, wanted):
+        self.noted = [*getattr(self, "noted", []), *wanted]
+        return super().listed(temperature, wanted)
+
+
+def test_however_many_are_kept_few_levels_are_listed():
+    values = (3 * np.random.default_rng(0).standard_normal(50_000)).astype(np.float32)
+    for narrowed in (
+        lambda c: c.first(5000), lambda c: c.reaching(0.9), lambda c: c.at_least(0.0),
+        lambda c: c.below(1e-5), lambda c: c.typical(0.9), lambda c: c.at_least(0.0).typical(0.9),
+        lambda c: c.reaching(0.9).first(300), lambda c: c.at_least(0.0).below(1e-5).cooled(2.0),
+    ):  # fmt: skip
+        row = Noting(ReferenceBackend(), values[None], 0)
+        left = narrowed(Ranked.of(row))
+        left.pick(0.5), left.logsumexp(), left.size(), left.entropy(), left.deviation()
+        assert len(set(row.noted)) <= 10
+
+
+def test_the_last_level_which_has_most_tokens_at_a_low_temperature_is_not_listed_for_a_bound():
+    values = (3 * np.random.default_rng(0).standard_normal(50_000)).astype(np.float32)
+    row = Noting(ReferenceBackend(), values[None], 0)
+    left = Ranked(row, 0.1).at_least(float(values.max() - 5) / 0.1)  # 50 nats below
+    left.pick(0.5), left.logsumexp(), left.few(300)
+    assert LEVELS - 1 not in row.noted
+    assert left.size() == np.count_nonzero(values >= values.max() - np.float32(5))
+
+
+def test_a_count_is_kept_even_where_probabilities_are_too_small_for_a_number():
+    values = np.array([0.0, -900.0, -1000.0, -1000.0, -np.inf])
+    for count, kept in ((1, 1), (2, 2), (3, 3), (4, 4), (5, 4)):
+        left = Ranked.of(row_of(values)).first(count)
+        assert left.tokens()[0].tolist() == list(range(kept))
+        assert left.size() == kept
+
+
+def test_what_is_left_far_below_the_best_is_drawn_by_its_own_probabilities():
+    # typical leaves the seven; at a temperature of 0.001 they lie 1,099 nats below the one dropped
+    row = row_of(logits_of(0.3, *[0.1] * 7))
+    left = Ranked.of(row).typical(0.2).cooled(0.001)
+    assert [left.pick(u) for u in (0.0, 0.2, 0.5, 0.99)] == [1, 2, 4, 7]
+    assert left.logsumexp() - left.best == pytest.approx(np.log(7))
+    assert left.entropy() == pytest.approx(np.log(7))
+    assert left.first(3).pick(0.99) == 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    values=st.lists(st.sampled_from([0.0, -0.0, 1.0, -30.0, -35.0, -90.0, 0.01]), min_size=2),
+    first=st.integers(1, 20), share=st.floats(0.01, 0.3), heat=st.sampled_from([0.1, 1.0, 30.0]),
+)  # fmt: skip
+def test_sums_over_a_range_are_those_of_its_tokens(values, first, share, heat):
+    row = row_of(np.array(values))
+    left = Ranked.of(row).first(first).below(share).cooled(heat)
+    ids, scores = left.tokens()
+    assert len(ids) == left.size() >= 1
+    listed = Listed(row, ids, scores, heat)
+    assert left.best == listed.best
+    assert left.logsumexp() == pytest.approx(listed.logsumexp(), abs=1e-6)
+    assert left.entropy() == pytest.approx(listed.entropy(), abs=1e-6)
+    assert left.deviation() == pytest.approx(listed.deviation(), abs=1e-4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False, max_value=0) | st.sampled_from([0.0, -0.0]),
+                min_size=1))  # fmt: skip
+def test_the_tokens_of_a_level_lie_best_first_and_of_equals_the_lower_id(values):
+    array = np.array([*values, 0.0], np.float32)
+    ids, logits = zip(*row_of(array).listed(1.0, range(LEVELS)), strict=True)
+    wanted = np.argsort(-array.astype(np.float64), kind="stable")
+    assert np.concatenate(ids).tolist() == wanted[array[wanted] > -np.inf].tolist()
+    assert np.concatenate(logits).tolist() == array[np.concatenate(ids)].tolist()
 
 
 def test_the_highest_number_never_draws_a_token_of_probability_0():

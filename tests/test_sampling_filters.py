@@ -167,6 +167,19 @@ def test_what_is_too_unlikely_for_a_number_is_still_drawn_where_nothing_else_is_
         assert left.best == -1000
 
 
+def test_the_least_likely_token_that_xtc_spares_stays_whatever_the_temperature():
+    # score * temperature is not always the logit that was divided
+    options = {"xtc_probability": 1.0, "xtc_threshold": 0.01}
+    rng = np.random.default_rng(0)
+    for heat in rng.uniform(0.3, 2, 200).tolist():
+        values = (3 * rng.standard_normal(300)).astype(np.float32)
+        kept = [
+            left_of(values, sampling(temperature=heat, **options), EXCLUDE, few).tokens()[0]
+            for few in (100, 300)
+        ]
+        assert kept[0].tolist() == kept[1].tolist()
+
+
 def test_mirostat_keeps_what_is_at_most_so_surprising():
     values = logits_of(0.5, 0.25, 0.125, 0.125)  # 1, 2, 3 and 3 bits
     for bits, kept in ((2.5, [0, 1]), (1.5, [0]), (0.5, [0]), (3.5, [0, 1, 2, 3])):

@@ -69,8 +69,8 @@ class Listed:
             return self
         if not self.more:
             return self._range(above - 1, len(self.ids))
-        place = Place(self.scores[above - 1] * self.temperature, int(self.ids[above - 1]))
-        return Ranked(self.row, self.temperature, start=place)
+        token = int(self.ids[above - 1])  # by its logit: score times temperature may be next to it
+        return Ranked(self.row, self.temperature, start=Place(self.row.logit(token), token))
 
     def typical(self, share: float) -> Candidates | None:
         surprise = self.logsumexp() - self.scores

@@ -23,7 +23,7 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 
-_SLACK = 1e-6  # of a share: sums of float32 terms are good to 1e-7
+_SLACK = 1e-6  # of a share: sums of float32 terms are good to 1e-7 (of many equal ones to 5e-5)
 # What a token in the middle of a level has of the best one's probability.
 _MIDDLES = np.exp(-(np.arange(LEVELS - 1) + 0.5) / PER_NAT)
 
@@ -68,12 +68,13 @@ class Ranked:
         return Ranked(self.row, self.temperature * temperature, self.start, self.stop)
 
     def first(self, count: int) -> Candidates:
-        for level in np.flatnonzero(self._masses > 0):
-            ids, logits = self._level(int(level))
-            if len(ids) >= count:
-                return self._until(logits[count - 1], int(ids[count - 1]))
-            count -= len(ids)
-        return self  # as good as all: the others have a probability of 0
+        total = self._counts.cumsum()
+        if count >= total[-1]:
+            return self
+        level = int(total.searchsorted(count))
+        ids, logits = self._level(level)
+        last = count - 1 - (int(total[level - 1]) if level else 0)
+        return self._until(logits[last], int(ids[last]))
 
     def reaching(self, share: float) -> Candidates:
         total = self._masses.cumsum()
@@ -109,24 +110,24 @@ class Ranked:
         return self
 
     def typical(self, share: float) -> Candidates:
-        levels, sure = self._undecided(share)
-        logits = np.concatenate([found for _, found in self._within(levels)])
         total = self.logsumexp()
-        distance = np.abs(total - logits / self.temperature - self.entropy())
+        expected = total - self.entropy()  # the score that is as surprising as the entropy
+        levels, sure = self._undecided(share, expected)
+        logits = np.concatenate([found for _, found in self._within(levels)])
+        distance = np.abs(expected - logits / self.temperature)
         order = np.argsort(distance)
         shares = np.exp(logits[order] / self.temperature - total)
         reached = int((sure + shares.cumsum()).searchsorted(share))
         kept = logits[distance <= distance[order[min(reached, len(order) - 1)]]]
         return self._from(kept.max(), 0)._until(kept.min(), self.row.vocab_size)
 
-    def _undecided(self, share: float) -> tuple[list[int], float]:
-        """The levels with tokens that may or may not be among the nearest to the entropy that reach
-        a share; the probability of the levels that surely are. These lie between the first ones,
+    def _undecided(self, share: float, expected: float) -> tuple[list[int], float]:
+        """The levels with tokens that may or may not be among the nearest to a score that reach a
+        share; the probability of the levels that surely are. These lie between the first ones,
         of which the outermost are therefore listed too."""
-        total, entropy, width = self.logsumexp(), self.entropy(), 1 / PER_NAT
-        best = float(self._levels.best) / self.temperature
-        # Surprises of a level's tokens less the entropy, from and to; float32 may err by 1e-4.
-        edges = total - best - entropy + width * np.arange(LEVELS)
+        width = 1 / PER_NAT
+        # How far a level's tokens are below that score, from and to; float32 may err by 1e-4.
+        edges = expected - float(self._levels.best) / self.temperature + width * np.arange(LEVELS)
         low, high = edges - 0.01 * width, edges + 1.01 * width
         high[-1] = np.inf
         nearest = np.maximum(np.maximum(low, -high), 0)
@@ -134,39 +135,37 @@ class Ranked:
         shares = self._masses / self._masses.sum()
         surely = _bound(farthest, shares, share + _SLACK)  # by then they reach it for sure
         maybe = _bound(nearest, shares, share - _SLACK)  # before that for sure not
-        inside = np.flatnonzero((farthest < maybe) & (shares > 0))[1:-1]
-        listed = (nearest <= surely) & (shares > 0)
-        listed[inside] = False
+        sure = np.flatnonzero((farthest < maybe) & (shares > 0)).tolist()
+        inside = slice(sure[0] + 1, sure[-1]) if sure else slice(0)
+        listed = nearest <= surely  # empty ones too: they join runs, which are found at once
+        listed[inside] = listed[: self._ends[0]] = listed[self._ends[1] + 1 :] = False
         return np.flatnonzero(listed).tolist(), float(shares[inside].sum())
 
     def size(self) -> int:
         if self.start is None and self.stop is None:
             return int(self._levels.count)
-        return int(np.count_nonzero(self._inside))
+        return int(self._counts.sum())
 
     def logsumexp(self) -> float:
-        best = float(self._levels.best) / self.temperature
-        return float(best + np.log(self._masses.sum()))
+        return float(self._unit / self.temperature + np.log(self._masses.sum()))
 
     def entropy(self) -> float:
         if self.start is None and self.stop is None:
             return self._levels.entropy()
-        _, scores = self.tokens()
-        logs = scores - self.logsumexp()
+        logs = self._inside[1] / self.temperature - self.logsumexp()
         return float(-(np.exp(logs) * logs).sum())
 
     def deviation(self) -> float:
         if self.start is None and self.stop is None:
             return self._levels.deviation()
-        return float(self.tokens()[1].std())
+        return float((self._inside[1] / self.temperature).std())
 
     def few(self, count: int) -> bool:
         # A level's mass, by what each of its tokens has, is good to 2 % of their number.
         return bool((self._masses[:-1] / _MIDDLES).sum() <= count)
 
     def tokens(self) -> tuple[I64, F64]:
-        ids = np.flatnonzero(self._inside)
-        logits = self.row.values()[ids].astype(np.float64)
+        ids, logits = self._inside
         order = np.lexsort((ids, -logits))
         return ids[order], logits[order] / self.temperature
 
@@ -199,39 +198,69 @@ class Ranked:
         return self.row.levels(self.temperature)
 
     @cached_property
+    def _ends(self) -> tuple[int, int]:
+        """The first level with tokens of the range, and the last that may have some."""
+        first = 0 if self.start is None else self._level_of(self.start.logit)
+        return first, LEVELS - 1 if self.stop is None else self._level_of(self.stop.logit)
+
+    @cached_property
+    def _unit(self) -> float:
+        """The logit whose token adds 1 to a mass: the row's best, but of a range that is too far
+        below for sums of its exponentials the range's."""
+        if self._ends[0] < LEVELS - 1:
+            return float(self._levels.best)
+        return float(self._level(LEVELS - 1)[1][0])
+
+    @cached_property
     def _masses(self) -> F64:
-        """Of each level, what lies within the range."""
-        masses = self._levels.masses.copy()
+        """Of each level, what lies within the range. Where this goes from the best to somewhere in
+        the last level, that counts as nothing: it would be 3e-9 at most, and at a low temperature
+        most of the row would be listed for it."""
+        first, last = self._ends
+        masses = self._within_ends(self._levels.masses)
         if self.start is not None:
-            level = self._level_of(self.start.logit)
-            masses[:level] = 0
-            masses[level] = self._terms(self._level(level)[1]).sum()
-        if self.stop is not None:
-            level = self._level_of(self.stop.logit)
-            masses[level + 1 :] = 0
-            masses[level] = self._terms(self._level(level)[1]).sum()
-        if not masses.any():  # all are 745 nats below the row's best: the first of them has it all
-            masses[self._level_of(self.tokens()[1][0] * self.temperature)] = 1.0
+            masses[first] = self._terms(self._level(first)[1]).sum()
+        if self.start is None and self.stop is not None and last == LEVELS - 1:
+            masses[last] = 0
+        elif self.stop is not None:
+            masses[last] = self._terms(self._level(last)[1]).sum()
         return masses
+
+    @cached_property
+    def _counts(self) -> F64:
+        """How many tokens each level has within the range."""
+        counts = np.bincount(self._levels.levels, minlength=LEVELS).astype(np.float64)
+        counts[-1] = self._levels.count - counts[:-1].sum()  # none at -infinity
+        counts = self._within_ends(counts)
+        for place, level in zip((self.start, self.stop), self._ends, strict=True):
+            if place is not None:
+                counts[level] = len(self._level(level)[0])
+        return counts
+
+    def _within_ends(self, sums: F64) -> F64:
+        """Sums of levels, but 0 for those that lie outside the range."""
+        first, last = self._ends
+        within = np.zeros(LEVELS)
+        within[first : last + 1] = sums[first : last + 1]
+        return within
 
     @cached_property
     def _best_logit(self) -> float:
         if self.start is None:
             return float(self._levels.best)
-        _, logits = self._level(int(np.argmax(self._masses > 0)))
-        return float(logits[0])
+        return float(self._level(self._ends[0])[1][0])
 
     @cached_property
-    def _inside(self) -> NDArray[np.bool_]:
-        """Which tokens of the row [V] are in the range?"""
-        values = self.row.values()
-        inside: NDArray[np.bool_] = values > -np.inf
-        ids, wide = np.arange(len(values)), values.astype(np.float64)
-        if self.start is not None:
-            inside &= self.start.after(ids, wide)
-        if self.stop is not None:
-            inside &= ~self.stop.after(ids, wide)
-        return inside
+    def _inside(self) -> tuple[I64, F64]:
+        """Ids and logits of all tokens of the range, in no order."""
+        first, last = self._ends
+        ids = self._levels.tokens(range(first + 1, last))
+        ends = self._within(sorted({first, last}))
+        logits = self.row.values()[ids].astype(np.float64)
+        return (
+            np.concatenate([ids, *(found for found, _ in ends)]),
+            np.concatenate([logits, *(found for _, found in ends)]),
+        )
 
     def _level_of(self, logit: float) -> int:
         with np.errstate(over="ignore"):
@@ -245,15 +274,17 @@ class Ranked:
     def _within(self, levels: Sequence[int]) -> list[tuple[I64, F64]]:
         """Of each of these levels the ids and logits of the tokens within the range, best first."""
         found = self.row.listed(self.temperature, levels)
-        if self.start is not None:
-            found = [_chosen(self.start.after(*tokens), *tokens) for tokens in found]
-        if self.stop is not None:
-            found = [_chosen(~self.stop.after(*tokens), *tokens) for tokens in found]
+        first, last = self._ends
+        for i, level in enumerate(levels):
+            if self.start is not None and level <= first:
+                found[i] = _chosen(self.start.after(*found[i]), *found[i])
+            if self.stop is not None and level >= last:
+                found[i] = _chosen(~self.stop.after(*found[i]), *found[i])
         return found
 
     def _terms(self, logits: F64) -> F64:
         """What tokens add to the masses."""
-        return np.exp((logits - float(self._levels.best)) / self.temperature)
+        return np.exp((logits - self._unit) / self.temperature)
 
 
 def _chosen(kept: NDArray[np.bool_], ids: I64, logits: F64) -> tuple[I64, F64]:

@@ -70,8 +70,9 @@ def _emit_level_terms(
         level = b.fmul(distance, scale)
         level = b.select(b.fcmp_ordered("<", level, last), level, last)  # NaN too
         v.store(b.trunc(b.fptosi(level, V16I), V16S), v.at(levels, b.lshr(at, I64(1))))
-        possible = b.fcmp_unordered("!=", distance, v.constant(V16F, float("-inf")))
-        d = b.select(possible, b.fmul(distance, factor), zero)
+        d = b.fmul(distance, factor)
+        possible = b.fcmp_unordered("!=", d, v.constant(V16F, float("-inf")))
+        d = b.select(possible, d, zero)
         term = b.select(possible, v.exp_from(-80.0, d), zero)
         v.store(term, v.at(terms, at))
         count, first, second, moment = (b.load(total, typ=V16F) for total in totals)
