@@ -624,7 +624,7 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(text, tmp_path, m
 def test_a_text_that_is_much_too_short_is_noted(tmp_path):
     (tmp_path / "short.txt").write_text("A few words only.")
     plan, _, _ = plan_calibrated(DEMO, tmp_path / "pack", tmp_path / "short.txt")
-    assert plan.checkpoint.notes[-1].endswith("of 32768: a longer text does better")
+    assert plan.checkpoint.notes[-1].endswith("of 24576: a longer text does better")
 
 
 def test_a_disk_that_refuses_activations_is_told_and_nobody_is_killed(tmp_path, monkeypatch):

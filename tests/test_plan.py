@@ -117,7 +117,7 @@ def test_names_that_no_file_can_have_are_told(tmp_path):
     ended = command("convert", DEMO, tmp_path / long, "--dry-run")
     assert "cannot be written: File name too long" in str(ended.exception)
     ended = command("convert", long, tmp_path / "pack")
-    assert str(ended.exception) == f"{long}: no such folder"
+    assert str(ended.exception) == f"{long}: no such file or folder"
     page = tmp_path / "page.html"
     ended = command("convert", long, tmp_path / "pack", "--report", page)
     assert isinstance(ended.exception, UsageError)
