@@ -72,7 +72,7 @@ _LARGE_BYTES = 1 << 30  # of a pack: whoever writes so much is told so before, o
 @click.option(
     "--calibration-tokens",
     type=int,
-    help="From the start of each text, in equal shares.  [default: 32,768]",
+    help="From the start of each text, in equal shares.  [default: 24,576]",
 )
 @click.option(
     "--bits",
