@@ -42,13 +42,16 @@ class Levels:
 
     def tokens(self, wanted: Sequence[int]) -> I64:
         """The tokens of these levels, by id."""
-        mine = np.zeros(len(self.levels), np.bool_)
+        mine = None
         starts = [i for i, level in enumerate(wanted) if not i or level != wanted[i - 1] + 1]
         for first, stop in pairwise([*starts, len(wanted)]):  # runs
             low, high = wanted[first], wanted[stop - 1]
-            above = self.levels if not low else self.levels - np.uint16(low)  # below wraps around
-            mine |= above <= np.uint16(high - low)
-        return np.flatnonzero(mine)
+            if low == high:
+                run = self.levels == low
+            else:  # what lies before the run wraps around
+                run = self.levels - np.uint16(low) <= np.uint16(high - low)
+            mine = run if mine is None else np.bitwise_or(mine, run, out=mine)
+        return np.empty(0, np.int64) if mine is None else _places(mine)
 
     def entropy(self) -> float:
         """-sum p log p of all tokens, in nats."""
@@ -84,3 +87,15 @@ def levels_of(values: F32, temperature: float) -> Levels:
     d = below[below > -np.inf]
     sums = float(d.sum()), float(np.square(d).sum()), float((np.exp(d) * d).sum())
     return Levels(best, temperature, levels, masses, len(d), *sums)
+
+
+def _places(mine: NDArray[np.bool_]) -> I64:
+    """np.flatnonzero by eights: where few are true, several times as fast."""
+    eights = mine[: len(mine) & ~7].view(np.uint64)
+    some = np.flatnonzero(eights != 0)
+    if len(some) > len(eights) // 16:
+        return np.flatnonzero(mine)
+    last = np.arange(8 * len(eights), len(mine))
+    places = np.concatenate([np.add.outer(8 * some, np.arange(8)).ravel(), last])
+    found: I64 = places[mine[places]]
+    return found
