@@ -17,7 +17,7 @@ from bloomq.layers import Cache, CacheDtype, Span
 from bloomq.schemes import ROW_MULTIPLE
 from bloomq.weights import Matrix
 
-STEP_TOKENS = 2048  # of prompts in one step: the batch of 32 in one
+STEP_TOKENS = 2048  # of prompts in one step, unless said: a prompt of that length, or 32 of 64
 
 
 class DrawnLoader:
@@ -57,18 +57,21 @@ class DrawnLoader:
 
 
 class Bloomq:
-    """A model of SHAPES in one scheme."""
+    """A model of SHAPES in one scheme. drawn: on the device; else its weights come from the host,
+    as a pack's do, which takes as long as loading one. step_tokens: of a prompt in one step."""
 
     is_peer = False
 
     def __init__(
         self, run: Run, model: str, scheme: str, batch: int, capacity: int,
-        *, cache_dtype: CacheDtype = "f16",
+        *, cache_dtype: CacheDtype = "f16", drawn: bool = True, step_tokens: int = STEP_TOKENS,
     ) -> None:  # fmt: skip
+        self._step_tokens = step_tokens
         self.name = f"bloomq {scheme}"
         weights = RandomWeights(model, scheme)
         self.backend = CudaBackend(str(run.device), cache_dtype)
-        self.backend._loader = DrawnLoader(run.device)
+        if drawn:
+            self.backend._loader = DrawnLoader(run.device)
         self.head = Head(weights, self.backend, "BloomForCausalLM")
         self.cache: Cache = self.head.cache(batch, capacity)
         self.bytes_per_token, self.token_bytes = weights.bytes_per_token, self.cache.token_bytes
@@ -85,11 +88,11 @@ class Bloomq:
         batch, length = ids.shape
         for row in range(batch):
             self.cache.truncate(row, 0)
-        rows = max(1, STEP_TOKENS // length)
+        rows = max(1, self._step_tokens // length)
         for first in range(0, batch, rows):
             some = list(range(first, min(first + rows, batch)))
-            for at in range(0, length, STEP_TOKENS):
-                piece = ids[some, at : at + STEP_TOKENS]
+            for at in range(0, length, self._step_tokens):
+                piece = ids[some, at : at + self._step_tokens]
                 span = Span.of(some, [piece.shape[1]] * len(some))
                 logits = self.head.step(piece.reshape(-1), self.cache, span, span.last)
             self._ids[some] = self.backend.top(logits, 1).ids[:, 0]

@@ -45,12 +45,22 @@ class Transformers:
     is_peer = True
 
     def __init__(self, run: Run, setting: Setting, model: Any) -> None:
-        self.name, self._setting, self._model, self._device = setting.name, setting, model, run.device
+        self.name, self._setting, self._model, self._device = (
+            setting.name,
+            setting,
+            model,
+            run.device,
+        )
         self._attention = [block.self_attention for block in model.transformer.h]
         table = model.transformer.word_embeddings.weight
-        self.bytes_per_token = sum(
-            _stored_bytes(parameter) for parameter in model.parameters() if parameter is not table
-        ) + table.nbytes
+        self.bytes_per_token = (
+            sum(
+                _stored_bytes(parameter)
+                for parameter in model.parameters()
+                if parameter is not table
+            )
+            + table.nbytes
+        )
         config = model.config
         self.token_bytes = 2 * config.n_layer * config.hidden_size * 2  # 16 bits
         self._cache: Any = None

@@ -5,12 +5,14 @@ A ratio is of neighbours in time: every round samples the ceilings, then each en
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -19,6 +21,7 @@ import torch
 
 from bloomq.errors import BloomqError
 
+ROWS = "figures.jsonl"
 LINE_CHARACTERS = 200  # of an error in the table; the log has all of it
 
 
@@ -49,15 +52,21 @@ class Run:
     """What every section gets. tiny: the same code on shapes that any CPU runs in seconds."""
 
     def __init__(
-        self, section: str, device: str, rows: Path, scratch: Path, *, tiny: bool, seconds: float
-    ) -> None:
-        self.section, self.tiny, self.scratch = section, tiny, scratch
+        self, section: str, device: str, out: Path, scratch: Path, *, tiny: bool, seconds: float,
+        strict: bool = False,
+    ) -> None:  # fmt: skip
+        """strict: whatever fails ends the run, with its traceback."""
+        self.section, self.out, self.scratch = section, out, scratch
+        self.tiny, self.strict = tiny, strict
         self.device = torch.device(device)
         self.sizes = TINY if tiny else Sizes()
-        self._rows, self._deadline = rows, time.monotonic() + seconds
-        size = self.sizes.buffer_bytes
-        self._from = torch.randn(size // 4, device=self.device).view(torch.uint8)
-        self._to = torch.empty_like(self._from)
+        self._deadline = time.monotonic() + seconds
+
+    @cached_property
+    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random bytes, and room for as many."""
+        source = torch.randn(self.sizes.buffer_bytes // 4, device=self.device).view(torch.uint8)
+        return source, torch.empty_like(source)
 
     def model(self, name: str) -> str:
         return "tiny" if self.tiny else name
@@ -69,12 +78,14 @@ class Run:
     def emit(self, what: str, **facts: object) -> None:
         """Append a row and say so."""
         row = {"section": self.section, "what": what, **facts}
-        with self._rows.open("a") as file:
+        with (self.out / ROWS).open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
 
     def failed(self, what: str, error: BaseException) -> None:
         """Append a row that says why there is no figure; the traceback goes to the log."""
+        if self.strict:
+            raise error
         traceback.print_exception(error)
         sys.stderr.flush()
         self.emit(what, failed=one_line(error))
@@ -93,29 +104,28 @@ class Run:
 
     def copy_gb_s(self) -> float:
         """Of a copy within the device, bytes read and written."""
-        seconds = self.seconds(lambda: [self._to.copy_(self._from) for _ in range(10)])
-        return 20 * self._from.nbytes / seconds / 1e9
+        source, target = self._buffers
+        seconds = self.seconds(lambda: [target.copy_(source) for _ in range(10)])
+        return 20 * source.nbytes / seconds / 1e9
 
     def read_gb_s(self) -> float:
         """Of a sum over the same bytes."""
-        values = self._from.view(torch.float32)
+        values = self._buffers[0].view(torch.float32)
         seconds = self.seconds(lambda: [values.sum() for _ in range(10)])
-        return 10 * self._from.nbytes / seconds / 1e9
+        return 10 * values.nbytes / seconds / 1e9
 
     def bus_gb_s(self, size: int = 256 << 20) -> float:
         """Of a copy from locked host memory to the device: what PCIe gives."""
-        size = min(size, self._to.nbytes)
+        size = min(size, self.sizes.buffer_bytes)
         pinned = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         pinned.random_(0, 256)
-        there = self._to[:size]
+        there = self._buffers[1][:size]
         self.seconds(lambda: there.copy_(pinned))
         seconds = self.seconds(lambda: [there.copy_(pinned, non_blocking=True) for _ in range(4)])
         return 4 * size / seconds / 1e9
 
     def free(self) -> None:
         """Give memory back that nothing holds."""
-        import gc
-
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -153,9 +163,7 @@ class Sample:
 Take = Callable[[Engine], float]
 
 
-def in_turns(
-    run: Run, engines: Mapping[str, Engine], take: Take
-) -> dict[str, list[Sample]]:
+def in_turns(run: Run, engines: Mapping[str, Engine], take: Take) -> dict[str, list[Sample]]:
     """Samples of every engine, round after round; the first, which compiles and captures, is not
     kept. Whatever fails is said and left out: on to the next."""
     samples: dict[str, list[Sample]] = {name: [] for name in engines}
@@ -218,3 +226,9 @@ def one_line(error: BaseException) -> str:
     first = said[0] if said else ""
     kind = "" if isinstance(error, BloomqError) else f"{type(error).__name__}: "
     return (kind + first).strip()[:LINE_CHARACTERS]
+
+
+def status_mb(field: str) -> float:
+    """Of this process, as Linux says: VmHWM is its peak, RssAnon what no file backs."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{field}:")[1].split()[0]) * 1024 / 1e6

@@ -23,7 +23,7 @@ from bloomq.weights import Matrix, Norm
 
 # hidden_size, n_layer, n_head, vocab_size.
 SHAPES = {
-    "tiny": (128, 2, 4, 512),
+    "tiny": (256, 2, 4, 512),
     "bloom-560m": (1024, 24, 16, 250880),
     "bloom-1b7": (2048, 24, 16, 250880),
     "bloom-7b1": (4096, 30, 32, 250880),
@@ -31,7 +31,7 @@ SHAPES = {
 }
 HEAD_OF = {"int4": "int6", "nf4": "int6"}  # of the table and the head, as `bloomq convert` does
 DEVIATION = 0.02  # of the weights, about BLOOM's
-# The deviation of codes drawn evenly: int8 of -127..127, int6 of -32..31, int4 of -8..7; nf4's book.
+# The deviation of codes drawn evenly: -127..127, -32..31, -8..7, and of the values of nf4's book.
 CODE_DEVIATION = {"int8": 73.6, "int6": 18.5, "int4": 4.6, "nf4": 0.56}
 PIECE_BYTES = 64 << 20  # of an array, written at a time
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8}
