@@ -85,13 +85,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build/gpu-figures")
     parser.add_argument("--scratch", type=Path, help="where a pack of 2 GB may be written")
-    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--device", help="cuda:0, or cpu for a dry run")
     parser.add_argument("--sections", nargs="+", choices=LIMITS, default=list(LIMITS))
     parser.add_argument("--seconds", type=float, default=570, help="for all sections together")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     args = parser.parse_args()
-    if args.dry_run:
-        args.device = "cpu"
+    args.device = args.device or ("cpu" if args.dry_run else "cuda:0")
     return args
 
 

@@ -52,8 +52,9 @@ if [ "$mode" = smoke ]; then
     exit "${PIPESTATUS[0]}"
 fi
 
-options=(--out "$out" --seconds "${LIMIT:-570}" --device "${DEVICE:-cuda:0}")
+options=(--out "$out" --seconds "${LIMIT:-570}")
 [ "$mode" = dry ] && options+=(--dry-run)
+[ -n "${DEVICE:-}" ] && options+=(--device "$DEVICE")
 # shellcheck disable=SC2206 # names, split at spaces
 [ -n "${SECTIONS:-}" ] && options+=(--sections $SECTIONS)
 exec "$python" "$here/gpu_figures.py" "${options[@]}"

@@ -190,8 +190,8 @@ def _row(rows: Sequence[Row], what: str) -> Row:
     for row in rows:
         if row["what"] == what and "failed" not in row:
             return row
-    of_it = [row for row in rows if row["what"] == what]
-    raise Unmeasured(_reason(of_it or rows, what))
+    of_it = [row for row in rows if row["what"] in (what, row["section"])]  # or of all of it
+    raise Unmeasured(_reason(of_it, what))
 
 
 def _one_row(rows: Sequence[Row]) -> Row:

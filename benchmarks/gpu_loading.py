@@ -45,6 +45,7 @@ print(json.dumps({"load_s": seconds, "peak_rss_mb": status_mb("VmHWM"), "rss_bef
 
 def load(run: Run) -> None:
     """A pack's way to the device, from disk and from the system's memory of it."""
+    bus = run.bus_gb_s()
     weights = RandomWeights(run.model("bloom-1b7"), "int8")
     path = run.scratch / "pack"
     free = shutil.disk_usage(run.scratch).free
@@ -54,7 +55,6 @@ def load(run: Run) -> None:
     size_gb = write_pack(weights, path) / 1e9
     wrote_s = perf_counter() - started
     try:
-        bus = run.bus_gb_s()
         for how in ("disk", "memory"):
             files = sorted(path.glob("*.safetensors"))
             source = read_gb_s(files, forget=how == "disk")

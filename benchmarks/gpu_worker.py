@@ -21,13 +21,14 @@ from gpu_loading import load, memory
 from gpu_profile import profile
 from gpu_run import Run
 from gpu_speed import batch_7b1, decode_7b1, decode_176b, decode_560m, prefill_7b1
-from speed import cpu_name
 
 import bloomq
 
 
 def machine(run: Run) -> None:
     """The device, its ceilings, and the versions of what runs on it."""
+    from speed import cpu_name
+
     versions = {
         name: importlib.metadata.version(name)
         for name in ("torch", "triton", "transformers", "bitsandbytes", "numpy")
