@@ -114,14 +114,12 @@ def prefill(
 ) -> torch.Tensor:
     """Queries [T, H, D] of a row's new tokens, already divided by sqrt(D) -> float32 [T, H, D].
 
-    On a GPU, keys and values that are not float32 are multiplied as float16, as which a cache of
-    float16 holds them. Work space: BLOCK_BIASES biases, and the row's keys and values restored.
+    Work space: BLOCK_BIASES biases, and the row's keys and values restored.
     """
     total = piece.past + len(q)
     slots = slice(piece.row * places.capacity, piece.row * places.capacity + total)
     scales = held.scales[:, slots] if held.scales.numel() else held.scales
-    narrow = q.is_cuda and held.codes.dtype != torch.float32
-    kind = torch.float16 if narrow else torch.float32
+    kind = multiplied_in(q, held)
     both = held.restored(held.codes[:, slots], scales, kind)  # [2, S, H, D]
     keys, values = both.transpose(1, 2)[:, None]  # [1, H, S, D]
     out = torch.empty_like(q)
@@ -134,6 +132,12 @@ def prefill(
             attn_mask=biases(slope, piece.past + start, stop - start, kind), scale=1.0,
         )[0].transpose(0, 1)  # fmt: skip
     return out
+
+
+def multiplied_in(q: torch.Tensor, held: Layer) -> torch.dtype:
+    """float16 on a GPU whose cache holds no more than that, else float32."""
+    narrow = q.is_cuda and held.codes.dtype != torch.float32
+    return torch.float16 if narrow else torch.float32
 
 
 def queries_at_once(n_head: int, keys: int) -> int:
