@@ -74,7 +74,7 @@ ALL = st.tuples(st.just("all"), st.just(0))  # one token for every row
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=st.lists(st.one_of(STEPS, st.lists(st.one_of(GROWING, ALL), max_size=2)), max_size=4))
 def test_any_order_of_operations_leaves_what_it_should(dtype: str, steps):
     rows = DeviceRows(dtype)
