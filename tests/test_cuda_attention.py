@@ -9,6 +9,8 @@ seen in vain changes more: the least weight among some 300 keys is 1e-3.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -123,6 +125,54 @@ def test_a_result_has_the_dtype_of_its_input(layer_dtype):
         cache = CudaCache(config_of(3, 8), 1, 16, 0, "f32", CPU)
         found = attention(0, 3, 8, CPU)(qkv[: counts[0]], cache, Span.of([0], counts))
         assert found.dtype == layer_dtype
+
+
+# -- a kernel that reads each row's own keys -------------------------------------------------------
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Triton's kernel is taken, but it is its twin; the rows of each call."""
+    triton_attention = pytest.importorskip("bloomq.backends.cuda.triton_attention")
+    calls: list[int] = []
+
+    def twin(qkv, codes, scales, rows, lengths, slopes, *, capacity, out_dtype):
+        assert qkv.is_contiguous()
+        calls.append(len(qkv))
+        return triton_attention.plain_decode_attention(
+            qkv, codes, scales, rows, lengths, slopes, capacity=capacity
+        ).to(out_dtype)
+
+    monkeypatch.setattr(triton_attention, "decode_attention", twin)
+    monkeypatch.setattr(module, "reads_own_keys", lambda held: True)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_with_one_token_go_to_the_kernel_and_others_do_not(dtype: str, kernel: list[int]):
+    both = Both(3, 8, dtype)
+    both.step([0, 1], [100, 17])
+    both.step([3, 0, 2], [1, 1, 1], 1)
+    both.step([3, 1, 2], [1, 20, 1], 2)
+    both.step([1], [1], 3)
+    assert kernel == [3, 2, 1]
+
+
+def test_no_kernel_is_taken_on_the_cpu():
+    cache = CudaCache(config_of(3, 8), 1, 16, 0, "f16", CPU)
+    assert not module.reads_own_keys(cache.layers[0])
+
+
+@pytest.mark.parametrize(("head_dim", "taken"), [(64, True), (128, True), (20, False)])
+def test_on_a_gpu_a_kernel_is_taken_for_the_heads_that_it_can_read(head_dim: int, taken: bool):
+    pytest.importorskip("triton")
+    codes = SimpleNamespace(is_cuda=True, shape=(2, 17, 3, head_dim), dtype=torch.float16)
+    assert module.reads_own_keys(SimpleNamespace(codes=codes)) == taken
+
+
+def test_without_triton_no_kernel_is_taken(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert not module.reads_own_keys(SimpleNamespace(codes=SimpleNamespace(is_cuda=True)))
 
 
 # -- memory ----------------------------------------------------------------------------------------

@@ -176,6 +176,18 @@ def test_a_step_is_padded_to_few_shapes(rows: list[int], lengths: list[int], sha
     assert Shape.of(Span.of(rows, [1] * len(rows)), cache, np.arange(len(rows))) == shape
 
 
+def test_where_a_kernel_reads_each_rows_own_keys_rows_alone_make_a_shape(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(steps, "reads_own_keys", lambda layer: True)
+    cache = CudaCache(CONFIG, 5, 600, 0, "f32", CPU)
+    found = set()
+    for rows, length in (([0, 1, 2], 3), ([4, 1, 0, 2], 3), ([1, 2, 3], 300)):
+        cache.lengths[:] = length
+        found.add(Shape.of(Span.of(rows, [1] * len(rows)), cache, np.arange(len(rows))))
+    assert found == {Shape(4, 600, False)}
+
+
 def test_prompts_and_many_results_are_not_padded():
     cache = CudaCache(CONFIG, 5, 600, 0, "f32", CPU)
     assert Shape.of(Span.of([0, 1], [1, 2]), cache, np.arange(3)) is None
