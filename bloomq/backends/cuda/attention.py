@@ -11,6 +11,7 @@ queries (`prefill`), whose softmax is float32 whatever it multiplies in.
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,26 +32,67 @@ WIDE = 16  # biases of a query begin at multiples of it: else torch copies them 
 def attention(layer: int, n_head: int, head_dim: int, device: torch.device) -> Attention:
     """A layer's attention: qkv [M, H * 3 * D] -> [M, H * D] in the dtype of qkv."""
     slope = torch.from_numpy(slopes(n_head)).to(device)
-    scale = 1 / math.sqrt(head_dim)
 
     def call(qkv: Any, cache: Held, span: Span) -> torch.Tensor:
         split = torch.as_tensor(qkv, device=device).reshape(-1, n_head, 3, head_dim)
         places, held = cache.places(span), cache.layers[layer]
-        held.store(places.slots, split[:, :, 1:].permute(2, 0, 1, 3))
-        q = split[:, :, 0].float() * scale  # [M, H, D]; what follows may be narrower
-        if places.ones is not None and places.ones.at is None:
-            out = decode(q, held, places, places.ones, slope)
+        ones = places.ones
+        if ones is not None and ones.at is None:
+            out = one_each(split, held, places, ones, slope)
         else:
-            out = torch.empty_like(q)
-            if places.ones is not None and places.ones.at is not None:
-                at = places.ones.at
-                out[at] = decode(q[at], held, places, places.ones, slope)
+            out = torch.empty_like(split[:, :, 0])  # [M, H, D]
+            if ones is not None:
+                out[ones.at] = one_each(split[ones.at], held, places, ones, slope)
             for piece in places.pieces:
                 part = slice(piece.start, piece.stop)
-                out[part] = prefill(q[part], held, places, piece, slope)
-        return out.reshape(-1, n_head * head_dim).to(split.dtype)
+                out[part] = several(split[part], held, places, piece, slope)
+        return out.reshape(-1, n_head * head_dim)
 
     return call
+
+
+def one_each(
+    split: torch.Tensor, held: Layer, places: Places, ones: Ones, slope: torch.Tensor
+) -> torch.Tensor:
+    """Queries, keys and values [R, H, 3, D] of one token for each row; stores them -> [R, H, D]."""
+    if reads_own_keys(held):
+        from bloomq.backends.cuda.triton_attention import decode_attention
+
+        out: torch.Tensor = decode_attention(
+            split.reshape(len(split), -1), held.codes, held.scales, ones.rows, ones.lengths, slope,
+            capacity=places.capacity, out_dtype=split.dtype,
+        ).view_as(split[:, :, 0])  # fmt: skip
+        return out
+    held.store(places.slots if ones.at is None else places.slots[ones.at], both_of(split))
+    return decode(query_of(split), held, places, ones, slope).to(split.dtype)
+
+
+def several(
+    split: torch.Tensor, held: Layer, places: Places, piece: Piece, slope: torch.Tensor
+) -> torch.Tensor:
+    """Queries, keys and values [T, H, 3, D] of a row's new tokens; stores them -> [T, H, D]."""
+    held.store(places.slots[piece.start : piece.stop], both_of(split))
+    return prefill(query_of(split), held, places, piece, slope).to(split.dtype)
+
+
+def query_of(split: torch.Tensor) -> torch.Tensor:
+    """[M, H, 3, D] -> q / sqrt(D), float32 [M, H, D]; what it is multiplied in may be narrower."""
+    return split[:, :, 0].float() * (1 / math.sqrt(split.shape[-1]))
+
+
+def both_of(split: torch.Tensor) -> torch.Tensor:
+    """[M, H, 3, D] -> keys and values [2, M, H, D]."""
+    return split[:, :, 1:].permute(2, 0, 1, 3)
+
+
+def reads_own_keys(held: Layer) -> bool:
+    """Is there a kernel that reads of each row its own keys and no others? Then no length, and not
+    which rows they are, is any part of a recorded step."""
+    if not held.codes.is_cuda or find_spec("triton") is None:
+        return False
+    from bloomq.backends.cuda.triton_attention import takes_heads
+
+    return takes_heads(held.codes.shape[-1], held.codes.dtype)
 
 
 # -- one token a row -------------------------------------------------------------------------------
@@ -114,14 +156,12 @@ def prefill(
 ) -> torch.Tensor:
     """Queries [T, H, D] of a row's new tokens, already divided by sqrt(D) -> float32 [T, H, D].
 
-    On a GPU, keys and values that are not float32 are multiplied as float16, as which a cache of
-    float16 holds them. Work space: BLOCK_BIASES biases, and the row's keys and values restored.
+    Work space: BLOCK_BIASES biases, and the row's keys and values restored.
     """
     total = piece.past + len(q)
     slots = slice(piece.row * places.capacity, piece.row * places.capacity + total)
     scales = held.scales[:, slots] if held.scales.numel() else held.scales
-    narrow = q.is_cuda and held.codes.dtype != torch.float32
-    kind = torch.float16 if narrow else torch.float32
+    kind = multiplied_in(q, held)
     both = held.restored(held.codes[:, slots], scales, kind)  # [2, S, H, D]
     keys, values = both.transpose(1, 2)[:, None]  # [1, H, S, D]
     out = torch.empty_like(q)
@@ -134,6 +174,12 @@ def prefill(
             attn_mask=biases(slope, piece.past + start, stop - start, kind), scale=1.0,
         )[0].transpose(0, 1)  # fmt: skip
     return out
+
+
+def multiplied_in(q: torch.Tensor, held: Layer) -> torch.dtype:
+    """float16 on a GPU whose cache holds no more than that, else float32."""
+    narrow = q.is_cuda and held.codes.dtype != torch.float32
+    return torch.float16 if narrow else torch.float32
 
 
 def queries_at_once(n_head: int, keys: int) -> int:

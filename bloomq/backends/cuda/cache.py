@@ -50,8 +50,8 @@ class Layer:
             wide = vectors.float()
             peak = wide.abs().amax(dim=-1, keepdim=True)  # [2, M, H, 1]
             faint = peak < FAINT
-            vectors = torch.round(wide * torch.where(faint, 0.0, 127 / peak))
-            self.scales.index_copy_(1, slots, torch.where(faint, 0.0, peak / 127)[..., 0])
+            vectors = torch.round(wide * (127 / peak).masked_fill(faint, 0))
+            self.scales.index_copy_(1, slots, (peak / 127).masked_fill(faint, 0)[..., 0])
         self.codes.index_copy_(1, slots, vectors.to(self.codes.dtype))
 
     def restored(self, codes: torch.Tensor, scales: torch.Tensor, to: torch.dtype) -> torch.Tensor:

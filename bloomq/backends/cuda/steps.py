@@ -21,10 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bloomq.backends.cuda.attention import reads_own_keys
 from bloomq.backends.cuda.cache import CudaCache, Layer
 from bloomq.backends.cuda.places import Ones, Places
 from bloomq.errors import CapacityError
 from bloomq.layers import Span, Step
+from bloomq.schemes import round_up
 
 I64 = NDArray[np.int64]
 CUDA: Any = torch.cuda  # whose streams and events have no types
@@ -60,7 +62,8 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What decides a recorded step: rows, keys looked at, and whether rows are the first ones."""
+    """What decides a recorded step: rows, keys looked at, and whether rows are the first ones;
+    where a kernel reads each row's own keys, rows alone."""
 
     rows: int
     reach: int
@@ -72,6 +75,8 @@ class Shape:
         rows = min(bucket(len(span.rows)), cache.batch)  # rows of padding are rows that there are
         if not rows or (span.counts != 1).any() or len(wanted) > rows:
             return None
+        if reads_own_keys(cache.layers[0]):
+            return cls(rows, cache.capacity, in_order=False)
         longest = int(cache.lengths[span.rows].max()) + 1
         reach = min(cache.capacity, bucket(max(longest, LEAST_KEYS)))
         return cls(rows, reach, np.array_equal(span.rows, np.arange(len(span.rows))))
@@ -87,25 +92,27 @@ class Inputs:
 
     def __init__(self, rows: int, ranks: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
-        self._host = torch.zeros(5, rows, dtype=torch.int64, pin_memory=on_gpu)
+        wide = round_up(rows, 2)  # each at a multiple of 16 bytes, for which Triton compiles apart
+        self._host = torch.zeros(5, wide, dtype=torch.int64, pin_memory=on_gpu)
         self._host_gates = torch.zeros(rows, ranks, pin_memory=on_gpu)
-        self._there = torch.zeros(5, rows, dtype=torch.int64, device=device)
+        self._there = torch.zeros(5, wide, dtype=torch.int64, device=device)
         self.gates = torch.zeros(rows, ranks, device=device)
-        self.ids, self.rows, self.slots, self.lengths, self.wanted = self._there
+        self.ids, self.rows, self.slots, self.lengths, self.wanted = self._there[:, :rows]
         self._read = CUDA.Event() if on_gpu else None
 
     def fill(self, ids: I64, cache: CudaCache, span: Span, wanted: I64) -> None:
-        count, size = len(ids), self._host.shape[1]
         if self._read is not None:
             self._read.synchronize()
-        past, host, gates = cache.lengths[span.rows], self._host.numpy(), self._host_gates.numpy()
+        count, past = len(ids), cache.lengths[span.rows]
+        host, gates = self._host.numpy(), self._host_gates.numpy()
         host[:] = 0  # padding is of length 0
         host[0, :count], host[1, :count] = ids, span.rows
         host[2] = cache.batch * cache.capacity  # the slot that is nobody's
         host[2, :count] = span.rows * cache.capacity + past
         host[3, :count] = past + 1
         host[4, : len(wanted)] = wanted
-        gates[:count], gates[count:size] = cache.gates[span.rows], 0
+        gates[count:] = 0
+        gates[:count] = cache.gates[span.rows]
         self._there.copy_(self._host, non_blocking=True)
         if gates.size:
             self.gates.copy_(self._host_gates, non_blocking=True)
