@@ -158,7 +158,8 @@ class ParallelBackend:
         told = np.full((len(logits), 2 * k + 1), np.nan)  # ids, logits, logsumexp: exact as float64
         count = mine.ids.shape[1]
         told[:, :count], told[:, k : k + count] = mine.ids + start, mine.logits
-        told[:, -1] = mine.logsumexp
+        # A part that is all -infinity adds nothing, where its own sum would not be a number.
+        told[:, -1] = np.where(mine.logits[:, 0] == -np.inf, -np.inf, mine.logsumexp)
         return _best(self.group.gather(told), min(k, logits.edges[-1]))
 
     def levels(self, logits: X, temperature: float = 1.0) -> Levels:
