@@ -26,7 +26,9 @@ class ThreadGroup:
         return found
 
     def sum(self, mine: Any) -> Any:
-        return reduce(add, self.gather(mine))
+        if isinstance(mine, np.ndarray):
+            return reduce(add, self.gather(mine))
+        return mine.new_tensor(reduce(add, self.gather(mine.numpy())))
 
 
 def on_ranks(world: int, work: Callable[[ThreadGroup], Any]) -> list[Any]:

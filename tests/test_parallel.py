@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from bloomq import backends
 from bloomq.config import BloomConfig, weight_specs
 from bloomq.errors import BackendError, UsageError
 from bloomq.heads import Head
+from bloomq.language_model import LanguageModel
 from bloomq.layers import Span, Stored
 from bloomq.lora import Adapter, Adapters, Factors
+from bloomq.modeling import BloomForCausalLM
 from bloomq.pack import Pack
 from bloomq.parallel.cuts import Cut, Cuts, rank_bytes
 from bloomq.parallel.layers import ParallelBackend
@@ -32,6 +35,7 @@ from bloomq.parallel.slices import part_of
 from bloomq.parallel.talk import Split, check_step
 from bloomq.parallel.workers import Workers, started
 from bloomq.schemes import get_scheme
+from bloomq.tokenizer import BloomTokenizer
 from bloomq.weights import Matrix
 
 BLOOM = BloomConfig(hidden_size=14336, n_layer=1, n_head=112)
@@ -339,6 +343,58 @@ def test_a_model_knows_how_many_share_it(opened: Callable[..., Pack]):
     assert one.arithmetic.endswith("heads on ranks 3+2")
 
 
+def test_all_that_a_model_does_it_does_on_ranks(pack_of: Callable[..., Path]):
+    """Searches, guesses, constraints, attentions and hidden states: each asks layers in its way."""
+    source = Pack.open(pack_of("int4"))
+    options: dict[str, dict[str, Any]] = {
+        "beams": {"search": bloomq.BeamOptions(num_beams=3)},
+        "contrast": {"search": bloomq.ContrastOptions(penalty_alpha=0.6)},
+        "guesses": {"draft": "lookup"},
+        "penalty": {"repetition_penalty": 1.3, "window": bloomq.Window(128)},
+    }
+
+    def work(backend: Any) -> tuple[dict[str, str], np.ndarray, np.ndarray]:
+        model = LanguageModel(
+            BloomForCausalLM(source, backend), BloomTokenizer.of_pack(source), 256, "", 0.0
+        )
+        texts = {
+            name: model.generate("The river", max_new_tokens=10, **given).text
+            for name, given in options.items()
+        }
+        out = model.model([[5, 6, 7, 8]], output_attentions=True, output_hidden_states=True)
+        return texts, np.stack(out.attentions), np.stack(out.hidden_states)
+
+    alone = work(backends.choose("numba", source, 1).backend)
+    for texts, *arrays in on_ranks(2, lambda group: work(parallel(source, "numba", group))):
+        assert texts == alone[0]
+        for found, wanted in zip(arrays, alone[1:], strict=True):
+            assert found.shape == wanted.shape
+            assert np.abs(found - wanted).max() <= INTEGERS * np.abs(wanted).max()
+
+
+def test_the_cuda_backend_is_shared_too(pack_of: Callable[..., Path]):
+    """On torch's CPU device: the padded steps that a GPU records run here as well."""
+    pytest.importorskip("torch")
+    cuda = pytest.importorskip("bloomq.backends.cuda.layers")
+    source = Pack.open(pack_of("int8"))
+    ids = [np.arange(7), np.array([9]), np.array([4])]  # a prompt, then one token a step
+
+    def work(backend: Any) -> list[np.ndarray]:
+        head = Head(source, backend, "BloomForCausalLM")
+        cache, found = head.cache(1, 64), []
+        for some in ids:
+            logits = head.step(some, cache, Span.of([0], [len(some)]), np.array([len(some) - 1]))
+            found += [backend.numpy(logits), backend.top(logits, 3).ids]
+        return found
+
+    alone = work(cuda.CudaBackend("cpu", "f32"))
+    cuts = Cuts.of(source.config, source.schemes, 2)
+    ranks = on_ranks(2, lambda g: work(ParallelBackend(cuda.CudaBackend("cpu", "f32"), g, cuts)))
+    for found, other, wanted in zip(*ranks, alone, strict=True):
+        np.testing.assert_array_equal(found, other)
+        assert np.abs(found - wanted).max() <= INTEGERS * np.abs(wanted).max()
+
+
 # -- places ----------------------------------------------------------------------------------------
 
 
@@ -458,6 +514,17 @@ def test_a_command_on_two_processes_prints_once_and_ends_with_one_that_is_killed
     ours = [line for line in said.splitlines() if line.startswith("error: rank 0 of 2 ")]
     assert len(ours) == 1, said
     assert "another one has died" in ours[0]
+
+
+def test_the_page_about_parallelism_says_what_its_code_prints():
+    page = (Path(__file__).parent.parent / "docs" / "parallel.md").read_text()
+    sizes, program = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", sizes + program], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.splitlines()
+    assert "\n".join(printed[:6]) in page and len(printed) > 6
 
 
 def test_commands_of_one_process_refuse_to_run_on_several(

@@ -34,8 +34,9 @@ class ProcessGroup:
     def __init__(self, place: Place, timeout_s: float) -> None:
         self.rank, self.world, self.timeout_s = place.rank, place.world, timeout_s
         wait = timedelta(seconds=timeout_s)
-        kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if torch.cuda.is_available():
+        a_gpu_each = torch.cuda.device_count() >= place.local_world
+        kinds = "cpu:gloo,cuda:nccl" if a_gpu_each else "gloo"
+        if a_gpu_each:
             torch.cuda.set_device(place.local_rank)
         with self._together():
             store = TCPStore(

@@ -8,6 +8,7 @@ that is decided from them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,7 @@ from bloomq.weights import Matrix, Norm
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
+_GPU = re.compile(r"cuda:\d+")
 INNER = ("numba", "cuda", "reference")  # JAX compiles whole steps, in which ranks cannot meet
 
 
@@ -67,8 +69,9 @@ class ParallelBackend:
 
     @property
     def arithmetic(self) -> str:
+        """The same on every rank, whichever GPU it has."""
         heads = "+".join(map(str, np.diff(self.cuts.heads).tolist()))
-        return f"{self.inner.arithmetic}, heads on ranks {heads}"
+        return f"{_GPU.sub('cuda', self.inner.arithmetic)}, heads on ranks {heads}"
 
     def embedding(self, table: Matrix) -> Embedding:
         start, stop = self.cuts.cut(table.name).of(self.group.rank)
@@ -140,7 +143,8 @@ class ParallelBackend:
 
         def checked(ids: I64, cache: ParallelCache, span: Span, wanted: I64) -> X:
             past = cache.lengths[span.rows]
-            check_step(self.group, ids, span.rows, span.starts, wanted, past)
+            given = (ids, span.rows, span.starts, wanted, past)
+            check_step(self.group, *(one for one in given if isinstance(one, np.ndarray)))
             return replay(ids, cache, span, wanted)
 
         return checked

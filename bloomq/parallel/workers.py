@@ -58,9 +58,15 @@ class Workers:
         """
         remedy = "give every rank the same"
         check_alike(self.group, "the pack", f"{pack.manifest['checksum']!s:.16}", remedy)
-        check_alike(self.group, "the backend", inner.arithmetic, remedy)
         cuts = Cuts.of(pack.config, pack.schemes, self.world)
-        return ParallelBackend(inner, self.group, cuts)
+        backend = ParallelBackend(inner, self.group, cuts)
+        check_alike(self.group, "the backend", backend.arithmetic, remedy)
+        return backend
+
+    @property
+    def device(self) -> str:
+        """The GPU of this rank, where machines have them."""
+        return f"cuda:{self.place.local_rank}"
 
     def threads(self, cores: int) -> int:
         """A rank's share of this machine's cores."""
