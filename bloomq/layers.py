@@ -260,7 +260,12 @@ class Backend(Protocol):
         norm: Norm | None = None,
         act: Activation | None = None,
     ) -> Linear: ...
-    def attention(self, layer: int, n_head: int, head_dim: int) -> Attention: ...
+    def attention(
+        self, layer: int, n_head: int, head_dim: int, *, slope: F32 | None = None
+    ) -> Attention:
+        """slope: ALiBi's of each head, where these are some of a model's; None: `slopes`."""
+        ...
+
     def cache(self, config: BloomConfig, batch: int, capacity: int, ranks: int = 0) -> Cache:
         """An empty cache; ranks: of all adapters that the model has loaded."""
         ...

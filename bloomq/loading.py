@@ -17,6 +17,7 @@ from bloomq.errors import UsageError
 from bloomq.language_model import LanguageModel
 from bloomq.modeling import BloomForCausalLM
 from bloomq.pack import Pack
+from bloomq.parallel.workers import Workers
 from bloomq.tokenizer import BloomTokenizer
 
 _MOST_CONTEXT = 1 << 24
@@ -34,12 +35,14 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     cache_dtype: str = "auto",
+    workers: Workers | None = None,
 ) -> LanguageModel:
     """Map a pack (None: the embedded demo) and build its layers on a backend.
 
     backend: "auto", "numba", "cuda", "jax" or "reference"; threads: of the CPU, None for one a
     physical core; context: the most tokens of prompt and output together, None for what the model
-    was trained on. ALiBi carries further, at some loss: a UserWarning says so.
+    was trained on. ALiBi carries further, at some loss: a UserWarning says so. workers: the
+    processes that torchrun has started, who share the model: see `bloomq.parallel`.
 
     Raises: InputNotFound, PackError, TokenizerError, BackendError, UsageError.
     """
@@ -55,7 +58,12 @@ def load(
             "beyond them ALiBi extrapolates, at some loss",
             stacklevel=2,
         )
+    if workers is not None and threads is None and backend in ("auto", "numba"):
+        from bloomq.backends.numba_cpu.threads import physical_cores
+
+        threads = workers.threads(physical_cores())
     choice = backends.choose(backend, pack, threads, cache_dtype)
+    used = choice.backend if workers is None else workers.backend(choice.backend, pack)
     tokenizer = BloomTokenizer.of_pack(pack) if pack.has_tokenizer else None
-    model = BloomForCausalLM(pack, choice.backend)
+    model = BloomForCausalLM(pack, used)
     return LanguageModel(model, tokenizer, context, choice.reason, perf_counter() - started)

@@ -29,7 +29,7 @@ LEVELS = {
     "weight_files": 2, "chat.template": 2,
     "backends.reference": 3, "backends.numba_cpu": 3, "backends.jax": 3,
     "backends.cuda": 3,
-    "model": 3, "heads": 3, "inputs": 3, "tracing": 3, "forward": 3, "tokenizer": 3,
+    "parallel": 3, "model": 3, "heads": 3, "inputs": 3, "tracing": 3, "forward": 3, "tokenizer": 3,
     "sampling": 4, "search": 4, "speculation": 4, "text": 4, "generation": 4, "scoring": 4,
     "sharing": 4, "divergence": 4, "windows": 4, "token_texts": 4, "prompts": 4, "writing": 5,
     "constraints": 5, "perplexity": 5, "answers": 5, "evaluation": 5, "chat": 5, "exploration": 5,

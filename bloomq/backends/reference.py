@@ -54,8 +54,10 @@ class ReferenceBackend:
         rounded = self.activations == "int8" and not weight.scheme.is_float
         return ReferenceLinear(weight, bias, norm, act, rounded)
 
-    def attention(self, layer: int, n_head: int, head_dim: int) -> ReferenceAttention:
-        return ReferenceAttention(layer, n_head, head_dim)
+    def attention(
+        self, layer: int, n_head: int, head_dim: int, *, slope: F32 | None = None
+    ) -> ReferenceAttention:
+        return ReferenceAttention(layer, n_head, head_dim, slope)
 
     def cache(
         self, config: BloomConfig, batch: int, capacity: int, ranks: int = 0
@@ -162,9 +164,9 @@ class ReferenceLinear:
 class ReferenceAttention:
     """Softmax over q . k / sqrt(D) + slope * key position, one row and head at a time."""
 
-    def __init__(self, layer: int, n_head: int, head_dim: int) -> None:
+    def __init__(self, layer: int, n_head: int, head_dim: int, slope: F32 | None = None) -> None:
         self._layer, self._shape = layer, (n_head, 3, head_dim)
-        self._slopes = slopes(n_head)
+        self._slopes = slopes(n_head) if slope is None else slope
 
     def __call__(self, qkv: F32, cache: ReferenceCache, span: Span) -> F32:
         split = qkv.reshape(-1, *self._shape)  # [M, H, 3, D]

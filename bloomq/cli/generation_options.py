@@ -214,6 +214,10 @@ def generation_options(max_new_tokens: int) -> Callable[[Any], Any]:
     def decorate(command: Any) -> Any:
         @wraps(command)
         def collected(*args: Any, **given: Any) -> Any:
+            workers = click.get_current_context().obj
+            drawn = workers is not None and given.get("batch_file") is None
+            if drawn and given["seed"] is None:  # the ranks must draw alike
+                given["seed"] = workers.seed()
             asked = Asked.of(given)
             return command(*args, asked=asked, **given)
 

@@ -17,6 +17,7 @@ from bloomq.files import exists
 if TYPE_CHECKING:
     from bloomq.language_model import LanguageModel
     from bloomq.modeling import BloomPreTrainedModel
+    from bloomq.parallel.workers import Workers
 
 
 def option_group(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -62,16 +63,31 @@ def load(
 
     if not quiet:
         console.announce_compilation()
+    workers: Workers | None = click.get_current_context().obj
+    if workers is not None:
+        _refuse_files()
     with warnings.catch_warnings(record=True) as told:
         loaded = loading.load(
-            model, backend=backend, threads=threads, context=context, cache_dtype=cache_dtype
-        )
+            model, backend=backend, threads=threads, context=context, cache_dtype=cache_dtype,
+            workers=workers,
+        )  # fmt: skip
     for warning in told:
         console.note(f"warning: {warning.message}")
     if not quiet:
         name = loaded.pack.path.name if model else "embedded demo"
         console.note(f"{name} on {loaded.backend.name} ({loaded.backend_reason})")
     return loaded
+
+
+def _refuse_files() -> None:
+    """Raises: UsageError for files that several processes would write."""
+    given = click.get_current_context().params
+    for name in ("out", "prompt_cache"):
+        if given.get(name) is not None:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is of one process, and torchrun has started several: "
+                "send their standard output to a file"
+            )
 
 
 def load_adapters(

@@ -128,7 +128,7 @@ _ITEM = re.compile(
 
 def _described(what: str, gb_s: float | None) -> tuple[str, int, float | None]:
     """Label, bytes and GB/s of one GPU. Raises: UsageError."""
-    if what[:1].isdigit() and _SIZE.fullmatch(what):
+    if _SIZE.fullmatch(what) and not what.isdecimal():  # 4090 is a name
         nbytes = parse_bytes(what)
         alike = [gpu for gpu in GPUS if gpu.nominal_gb == round(nbytes / 1e9)]
         if gb_s is not None or not alike:

@@ -69,8 +69,14 @@ def has_room(request: Request) -> bool:
 def _enough(request: Request, fraction: float) -> list[Device] | None:
     """The fewest GPUs, from the first on, that have room for all within this fraction of their
     memory."""
-    gpus = request.gpus
-    for count in range(1, len(gpus) + 1):
+    gpus, room_bytes = request.gpus, 0.0
+    if not gpus:
+        return None
+    whole = request.share(gpus[0], range(request.config.n_layer), is_last=True)
+    for count, device in enumerate(gpus, 1):
+        room_bytes += fraction * device.memory_bytes
+        if room_bytes < whole.weights.nbytes + whole.cache.nbytes:
+            continue  # told without trying
         if _ranges(request, gpus[:count], fraction) is not None:
             return gpus[:count]
     return None

@@ -41,8 +41,8 @@ class Attended(Protocol):
         ...
 
 
-def attention(layer: int, n_head: int, head_dim: int) -> Attention:
-    slope = jnp.asarray(slopes(n_head))
+def attention(layer: int, n_head: int, head_dim: int, given: F32 | None = None) -> Attention:
+    slope = jnp.asarray(slopes(n_head) if given is None else given)
 
     def call(qkv: Any, cache: Attended, span: Span) -> Array:
         split = jnp.reshape(qkv, (-1, n_head, 3, head_dim))

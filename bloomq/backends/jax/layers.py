@@ -70,8 +70,10 @@ class JaxBackend:
 
         return call
 
-    def attention(self, layer: int, n_head: int, head_dim: int) -> Attention:
-        return attention(layer, n_head, head_dim)
+    def attention(
+        self, layer: int, n_head: int, head_dim: int, *, slope: F32 | None = None
+    ) -> Attention:
+        return attention(layer, n_head, head_dim, slope)
 
     def cache(self, config: BloomConfig, batch: int, capacity: int, ranks: int = 0) -> JaxCache:
         return JaxCache(config, batch, capacity, ranks)

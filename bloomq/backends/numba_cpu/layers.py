@@ -95,8 +95,12 @@ class NumbaBackend:
     ) -> NumbaLinear:
         return NumbaLinear(self.pool, self.tier, weight, bias, norm, act)
 
-    def attention(self, layer: int, n_head: int, head_dim: int) -> NumbaAttention:
-        return NumbaAttention(self.pool, self.tier, self.cache_dtype, layer, n_head, head_dim)
+    def attention(
+        self, layer: int, n_head: int, head_dim: int, *, slope: F32 | None = None
+    ) -> NumbaAttention:
+        return NumbaAttention(
+            self.pool, self.tier, self.cache_dtype, layer, n_head, head_dim, slope
+        )
 
     def cache(self, config: BloomConfig, batch: int, capacity: int, ranks: int = 0) -> NumbaCache:
         return NumbaCache(config, batch, capacity, self.cache_dtype, ranks)
@@ -306,10 +310,17 @@ class NumbaAttention:
     """ALiBi attention of one layer."""
 
     def __init__(
-        self, pool: Pool, tier: str, dtype: CacheDtype, layer: int, n_head: int, head_dim: int
+        self,
+        pool: Pool,
+        tier: str,
+        dtype: CacheDtype,
+        layer: int,
+        n_head: int,
+        head_dim: int,
+        slope: F32 | None = None,
     ) -> None:
         self._pool, self._layer, self._head_dim = pool, layer, head_dim
-        self._slopes = slopes(n_head)
+        self._slopes = slopes(n_head) if slope is None else np.ascontiguousarray(slope)
         width = padded_head(head_dim)
         self._store = store(dtype, width, tier)
         self._one = attend(dtype, width, tier, 1)
