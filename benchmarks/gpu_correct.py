@@ -75,7 +75,7 @@ def logits(pack: Pack, backend: Backend, ids: np.ndarray[Any, Any]) -> np.ndarra
 def greedy(run: Run) -> None:
     """The text of the int8 pack, greedily, and the CPU backend's."""
     pack = _pack(run, "int8")
-    choices = {
+    choices: dict[str, Backend] = {
         "the CPU backend": bloomq.load(pack.path, backend="numba").head.backend,
         "cuda": CudaBackend(str(run.device), "f16"),
     }

@@ -71,7 +71,7 @@ class Bloomq:
         weights = RandomWeights(model, scheme)
         self.backend = CudaBackend(str(run.device), cache_dtype)
         if drawn:
-            self.backend._loader = DrawnLoader(run.device)
+            self.backend._loader = DrawnLoader(run.device)  # type: ignore[assignment]
         self.head = Head(weights, self.backend, "BloomForCausalLM")
         self.cache: Cache = self.head.cache(batch, capacity)
         self.bytes_per_token, self.token_bytes = weights.bytes_per_token, self.cache.token_bytes

@@ -11,8 +11,8 @@
 # Needs torch for CUDA, triton, transformers, bitsandbytes >= 0.50, pytest, and what bloomq needs; a
 # package that is missing is a line in the table, not the end. The GPU is to be nobody else's: at
 # least 20 GB of memory for bloom-7b1 beside its peers (60 GB for all at once), 140 GB for the 176B
-# shapes. Writes figures.jsonl, table.md, profile.txt and log.txt into OUT, and a pack of 2 GB into
-# $TMPDIR, which it deletes. PYTHON names another interpreter, DEVICE another GPU (cuda:0), LIMIT
+# shapes. Writes figures.jsonl, table.md, profile.txt and log.txt into OUT (a run replaces those of
+# the one before), and a pack of 2 GB into $TMPDIR, which it deletes. PYTHON names another interpreter, DEVICE another GPU (cuda:0), LIMIT
 # another limit for everything (570).
 #
 # The first time on a GPU, with half an hour to spend, in this order:
@@ -33,7 +33,6 @@ set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")
 python=${PYTHON:-python3}
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 mode=all
 case "${1:-}" in
@@ -44,17 +43,22 @@ esac
 out=${1:-${OUT:-$root/build/gpu-figures}}
 mkdir -p "$out" || exit 1
 
+scratch=$(mktemp -d) || exit 1
+trap 'rm -rf "$scratch"' EXIT
+# This very checkout, installed or not: bloomq.converters lies in a folder beside bloomq's.
+mkdir -p "$scratch/site/bloomq" || exit 1
+ln -s "$root"/bloomq/* "$root/converters" "$scratch/site/bloomq/" || exit 1
+export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
 if [ "$mode" = smoke ]; then
-    scratch=$(mktemp -d) || exit 1
-    trap 'rm -rf "$scratch"' EXIT
     "$python" "$here/gpu_worker.py" smoke --device "${DEVICE:-cuda:0}" --out "$out" \
         --scratch "$scratch" 2>&1 | tee "$out/smoke.txt"
     exit "${PIPESTATUS[0]}"
 fi
 
-options=(--out "$out" --seconds "${LIMIT:-570}")
+options=(--out "$out" --seconds "${LIMIT:-570}" --scratch "$scratch")
 [ "$mode" = dry ] && options+=(--dry-run)
 [ -n "${DEVICE:-}" ] && options+=(--device "$DEVICE")
 # shellcheck disable=SC2206 # names, split at spaces
 [ -n "${SECTIONS:-}" ] && options+=(--sections $SECTIONS)
-exec "$python" "$here/gpu_figures.py" "${options[@]}"
+"$python" "$here/gpu_figures.py" "${options[@]}"

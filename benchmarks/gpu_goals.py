@@ -56,7 +56,7 @@ def times(engine: str, peers: Sequence[str]) -> Callable[[Sequence[Row]], float]
                 reasons.append(str(error))
                 continue
             pairs = zip(theirs["step_s"], ours["step_s"], strict=False)
-            ratios.append(median(their / our for their, our in pairs))
+            ratios.append(float(median(their / our for their, our in pairs)))
         if not ratios:
             raise Unmeasured(reasons[0])
         return min(ratios)
@@ -74,7 +74,7 @@ def passed(rows: Sequence[Row]) -> float:
 
 def deviation(rows: Sequence[Row]) -> float:
     """The largest, in percent of the plan, either way."""
-    found = [abs(float(row["percent"])) for row in rows if "percent" in row]
+    found = [abs(float(row["off_plan"])) for row in rows if "off_plan" in row]
     if not found:
         raise Unmeasured(_reason(rows))
     return max(found)
@@ -147,7 +147,8 @@ GOALS = (
          fact("load from memory", "percent"), 70, "%"),
     Goal("load of 176B from host memory, of the bus", ">= 70 %", "big", bus_percent, 70, "%"),
     Goal("host memory of loading 176B", "<= 4 GB", "big", largest_rss, 4, "GB", at_most=True),
-    Goal("memory, off what the plan said", "<= 5 %", "memory", deviation, 5, "%", at_most=True),
+    Goal("7b1 memory, off what the plan said", "<= 5 %", "memory", deviation, 5, "%", at_most=True),
+    Goal("176B memory, off what the plan said", "<= 5 %", "big", deviation, 5, "%", at_most=True),
 )  # fmt: skip
 
 

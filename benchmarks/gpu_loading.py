@@ -19,6 +19,7 @@ from gpu_run import Run
 from gpu_weights import RandomWeights, config_of, schemes_of, write_pack
 
 from bloomq.forward import STEP_TOKENS
+from bloomq.layers import CacheDtype
 
 BLOCK_BYTES = 16 << 20  # of one read
 # In a process of its own, whose peak memory is the system's figure. What CUDA takes at its first
@@ -101,50 +102,45 @@ def read_gb_s(files: list[Path], *, forget: bool) -> float:
 
 def memory(run: Run) -> None:
     """What the device holds after prompts and steps, beside what the plan said before."""
-    before = _used_bytes(run.device)
-    for scheme in ("int8", "int4"):
-        _memory_of(run, scheme, before)
-        run.free()
-        if run.device.type == "cuda":
-            break  # what the first has left behind would be counted: the process ends here
-
-
-def _memory_of(run: Run, scheme: str, before: float) -> None:
-    from bloomq.placement import Device, plan
-
+    before = used_bytes(run.device)
     sizes, model = run.sizes, run.model("bloom-7b1")
-    config = config_of(model)
-    place = Device(str(run.device), 1 << 40, None, "the device under test")
-    said = plan(
-        config, schemes_of(config, scheme), (place,), context=sizes.context, batch=sizes.big_batch,
-        cache_dtype="f16",
-    )  # fmt: skip
     engine = Bloomq(
-        run, model, scheme, sizes.big_batch, sizes.context, drawn=False, step_tokens=STEP_TOKENS
+        run, model, "int8", sizes.big_batch, sizes.context, drawn=False, step_tokens=STEP_TOKENS
     )
     engine.start(prompts(model, sizes.big_batch, sizes.context - sizes.peer_tokens - 1))
     engine.decode(sizes.peer_tokens)
     run.wait()
+    beside_plan(run, "bloom-7b1", "int8", "f16", before)
+
+
+def beside_plan(run: Run, name: str, scheme: str, cache_dtype: CacheDtype, before: float) -> None:
+    """A row: what the device holds now, less what it did before, and the plan's figures for it."""
+    from bloomq.placement import Device, plan
+
+    sizes, config = run.sizes, config_of(run.model(name))
+    place = Device(str(run.device), 1 << 40, None, "the device under test")
+    said = plan(
+        config, schemes_of(config, scheme), (place,), context=sizes.context, batch=sizes.big_batch,
+        cache_dtype=cache_dtype,
+    )  # fmt: skip
+    used = used_bytes(run.device) - before
     parts = {
-        "weights_gb": said.weights_bytes / 1e9, "cache_gb": said.cache_bytes / 1e9,
-        "work_gb": said.work_bytes / 1e9,
+        "planned_gb": said.nbytes, "used_gb": used, "weights_gb": said.weights_bytes,
+        "cache_gb": said.cache_bytes, "work_gb": said.work_bytes,
     }  # fmt: skip
-    used = _used_bytes(run.device) - before
-    facts: dict[str, float] = {}
     if run.device.type == "cuda":
-        facts = {
-            "reserved_gb": torch.cuda.max_memory_reserved(run.device) / 1e9,
-            "allocated_gb": torch.cuda.max_memory_allocated(run.device) / 1e9,
+        parts |= {
+            "reserved_gb": torch.cuda.max_memory_reserved(run.device),
+            "allocated_gb": torch.cuda.max_memory_allocated(run.device),
         }
     run.emit(
-        f"memory of bloom-7b1 {scheme}", context=sizes.context, batch=sizes.big_batch,
-        planned_gb=round(said.nbytes / 1e9, 3), used_gb=round(used / 1e9, 3),
-        percent=round(100 * (used / said.nbytes - 1), 1),
-        **{name: round(value, 3) for name, value in {**parts, **facts}.items()},
+        f"memory of {name} {scheme}", context=sizes.context, batch_planned=sizes.big_batch,
+        off_plan=round(100 * (used / said.nbytes - 1), 1),
+        **{part: round(value / 1e9, 3) for part, value in parts.items()},
     )  # fmt: skip
 
 
-def _used_bytes(device: torch.device) -> float:
+def used_bytes(device: torch.device) -> float:
     """Memory of the device that anything holds, the CUDA context included, which asking for it by
     torch would make: so by nvidia-smi. 0 for the CPU."""
     if device.type == "cpu":

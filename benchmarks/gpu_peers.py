@@ -10,6 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -117,7 +118,7 @@ def makers(run: Run, model: str, settings: tuple[Setting, ...]) -> dict[str, Cal
             made[key] = random_model(run.device, model, setting)
         return Transformers(run, setting, made[key])
 
-    return {setting.name: lambda setting=setting: make(setting) for setting in settings}
+    return {setting.name: partial(make, setting) for setting in settings}
 
 
 @torch.inference_mode()

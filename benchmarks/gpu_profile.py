@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ def profile(run: Run) -> None:
             ids = prompts(model, 1, sizes.prefill)
             engine.start(ids)
             engine.decode(sizes.tokens)
-            kernels(run, f"prefill {scheme}", lambda e=engine, i=ids: e.start(i))
+            kernels(run, f"prefill {scheme}", partial(engine.start, ids))
             engine.decode(sizes.tokens)
-            kernels(run, f"decode {scheme}", lambda e=engine: e.decode(1))
+            kernels(run, f"decode {scheme}", partial(engine.decode, 1))
         except Exception as error:  # the other scheme's profile is wanted all the same
             run.failed(f"profile {scheme}", error)
         run.free()

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -164,8 +164,8 @@ Take = Callable[[Engine], float]
 
 
 def in_turns(run: Run, engines: Mapping[str, Engine], take: Take) -> dict[str, list[Sample]]:
-    """Samples of every engine, round after round; the first, which compiles and captures, is not
-    kept. Whatever fails is said and left out: on to the next."""
+    """Samples of every engine, round after round, each a row at once; the first round, which
+    compiles and captures, is not kept. What fails is said, and asked no more."""
     samples: dict[str, list[Sample]] = {name: [] for name in engines}
     lost: set[str] = set()
     for round_ in range(run.sizes.repeat + 1):
@@ -182,8 +182,10 @@ def in_turns(run: Run, engines: Mapping[str, Engine], take: Take) -> dict[str, l
                 lost.add(name)
                 continue
             if round_:
-                samples[name].append(Sample(seconds, copy, read))
-    return {name: found for name, found in samples.items() if found and name not in lost}
+                sample = Sample(seconds, copy, read)
+                samples[name].append(sample)
+                run.emit(f"sample {round_} of {name}", **asdict(sample))
+    return {name: found for name, found in samples.items() if found}
 
 
 def report(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 from time import perf_counter
 
-import torch
 from gpu_engines import Bloomq, prompts
+from gpu_loading import beside_plan, used_bytes
 from gpu_peers import BF16, BF16_SDPA, INT8, INT8_PLAIN, NF4, Setting, makers
 from gpu_run import Engine, Run, built, in_turns, report, status_mb
 
+from bloomq.forward import STEP_TOKENS
 from bloomq.layers import CacheDtype
 
 # 4 bits, 2,048 tokens x 4, on a device that has little room beside them: the first that fits.
@@ -69,55 +71,61 @@ def prefill_7b1(run: Run) -> None:
 
 def decode_176b(run: Run) -> None:
     """4 bits on one device: 4 rows filled to 2,048 tokens, then one row, for its speed."""
-    sizes, model = run.sizes, run.model("bloom-176b")
+    sizes, model, before = run.sizes, run.model("bloom-176b"), used_bytes(run.device)
     for scheme, cache_dtype in BIG_SETTINGS:
         name = f"bloomq {scheme}, {cache_dtype} cache"
-        make = lambda s=scheme, c=cache_dtype: Bloomq(  # noqa: E731
-            run, model, s, sizes.big_batch, sizes.context, cache_dtype=c, drawn=False
-        )
         started = perf_counter()
-        engines = built(run, {name: make})
-        if not engines:
-            continue
-        load_gb, load_s = engines[name].bytes_per_token / 1e9, perf_counter() - started
-        run.emit(
-            "bloom-176b from host memory", load_s=round(load_s, 2), load_gb=round(load_gb, 2),
-            gb_s=round(load_gb / load_s, 2), bus_gb_s=round(run.bus_gb_s(), 2),
-            peak_rss_mb=round(status_mb("VmHWM")),
-        )  # fmt: skip
         try:
-            _rows_of_the_big_one(run, engines, name)
-            return
-        except Exception as error:  # memory that only a step takes: the next is smaller
+            engine = Bloomq(
+                run, model, scheme, sizes.big_batch, sizes.context, cache_dtype=cache_dtype,
+                drawn=False, step_tokens=STEP_TOKENS,
+            )  # fmt: skip
+            run.wait()
+            load_s, rss_mb = perf_counter() - started, status_mb("VmHWM")
+            _fill(run, engine, name)
+        except Exception as error:  # memory, most likely: the next setting takes less
             run.failed(name, error)
-        engines.clear()
+        else:
+            break
+        engine = None  # type: ignore[assignment]
         run.free()
-
-
-def _rows_of_the_big_one(run: Run, engines: dict[str, Engine], name: str) -> None:
-    sizes, model, engine = run.sizes, run.model("bloom-176b"), engines[name]
-    assert isinstance(engine, Bloomq)
-    short, tokens = sizes.prompt, sizes.peer_tokens
-    ids = prompts(model, sizes.big_batch, sizes.context - tokens - 1)
-    full_s = run.seconds(lambda: engine.start(ids))
-    step_s = run.seconds(lambda: engine.decode(tokens)) / tokens
-    facts: dict[str, object] = {}
-    if run.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(run.device)
-        facts = {"used_gb": round((total - free) / 1e9, 1), "total_gb": round(total / 1e9, 1)}
+    else:
+        return
+    _memory_of(run, scheme, cache_dtype, before)
+    load_gb = engine.bytes_per_token / 1e9
     run.emit(
-        f"{name}: {sizes.big_batch} rows of {sizes.context} tokens", model="bloom-176b", full=True,
-        rows=sizes.big_batch, context=sizes.context, prefill_s=round(full_s, 2),
-        step_s=[step_s], tokens_per_s=round(sizes.big_batch / step_s, 2), **facts,
+        "bloom-176b from host memory", load_s=round(load_s, 2), load_gb=round(load_gb, 2),
+        gb_s=round(load_gb / load_s, 2), bus_gb_s=round(run.bus_gb_s(), 2),
+        peak_rss_mb=round(rss_mb),
     )  # fmt: skip
-    one = engine.first_row()
+    one, count = engine.first_row(), sizes.peer_tokens
 
     def take(found: Engine) -> float:
-        found.start(prompts(model, 1, short))
-        return run.seconds(lambda: found.decode(tokens)) / tokens
+        found.start(prompts(model, 1, sizes.prompt))
+        return run.seconds(lambda: found.decode(count)) / count
 
     samples = in_turns(run, {name: one}, take)
-    report(run, "bloom-176b", 1, short + tokens / 2, {name: one}, samples)
+    report(run, "bloom-176b", 1, sizes.prompt + count / 2, {name: one}, samples)
+
+
+def _fill(run: Run, engine: Bloomq, name: str) -> None:
+    """Fill every row but for a few tokens, and decode those."""
+    sizes, count = run.sizes, run.sizes.peer_tokens
+    ids = prompts(run.model("bloom-176b"), sizes.big_batch, sizes.context - count - 1)
+    full_s = run.seconds(lambda: engine.start(ids))
+    step_s = run.seconds(lambda: engine.decode(count)) / count
+    run.emit(
+        f"{name}: {sizes.big_batch} rows of {sizes.context} tokens", model="bloom-176b", full=True,
+        rows=sizes.big_batch, context=sizes.context, prefill_s=round(full_s, 2), step_s=[step_s],
+        tokens_per_s=round(sizes.big_batch / step_s, 2),
+    )  # fmt: skip
+
+
+def _memory_of(run: Run, scheme: str, cache_dtype: CacheDtype, before: float) -> None:
+    try:
+        beside_plan(run, "bloom-176b", scheme, cache_dtype, before)
+    except Exception as error:  # the speed is still to come
+        run.failed("memory of bloom-176b", error)
 
 
 def _engines(
@@ -126,7 +134,7 @@ def _engines(
 ) -> dict[str, Engine]:  # fmt: skip
     """bloomq in each scheme, and the peers."""
     ours: Mapping[str, Callable[[], Engine]] = {
-        f"bloomq {scheme}": lambda s=scheme: Bloomq(run, model, s, batch, capacity)
+        f"bloomq {scheme}": partial(Bloomq, run, model, scheme, batch, capacity)
         for scheme in schemes
     }
     return built(run, {**ours, **makers(run, model, settings)})

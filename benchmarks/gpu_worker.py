@@ -11,7 +11,6 @@ import argparse
 import importlib.metadata
 import platform
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,4 +113,4 @@ def _said(*command: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
