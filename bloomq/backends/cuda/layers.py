@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ from numpy.typing import NDArray
 from bloomq.backends.cuda.attention import attention
 from bloomq.backends.cuda.cache import CudaCache
 from bloomq.backends.cuda.embedding import CudaEmbedding
-from bloomq.backends.cuda.linear import Arithmetic, CudaLinear, DeviceNorm, Kernels
+from bloomq.backends.cuda.linear import CudaLinear, DeviceNorm
+from bloomq.backends.cuda.products import KERNELS, Activations, Arithmetic, Kernels
 from bloomq.backends.cuda.steps import in_graphs
 from bloomq.backends.cuda.stored import Loader
 from bloomq.backends.cuda.top import top
 from bloomq.config import BloomConfig
-from bloomq.errors import UsageError
+from bloomq.errors import BackendError, UsageError
 from bloomq.layers import (
     Activation,
     Attention,
@@ -39,8 +41,7 @@ class CudaBackend:
     """`Backend` over torch's tensors; calls take NumPy's arrays too.
 
     device: "cuda:0" and so on, or "cpu". compute_dtype: of a GPU's products, "auto" for bfloat16
-    where the GPU has it, else float16; outlier_threshold: see `Arithmetic`; kernels: what products
-    are made by, "auto" for the fastest that is here.
+    where the GPU has it, else float16, and float32 on the CPU; the rest: see `Arithmetic`.
 
     Raises: UsageError for what these cannot be.
     """
@@ -53,6 +54,7 @@ class CudaBackend:
         cache_dtype: CacheDtype = "f16",
         *,
         compute_dtype: str = "auto",
+        activations: Activations = "int8",
         outlier_threshold: float | None = None,
         kernels: Kernels = "auto",
     ) -> None:
@@ -60,9 +62,15 @@ class CudaBackend:
             raise UsageError(
                 f"outlier_threshold is {outlier_threshold!r}, expected 0 or more, or None"
             )
+        if activations not in ("int8", "float"):
+            raise UsageError(f"activations is {activations!r}, expected int8 or float")
+        if kernels not in KERNELS:
+            raise UsageError(f"kernels is {kernels!r}, expected one of {', '.join(KERNELS)}")
+        if kernels == "triton" and importlib.util.find_spec("triton") is None:
+            raise BackendError("kernels is 'triton', which is not installed: use auto or torch")
         self.device, self.cache_dtype = torch.device(device), cache_dtype
         narrow = _narrow(compute_dtype, self.device)
-        self._how = Arithmetic(self.device, narrow, kernels, outlier_threshold)
+        self._how = Arithmetic(self.device, narrow, kernels, activations, outlier_threshold)
         self._loader = Loader(self.device)
 
     @property
@@ -134,7 +142,8 @@ class CudaBackend:
         return np.asarray(x.cpu() if isinstance(x, Tensor) else x, np.float32)
 
     def _norm(self, norm: Norm) -> DeviceNorm:
-        return DeviceNorm(self._there(norm.gain), self._there(norm.bias), norm.epsilon)
+        gain, bias = self._there(norm.gain), self._there(norm.bias)
+        return DeviceNorm(gain, bias, norm.epsilon, self._how.has_triton)
 
     def _there(self, x: Any) -> Tensor:
         """x on the device; NumPy's arrays are copied."""
@@ -147,10 +156,10 @@ def _narrow(compute_dtype: str, device: torch.device) -> torch.dtype:
     """What the inputs of products are rounded to. Raises: UsageError."""
     if compute_dtype not in ("auto", "bf16", "f16", "f32"):
         raise UsageError(f"compute_dtype is {compute_dtype!r}, expected auto, bf16, f16 or f32")
-    if device.type == "cpu" or compute_dtype == "f32":
+    if compute_dtype != "auto" and (device.type == "cpu" or compute_dtype != "bf16"):
+        return {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[compute_dtype]
+    if device.type == "cpu":
         return torch.float32
-    if compute_dtype == "f16":
-        return torch.float16
     # From compute capability 8.0 on; older ones imitate it, slowly.
     has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
     if compute_dtype == "bf16" and not has_bf16:
