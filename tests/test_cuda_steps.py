@@ -24,6 +24,7 @@ from bloomq.layers import Span
 torch = pytest.importorskip("torch")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402  # they need torch
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from bloomq.backends.cuda import steps  # noqa: E402
 from bloomq.backends.cuda.attention import attention  # noqa: E402
@@ -54,9 +55,10 @@ class Tape(TorchDispatchMode):
 
     def replay(self) -> None:
         for func, args, kwargs, result in self._done:
-            again = func(*args, **kwargs)
-            if isinstance(again, torch.Tensor) and again.data_ptr() != result.data_ptr():
-                result.copy_(again)
+            pairs = zip(tree_leaves(func(*args, **kwargs)), tree_leaves(result), strict=True)
+            for again, first in pairs:
+                if isinstance(first, torch.Tensor) and again.data_ptr() != first.data_ptr():
+                    first.copy_(again)
 
 
 class Taped:
