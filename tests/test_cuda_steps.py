@@ -5,10 +5,10 @@ what has changed since."""
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ RNG = np.random.default_rng(7)
 TABLE = RNG.standard_normal((50, 24)).astype(np.float32)
 QKV = RNG.standard_normal((2, 24, 72)).astype(np.float32) / 5
 RANKS = 2
+NO_MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
 
 
 class Tape(TorchDispatchMode):
@@ -68,11 +69,18 @@ class Taped:
 
     def __init__(self) -> None:
         self.recorded: list[Any] = []  # the pool of each graph
-        self.full = False
-        self.Event = SimpleNamespace
+        self.trouble: RuntimeError | None = None
 
     def Stream(self, device: Any) -> str:
         return f"a stream of {device}"
+
+    def current_stream(self, device: Any) -> str:
+        return f"the current stream of {device}"
+
+    @contextmanager
+    def stream(self, stream: str) -> Iterator[None]:
+        assert stream == "the current stream of cpu"
+        yield
 
     def graph_pool_handle(self) -> object:
         return object()
@@ -80,8 +88,8 @@ class Taped:
     @contextmanager
     def graph(self, tape: Tape, *, pool, stream, capture_error_mode) -> Iterator[None]:
         assert (stream, capture_error_mode) == ("a stream of cpu", "thread_local")
-        if self.full:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        if self.trouble is not None:
+            raise self.trouble
         self.recorded.append(pool)
         with tape:
             yield
@@ -343,9 +351,9 @@ def test_a_step_that_no_graph_can_hold_is_not_recorded(taped: Taped):
 def test_without_memory_for_a_graph_steps_run_as_they_are(taped: Taped):
     both = Both(Model(records=True))
     both.feed([0])
-    taped.full = True
+    taped.trouble = NO_MEMORY
     both.feed([0])
-    taped.full = False
+    taped.trouble = None
     both.feed([0])
     both.feed([0, 1])
     both.feed([0, 1])
@@ -356,6 +364,22 @@ def test_without_memory_for_a_graph_steps_run_as_they_are(taped: Taped):
     assert len(taped.recorded) == 1
 
 
+def test_a_step_that_cannot_be_recorded_runs_as_it_is_and_says_so_once(taped: Taped):
+    both = Both(Model(records=True))
+    both.feed([0])
+    taped.trouble = RuntimeError("CUDA error: operation not permitted\nCompile with ...")
+    expected = "^decoding runs without CUDA graphs, slower: CUDA error: operation not permitted$"
+    with pytest.warns(UserWarning, match=expected):
+        both.feed([0])
+    taped.trouble = None
+    both.take("grow", 700)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        both.feed([0])
+        both.feed([0])
+    assert not taped.recorded
+
+
 @pytest.mark.parametrize("counts", [[1, 1], [3, 1]])
 def test_a_device_out_of_memory_is_a_plain_error_and_the_cache_as_before(counts: list[int]):
     both = Both(Model())
@@ -363,7 +387,7 @@ def test_a_device_out_of_memory_is_a_plain_error_and_the_cache_as_before(counts:
     whole = both.model.step._step
 
     def refuse(*given: Any) -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        raise NO_MEMORY
 
     both.model.step._step = refuse
     expected = (

@@ -13,6 +13,7 @@ Padding writes to the slot that is nobody's and sees no key, so it changes no ro
 from __future__ import annotations
 
 import threading
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -157,7 +158,8 @@ class Replays:
 class Recorder:
     """A step, and how its recordings are made: they are the cache's, see `CudaCache.recorded`.
 
-    One thread at a time: inputs and work space are shared.
+    One thread at a time: inputs and work space are shared. A step that turns out not to be
+    recordable runs as it is, with a UserWarning.
     """
 
     def __init__(self, step: Step, device: torch.device, *, record: bool = True) -> None:
@@ -205,8 +207,9 @@ class Recorder:
         if replay.graph is None and replay.runs > 1 and self._records and known.recording:
             try:
                 self._record(replay, known)
-            except torch.cuda.OutOfMemoryError:
+            except RuntimeError as error:  # also what torch raises where memory runs out
                 known.recording = False
+                self._give_up(error)
         if replay.graph is None or replay.result is None:
             return replay.call(self._step)[: len(wanted)]
         replay.graph.replay()
@@ -218,9 +221,22 @@ class Recorder:
         if known.pool is None:
             known.pool = CUDA.graph_pool_handle()
         graph = CUDA.CUDAGraph()
-        # thread_local: what other threads do on the device meanwhile is no part of it
-        with CUDA.graph(
-            graph, pool=known.pool, stream=self._stream, capture_error_mode="thread_local"
+        # If recording fails, torch leaves its stream the current one: the outer `with` does not.
+        # thread_local: what other threads do on the device meanwhile is no part of it.
+        with (
+            CUDA.stream(CUDA.current_stream(self._device)),
+            CUDA.graph(
+                graph, pool=known.pool, stream=self._stream, capture_error_mode="thread_local"
+            ),
         ):
             result = replay.call(self._step)
         replay.graph, replay.result = graph, result
+
+    def _give_up(self, error: RuntimeError) -> None:
+        """Where it was not for memory, which another cache may leave, the step cannot be recorded:
+        it is never tried again, and said once."""
+        causes = (error, error.__context__)  # that recording could not be ended may hide the cause
+        if not any(isinstance(cause, torch.cuda.OutOfMemoryError) for cause in causes):
+            self._records = False
+            reason = str(error).strip().partition("\n")[0]
+            warnings.warn(f"decoding runs without CUDA graphs, slower: {reason}", stacklevel=2)
