@@ -198,6 +198,8 @@ def biases(slope: torch.Tensor, first: int, count: int, kind: torch.dtype) -> to
     """
     keys = first + count
     at = torch.arange(round_up(keys, WIDE), device=slope.device)
-    distance = at - torch.arange(first, keys, device=slope.device)[:, None]  # [t, S]
-    bias = (slope[:, None, None] * distance.float()).to(kind)  # [H, t, S]
-    return bias.masked_fill_(distance > 0, -torch.inf)[None, :, :, :keys]
+    distance = (at - torch.arange(first, keys, device=slope.device)[:, None]).float()  # [t, S]
+    distance.masked_fill_(distance > 0, -torch.inf)
+    bias = torch.empty(len(slope), *distance.shape, dtype=kind, device=slope.device)
+    torch.mul(slope[:, None, None], distance, out=bias)  # [H, t, S], rounded as it is written
+    return bias[None, :, :, :keys]
