@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -183,7 +184,11 @@ def test_buckets_are_powers_of_two():
 def test_a_step_is_padded_to_few_shapes(rows: list[int], lengths: list[int], shape: Shape):
     cache = CudaCache(CONFIG, 5, 600, 0, "f32", CPU)
     cache.lengths[:] = lengths
-    assert Shape.of(Span.of(rows, [1] * len(rows)), cache, np.arange(len(rows))) == shape
+    ids = np.arange(len(rows))
+    assert Shape.of(ids, Span.of(rows, [1] * len(rows)), cache, ids) == shape
+    hidden = np.zeros((len(rows), 24), np.float32)
+    found = Shape.of(hidden, Span.of(rows, [1] * len(rows)), cache, ids)
+    assert found == replace(shape, width=24)
 
 
 def test_where_a_kernel_reads_each_rows_own_keys_rows_alone_make_a_shape(
@@ -194,15 +199,17 @@ def test_where_a_kernel_reads_each_rows_own_keys_rows_alone_make_a_shape(
     found = set()
     for rows, length in (([0, 1, 2], 3), ([4, 1, 0, 2], 3), ([1, 2, 3], 300)):
         cache.lengths[:] = length
-        found.add(Shape.of(Span.of(rows, [1] * len(rows)), cache, np.arange(len(rows))))
+        ids = np.arange(len(rows))
+        found.add(Shape.of(ids, Span.of(rows, [1] * len(rows)), cache, ids))
     assert found == {Shape(4, 600, False)}
 
 
 def test_prompts_and_many_results_are_not_padded():
     cache = CudaCache(CONFIG, 5, 600, 0, "f32", CPU)
-    assert Shape.of(Span.of([0, 1], [1, 2]), cache, np.arange(3)) is None
-    assert Shape.of(Span.of([0], [7]), cache, np.arange(1)) is None
-    assert Shape.of(Span.of([0], [1]), cache, np.array([0, 0])) is None
+    ids = np.arange(3)
+    assert Shape.of(ids, Span.of([0, 1], [1, 2]), cache, ids) is None
+    assert Shape.of(ids, Span.of([0], [3]), cache, ids[:1]) is None
+    assert Shape.of(ids[:1], Span.of([0], [1]), cache, np.array([0, 0])) is None
 
 
 # -- results ---------------------------------------------------------------------------------------
@@ -243,6 +250,32 @@ def test_any_order_of_steps_agrees_with_the_reference(records: bool):
                     both.take(what, *sizes)
 
     check()
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_step_may_begin_with_hidden_states(taped: Taped, kind: str):
+    """As that of a model's second device does."""
+    weight = torch.from_numpy(QKV[0])
+    layer = attention(0, 3, 8, CPU)
+    step = in_graphs(
+        lambda x, cache, span, wanted: (x + layer(x @ weight, cache, span))[wanted], CPU
+    )
+    assert isinstance(step, Recorder)
+    step._records = True
+    ours, theirs = CudaCache(CONFIG, 3, 40, 0, "f32", CPU), ReferenceCache(CONFIG, 3, 40, 0)
+    steps_of = [([0, 2], [5, 1]), ([0, 1, 2], [1, 1, 1]), ([2, 0, 1], [1, 1, 1]), ([0], [1])]
+    for rows, counts in [*steps_of, *steps_of[1:]]:
+        span = Span.of(rows, counts)
+        x = RNG.standard_normal((int(span.starts[-1]), 24)).astype(np.float32)
+        kept, wanted = x.copy(), np.arange(len(x))[::-1]
+        given = x if kind == "numpy" else torch.from_numpy(x)
+        found = step(given, ours, span, wanted)
+        right = (x + ReferenceAttention(0, 3, 8)(x @ QKV[0], theirs, span))[wanted]
+        assert np.abs(found.numpy() - right).max() <= CLOSE
+        assert x.tobytes() == kept.tobytes()
+        for each in (ours, theirs):
+            each.advance(span)
+    assert len(taped.recorded) == 3
 
 
 def test_a_text_goes_on_over_the_edges_of_shapes(taped: Taped):
