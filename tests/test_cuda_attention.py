@@ -100,6 +100,16 @@ def test_long_rows_beside_short_ones_agree_with_the_reference(n_head: int, dtype
     both.step([2], [1], 4)
 
 
+def test_some_heads_of_a_model_have_its_slopes():
+    qkv, span = tokens_of(5, 14, 8), Span.of([0, 1], [4, 1])
+    whole = attention(0, 14, 8, CPU)(qkv, CudaCache(config_of(14, 8), 2, 16, 0, "f32", CPU), span)
+    part = attention(0, 6, 8, CPU, slope=slopes(14)[8:])(
+        qkv.reshape(5, 14, 24)[:, 8:].reshape(5, -1),
+        CudaCache(config_of(6, 8), 2, 16, 0, "f32", CPU), span,
+    )  # fmt: skip
+    assert torch.allclose(part, whole[:, 8 * 8 :], rtol=0, atol=CLOSE)
+
+
 def test_a_row_that_gets_no_token_changes_nothing():
     layer, qkv = attention(0, 3, 8, CPU), tokens_of(4, 3, 8)
     caches = [CudaCache(config_of(3, 8), ROWS, 16, 0, "f32", CPU) for _ in range(2)]
