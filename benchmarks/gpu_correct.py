@@ -34,7 +34,7 @@ CLOSE = 1e-4
 def parity(run: Run) -> None:
     """Logits of a text's tokens, each scheme beside the reference; f32 beside transformers, too."""
     ids = np.array(bloomq.load(backend="reference").prompt_ids(TEXT), np.int64)
-    for scheme in SCHEMES:
+    for scheme in SCHEMES[:3] if run.tiny else SCHEMES:
         try:
             _scheme_parity(run, scheme, ids)
         except Exception as error:  # a scheme that fails must not hide the others

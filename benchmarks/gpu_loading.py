@@ -146,7 +146,11 @@ def used_bytes(device: torch.device) -> float:
     if device.type == "cpu":
         return 0.0
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    done = subprocess.run([*command, f"--id={device.index or 0}"], capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"nvidia-smi does not say how much memory is used: {done.stderr.strip()}")
-    return float(done.stdout.split()[0]) * (1 << 20)
+    try:
+        done = subprocess.run([*command, f"--id={device.index or 0}"], capture_output=True)
+        return float(done.stdout) * (1 << 20)
+    except (OSError, ValueError):  # there is none, or it says N/A
+        if not torch.cuda.is_initialized():
+            return 0.0  # nobody else's, as the script asks for
+        free, total = torch.cuda.mem_get_info(device)
+        return float(total - free)
