@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gpu_goals import figures, table
+from gpu_goals import figures, table, ways_table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -34,6 +34,7 @@ ROWS = "figures.jsonl"
 LIMITS = {
     "machine": 40, "conformance": 150, "parity": 60, "greedy": 90, "decode": 120, "big": 150,
     "prefill": 60, "batch": 90, "small": 60, "load": 90, "memory": 60, "profile": 60,
+    "ways": 60,
 }  # fmt: skip
 LEAST_SECONDS = 10  # less is not worth a start
 GRACE_SECONDS = 15  # beyond its limit, for the round that is under way
@@ -59,7 +60,14 @@ class Job:
     def write_table(self) -> str:
         rows = self.rows()
         title = ["Dry run on tiny shapes: no figure means anything.", ""] if self.tiny else []
-        lines = [*title, *figures(rows), "", *table(rows, meaning=not self.tiny), ""]
+        lines = [
+            *title,
+            *figures(rows),
+            "",
+            *ways_table(rows),
+            *table(rows, meaning=not self.tiny),
+            "",
+        ]
         text = "\n".join(lines)
         (self.out / "table.md").write_text(text)
         return text

@@ -22,8 +22,8 @@
 #     worth its time before that.
 #  2. SECTIONS="machine conformance parity greedy" (3 minutes): right before fast. The table says
 #     which fail; log.txt has pytest's output.
-#  3. SECTIONS="decode profile" (3 minutes): 7b1 at batch 1 decides the most goals, and the profile
-#     says which kernels to look at when one is missed.
+#  3. SECTIONS="ways decode profile" (4 minutes): 7b1 at batch 1 decides the most goals; where one is
+#     missed, the profile says which kernels to look at, and the ways whether another was faster.
 #  4. SECTIONS="big memory" (4 minutes): 176B in 4 bits, and the plan against what is really held.
 #  5. Everything, for the figures to publish (10 minutes): one run, one table.
 #

@@ -186,6 +186,21 @@ def figures(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def ways_table(rows: Sequence[Row]) -> list[str]:
+    """Markdown lines: microseconds of a block's four products, by way and number of tokens."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if "block_us" in row:
+            found.setdefault(row["way"], {})[row["tokens"]] = row["block_us"]
+    counts = sorted({count for of_way in found.values() for count in of_way})
+    lines = [
+        f"| {way} | " + " | ".join(str(of_way.get(count, "")) for count in counts) + " |"
+        for way, of_way in found.items()
+    ]
+    head = "| us of a block, tokens: | " + " | ".join(map(str, counts)) + " |"
+    return [head, "|---" * (1 + len(counts)) + "|", *lines, ""] if found else []
+
+
 def _row(rows: Sequence[Row], what: str) -> Row:
     """The row of that name. Raises: Unmeasured with the reason that another row gives."""
     for row in rows:

@@ -20,6 +20,7 @@ from gpu_loading import load, memory
 from gpu_profile import profile
 from gpu_run import Run
 from gpu_speed import batch_7b1, decode_7b1, decode_176b, decode_560m, prefill_7b1
+from gpu_ways import ways
 
 import bloomq
 
@@ -72,6 +73,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "load": load,
     "memory": memory,
     "profile": profile,
+    "ways": ways,
 }
 
 

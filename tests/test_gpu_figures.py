@@ -23,6 +23,7 @@ import gpu_goals  # noqa: E402
 import gpu_loading  # noqa: E402
 import gpu_peers  # noqa: E402
 import gpu_profile  # noqa: E402
+import gpu_ways  # noqa: E402
 from gpu_engines import Bloomq, DrawnLoader, prompts  # noqa: E402
 from gpu_run import ROWS, Run, built, in_turns, report  # noqa: E402
 from gpu_weights import RandomWeights, write_pack  # noqa: E402
@@ -153,6 +154,16 @@ def test_a_strict_run_stops_at_the_first_error(tmp_path: Path):
 
     with pytest.raises(ImportError, match="no module named nothing"):
         built(run, {"peer": make})
+
+
+def test_every_way_to_a_product_that_runs_here_is_timed(run: Run, tmp_path: Path):
+    gpu_ways.ways(run)
+    lines = gpu_goals.ways_table(rows_of(tmp_path))
+    assert lines[0] == "| us of a block, tokens: | 1 | 20 |"
+    named = [line.split(" | ")[0] for line in lines[2:-1]]
+    assert "| int8 by torch" in named
+    assert "| nf4 by bitsandbytes" in named
+    assert len(named) == len(gpu_ways.SCHEMES) * (len(gpu_ways.WAYS) - 1)  # Triton wants a GPU
 
 
 # -- goals -----------------------------------------------------------------------------------------
