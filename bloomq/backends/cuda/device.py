@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 NO_GPU = "no NVIDIA GPU with a driver is here"
 INSTALL = "pip install 'bloomq[cuda]'"
-LEAST_BITSANDBYTES = (0, 50)  # the first with `gemm_4bit`
+UPGRADE = "pip install -U 'bloomq[cuda]'"
+# The first whose products of 16 bits can end in float32, and the first with `gemm_4bit`.
+LEAST_VERSIONS = {"torch": (2, 8), "bitsandbytes": (0, 50)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +53,13 @@ def driver_version() -> int | None:
 
 def missing_package() -> str | None:
     """What of torch and bitsandbytes is not installed or too old; None where both will do."""
-    for name in ("torch", "bitsandbytes"):
+    for name, least in LEAST_VERSIONS.items():
         if importlib.util.find_spec(name) is None:
             return f"{name} is not installed (it comes with {INSTALL})"
-    version = importlib.metadata.version("bitsandbytes")
-    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if found < LEAST_BITSANDBYTES:
-        least = ".".join(map(str, LEAST_BITSANDBYTES))
-        return f"bitsandbytes {version} is too old, expected {least} or newer: pip install -U it"
+        version = importlib.metadata.version(name)
+        if tuple(map(int, re.findall(r"\d+", version)[:2])) < least:
+            wanted = ".".join(map(str, least))
+            return f"{name} {version} is too old, expected {wanted} or newer: {UPGRADE}"
     return None
 
 

@@ -81,7 +81,9 @@ class CudaLinear:
             return x.new_empty((0, self._n))
         if self._few is not None and len(x) <= self._few.most:
             return self._few(x, add, delta)
-        if self._norm is not None:
+        if self._few is not None and self._few.rounds:
+            x = self._few.rounded_values(x)
+        elif self._norm is not None:
             x = self._norm(x)
         if self._padding:
             x = F.pad(x, (0, self._padding))
@@ -99,11 +101,11 @@ class FewTokens:
         self, stored: Stored, how: Arithmetic, norm: DeviceNorm | None, finish: Epilogue
     ) -> None:
         self._stored, self._norm, self._finish = stored, norm, finish
-        self._dtype, self._rounds = how.dtype(stored.scheme), how.by_groups(stored)
+        self._dtype, self.rounds = how.dtype(stored.scheme), how.by_groups(stored)
         self.most = 1 if stored.scheme.is_float else 64
 
     def __call__(self, x: Tensor, add: Tensor | None, delta: Tensor | None) -> Tensor:
-        if self._rounds:
+        if self.rounds:
             codes, scales = self._rounded(x)
             return self._multiplied(codes, scales, self._finish, delta, add)
         dtype = torch.float32 if len(x) == 1 else self._dtype
@@ -113,6 +115,13 @@ class FewTokens:
         if scale is not None:  # what follows is of the unscaled
             return self._finish(self._multiplied(x) * scale, delta, add)
         return self._multiplied(x, None, self._finish, delta, add)
+
+    def rounded_values(self, x: Tensor) -> Tensor:
+        """x, normed, as its int8 codes restore it: [M, K] float32, for any number of tokens."""
+        (codes, scales), (m, k) = self._rounded(x), x.shape
+        group = self._stored.scheme.group_size
+        grouped = F.pad(codes, (0, -k % group)).view(m, -1, group)
+        return (grouped * scales[..., None]).view(m, -1)[:, :k]
 
     def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x, normed, as int8 codes [M, K] and their scales [M, K / 128]."""

@@ -92,13 +92,14 @@ class Arithmetic:
 
 
 def product(stored: Stored, how: Arithmetic) -> Product:
-    """The way that a matrix goes."""
+    """The way that a matrix goes. Its activations are rounded here, if they are to be and Triton
+    does not (`linear.FewTokens`)."""
     if how.by_tokens(stored):
         return Int8Product(stored, how)
     if stored.scheme.name == "nf4" and how.kernels != "torch":
         return FourBitProduct(stored, how.dtype(stored.scheme))
     plain = RestoredProduct(stored, how.dtype(stored.scheme))
-    if not how.by_groups(stored):
+    if not how.by_groups(stored) or how.has_triton:
         return plain
     return lambda x: plain(rounded(x, stored.scheme.group_size))
 
@@ -198,16 +199,14 @@ def narrowed(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 def rounded(x: Tensor, group: int) -> Tensor:
     """x [M, K] as int8 codes with a scale for each group of columns restore it, float32."""
-    grouped = x.view(len(x), -1, group)
+    grouped = x.reshape(len(x), -1, group)
     peak = grouped.abs().amax(dim=2, keepdim=True)
     inverse = torch.where(peak < 1e-30, 0, 127 / peak)  # else it would be infinite
     return (torch.round(grouped * inverse) * (peak / 127)).view(x.shape)
 
 
 def multiply(x: Tensor, w: Tensor) -> Tensor:
-    """x [M, K] @ w [N, K].T in float32, also from 16-bit inputs where torch can give that."""
-    if x.dtype == torch.float32:
-        return x @ w.T
-    if x.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):  # torch 2.8
+    """x [M, K] @ w [N, K].T in float32, also of 16-bit inputs: float16 sums may pass its end."""
+    if x.is_cuda and x.dtype != torch.float32:
         return torch.mm(x, w.T, out_dtype=torch.float32)
-    return (x @ w.T).float()
+    return x.float() @ w.float().T

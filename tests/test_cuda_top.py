@@ -1,0 +1,55 @@
+"""`top` of the CUDA backend on torch's CPU device: the order of a stable sort, float64 sums."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bloomq.backends.reference import ReferenceBackend
+
+pytest.importorskip("torch")
+pytest.importorskip("bitsandbytes")
+
+from bloomq.backends.cuda.layers import CudaBackend
+
+BACKEND = CudaBackend("cpu")
+
+
+def rows(size: int) -> np.ndarray:
+    """All different; many ties with zeros of either sign; half of it forbidden; all alike."""
+    values = (3 * np.random.default_rng(size).standard_normal((4, size))).astype(np.float32)
+    values[1] = np.rint(values[1] / 4)
+    values[2, ::2] = -np.inf
+    if size == 1:
+        values[2] = 1
+    values[3] = -0.0
+    return values
+
+
+@pytest.mark.parametrize(("size", "k"), [(1, 1), (7, 3), (1000, 40), (1000, 1000), (250_880, 50)])
+def test_top_is_that_of_a_stable_sort(size: int, k: int):
+    logits = rows(size)
+    found, expected = (each.top(logits, k, 0.7) for each in (BACKEND, ReferenceBackend()))
+    assert np.array_equal(found.ids, expected.ids)
+    assert found.logits.tobytes() == expected.logits.tobytes()
+    # Sums of up to 250,880 float64 in another order, of which log takes away most.
+    assert found.logsumexp == pytest.approx(expected.logsumexp, rel=1e-12, abs=1e-10)
+
+
+def test_more_than_there_are_is_all_there_are():
+    found = BACKEND.top(rows(5), 50)
+    assert found.ids.shape == found.logits.shape == (4, 5)
+
+
+def test_nan_comes_last_and_is_in_the_sum():
+    logits = np.array([[1, np.nan, -np.inf, 2], [1, 3, 3, 2], [np.inf, 0, 1, 2]], np.float32)
+    found, expected = (each.top(logits, 4) for each in (BACKEND, ReferenceBackend()))
+    assert found.ids.tolist() == expected.ids.tolist() == [[3, 0, 2, 1], [1, 2, 3, 0], [0, 3, 2, 1]]
+    assert np.isnan(found.logsumexp).tolist() == [True, False, True]
+
+
+def test_levels_are_the_references():
+    logits = rows(1000)[:1]
+    found, expected = (each.levels(logits, 0.7) for each in (BACKEND, ReferenceBackend()))
+    assert np.array_equal(found.levels, expected.levels)
+    assert np.array_equal(found.masses, expected.masses)
