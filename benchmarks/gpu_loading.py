@@ -150,7 +150,7 @@ def used_bytes(device: torch.device) -> float:
         done = subprocess.run([*command, f"--id={device.index or 0}"], capture_output=True)
         return float(done.stdout) * (1 << 20)
     except (OSError, ValueError):  # there is none, or it says N/A
-        if not torch.cuda.is_initialized():
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             return 0.0  # nobody else's, as the script asks for
         free, total = torch.cuda.mem_get_info(device)
         return float(total - free)

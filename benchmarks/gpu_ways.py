@@ -57,9 +57,13 @@ def _rows(run: Run, scheme: str, way: Way, tokens: tuple[int, ...]) -> None:
     ]
     layers = [(backend.linear(matrix), matrix.shape[1]) for matrix in matrices]
     block_gb = sum(matrix.nbytes for matrix in of_block) / 1e9
+
+    def step(inputs: dict[int, torch.Tensor]) -> list[Any]:
+        return [layer(inputs[k]) for layer, k in layers]
+
     for count in tokens:
         inputs = {k: torch.randn(count, k, device=run.device) for _, k in layers}
-        work = recorded(run, lambda i=inputs: [layer(i[k]) for layer, k in layers])
+        work = recorded(run, partial(step, inputs))
         times = [run.seconds(partial(again, work)) for _ in range(run.sizes.repeat)]
         seconds = median(times) / AGAIN / copies
         run.emit(
