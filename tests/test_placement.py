@@ -13,6 +13,7 @@ import pytest
 from bloomq.config import BloomConfig, weight_specs
 from bloomq.errors import BackendError, CapacityError, UsageError
 from bloomq.pack import Pack
+from bloomq.parallel.cuts import Cuts, rank_bytes
 from bloomq.placement import (
     GPUS,
     Device,
@@ -29,7 +30,7 @@ from bloomq.placement import (
 )
 from bloomq.placement.advice import best, check, largest_batch, largest_context, remedies
 from bloomq.placement.models import PUBLISHED, label_of, published, schemes_of
-from bloomq.placement.sizes import cache_bytes, sizes, weight_bytes
+from bloomq.placement.sizes import Rank, cache_bytes, sizes, weight_bytes
 from bloomq.placement.speed import step_s
 from bloomq.placement.work import CONTEXT_BYTES, work
 from bloomq.schemes import get_scheme
@@ -149,13 +150,30 @@ def test_a_cache_has_a_slot_that_is_nobodys_and_int8_scales():
 
 def test_a_rank_has_its_share_of_rows_or_columns():
     held = {spec.name: spec for spec in weight_specs(BIG)}
-    int8 = get_scheme("int8")
+    int8, schemes = get_scheme("int8"), schemes_of(BIG, "int8")
+    first, second = (Rank(Cuts.of(BIG, schemes, 2), number) for number in (0, 1))
     half = 3 * C // 2
-    assert weight_bytes(held["h.0.attn.qkv"], int8, "cuda", 2) == [half * C, 4 * half, 4 * half]
-    # By columns: every rank has all rows, and so all of their scales.
-    assert weight_bytes(held["h.0.mlp.down"], int8, "cuda", 2) == [2 * C * C, 4 * C, 4 * C]
-    assert weight_bytes(held["wte"], int8, "cuda", 8) == [31360 * C, 4 * 31360]
-    assert weight_bytes(held["ln_f"], None, "cuda", 8) == [4 * C, 4 * C]
+    for rank in (first, second):
+        found = weight_bytes(held["h.0.attn.qkv"], int8, "cuda", rank)
+        assert found == [half * C, 4 * half, 4 * half]
+    # By columns: every rank has all rows, and so all of their scales; one has the bias.
+    down = held["h.0.mlp.down"]
+    assert weight_bytes(down, int8, "cuda", first) == [2 * C * C, 4 * C, 4 * C]
+    assert weight_bytes(down, int8, "cuda", second) == [2 * C * C, 4 * C]
+    assert weight_bytes(held["wte"], int8, "cuda", second) == [125440 * C, 4 * 125440]
+    assert weight_bytes(held["ln_f"], None, "cuda", second) == [4 * C, 4 * C]
+
+
+def test_ranks_have_of_matrices_what_tensor_parallelism_gives_them():
+    schemes = schemes_of(BIG, "int4")
+    for number in (0, 2):  # of 38, 37 and 37 heads
+        rank = Rank(Cuts.of(BIG, schemes, 3), number)
+        theirs = rank_bytes(BIG, schemes, 3, number)
+        for spec in weight_specs(BIG):
+            scheme = schemes.get(spec.name)
+            if scheme is not None and scheme.name != "int6":  # which a GPU holds in bytes
+                mine = weight_bytes(replace(spec, has_bias=False), scheme, "cuda", rank)
+                assert sum(mine) == theirs[spec.name], spec.name
 
 
 def test_the_allocator_rounds_as_torch_does():
@@ -256,14 +274,23 @@ def test_two_nodes_of_four_gpus_share_every_layer_of_the_176b():
     assert placement.fits
     assert [share.device.node for share in placement.shares] == [0] * 4 + [1] * 4
     assert ranges(placement) == [(0, 69)] * 8
-    # An eighth of all weights; of vectors: by rows an eighth of the scales and biases of 7 C rows,
-    # by columns all of those of 2 C; all norms.
-    layer = BODY // 8 + 2 * 4 * (7 * C // 8 + 2 * C) + 4 * NORMS
+    # An eighth of all weights; of scales and biases by rows an eighth of 7 C, by columns all scales
+    # of 2 C rows, whose biases the first rank has; all norms.
+    layer = BODY // 8 + 2 * 4 * 7 * C // 8 + 4 * 2 * C + 4 * NORMS
     head = VOCAB * C // 8 + 4 * VOCAB // 8 + ENDS_BYTES
-    assert {share.weights.nbytes for share in placement.shares} == {70 * layer + head}
+    weights = [share.weights.nbytes for share in placement.shares]
+    assert weights == [70 * (layer + 4 * 2 * C) + head] + [70 * layer + head] * 7
     assert placement.shares[0].cache.nbytes == 70 * CACHE_LAYER // 8
     with pytest.raises(UsageError, match="cannot lie on several machines"):
         request("int8", "4x40GB", nodes=2)
+
+
+def test_heads_that_do_not_divide_make_uneven_ranks():
+    placement = placed(request("int8", "3x80GB", split="tensor"))
+    assert placement.fits
+    assert [share.cache.nbytes for share in placement.shares] == [
+        70 * (4 * 2048 + 1) * 2 * 2 * heads * 128 for heads in (38, 37, 37)
+    ]
 
 
 def test_what_gpus_cannot_hold_the_cpu_does_from_the_first_layer_on():
@@ -460,7 +487,7 @@ def test_every_gpu_of_the_table_is_found_by_its_own_name():
         ("A100", "unknown GPU 'A100'"),
         ("0x80GB", "expected 1 to 1024 GPUs in all"),
         ("9999x80GB", "expected 1 to 1024 GPUs in all"),
-        ("1x80GB@0", "0 GB/s, expected more than 0"),
+        ("1x80GB@0", "hardware '1x80GB@0': 0 GB/s, expected more than 0"),
         ("cpu:64GB,cpu:1GB", "has several CPUs, expected cpu:SIZE once"),
         ("cpu:lots", "size 'lots', expected a number and its unit"),
         ("80", "unknown GPU '80'"),
@@ -548,8 +575,8 @@ def test_devices_in_another_order_or_number_are_refused():
         Request(BIG, schemes_of(BIG, "int8"), (cpu, gpu), 64)
     with pytest.raises(UsageError, match="tensor parallel plans are for GPUs alone"):
         Request(BIG, schemes_of(BIG, "int8"), (gpu, cpu), 64, split="tensor")
-    with pytest.raises(UsageError, match="112 heads cannot be shared evenly by 3 GPUs"):
-        request("int8", "3x80GB", split="tensor")
+    with pytest.raises(UsageError, match="113 ranks for a model of 112 heads"):
+        placed(request("int8", "113x80GB", split="tensor"))
 
 
 def test_an_unknown_model_is_named_with_those_that_are_known():

@@ -60,16 +60,18 @@ class Work:
 
 def work(
     config: BloomConfig, kind: Kind, *, layers: int, has_head: bool, batch: int, context: int,
-    cache_dtype: CacheDtype, schemes: Iterable[Scheme], ranks: int = 1,
+    cache_dtype: CacheDtype, schemes: Iterable[Scheme], heads: int | None = None,
 ) -> Work:  # fmt: skip
-    """The work space of a device with so many layers, for `batch` rows of `context` tokens."""
+    """The work space of a device with so many layers, for `batch` rows of `context` tokens; heads:
+    a rank's, None for all."""
     tokens = min(STEP_TOKENS, batch * context)  # more go in several steps
     activations = tokens * config.hidden_size * _STEP_BYTES_OF_C
     logits = batch * config.vocab_size * has_head
     if kind == "cpu":
         return Work(_CPU_LIBRARIES_BYTES, activations, _LOGIT_BYTES * logits, 0)
-    restored = max(_restored_bytes(config, scheme, ranks) for scheme in schemes)
-    attention = _attention_bytes(config, min(tokens, context), context, cache_dtype, ranks)
+    heads = config.n_head if heads is None else heads
+    restored = max(_restored_bytes(config, scheme, heads) for scheme in schemes)
+    attention = _attention_bytes(config, min(tokens, context), context, cache_dtype, heads)
     step = max(_LOADING_BYTES, activations + max(attention, restored))
     pool = batch * config.hidden_size * _STEP_BYTES_OF_C + 4 * logits
     if batch > _SKINNY_ROWS:
@@ -79,21 +81,20 @@ def work(
     return Work(CONTEXT_BYTES, step, _LOGIT_BYTES * logits, recorded + pool)
 
 
-def _restored_bytes(config: BloomConfig, scheme: Scheme, ranks: int) -> int:
+def _restored_bytes(config: BloomConfig, scheme: Scheme, heads: int) -> int:
     """For a product with a matrix of this scheme. bitsandbytes restores all of an nf4 matrix for a
     prompt's product; the largest of a layer is [4C, C]."""
-    whole = 2 * 4 * config.hidden_size**2 // ranks
+    whole = 2 * 4 * config.hidden_size * heads * config.head_dim
     if scheme.name == "nf4":
         return whole
     return int(_RESTORED_BLOCKS[scheme.name] * min(_RESTORED_BYTES, whole))
 
 
 def _attention_bytes(
-    config: BloomConfig, tokens: int, context: int, cache_dtype: CacheDtype, ranks: int
+    config: BloomConfig, tokens: int, context: int, cache_dtype: CacheDtype, heads: int
 ) -> int:
     """Of the prompt's attention: biases of a block of queries, and of an int8 cache a row's keys
     and values as float32, times their scales, in 16 bits."""
-    heads = config.n_head // ranks
     biases = _BIAS_BYTES * min(_BLOCK_BIASES, heads * tokens * context)
     restored = 2 * context * heads * config.head_dim * (4 + 4 + 2)
     return biases + restored * (cache_dtype == "int8")
