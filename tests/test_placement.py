@@ -198,18 +198,27 @@ def test_work_space_of_the_176b_is_what_its_parts_add_up_to():
     # 2^26 biases of 6 bytes.
     assert found.step_bytes == 512 * 40 * C + 448 * (1 << 20)
     assert found.logits_bytes == 4 * VOCAB * 32
-    # Rows 1, 2, 4 times keys 256, 512, 1,024, 2,048, of 70 x 15 kernels of 16 KiB; their pool.
-    assert found.graph_bytes == 3 * 4 * 70 * 15 * 16384 + 4 * (40 * C + 4 * VOCAB)
+    # Steps of 1, 2 and 4 rows, each of 70 x 15 kernels of 16 KiB; and their own work space.
+    assert found.graph_bytes == 3 * 70 * 15 * 16384 + 4 * (40 * C + 4 * VOCAB)
 
 
 def test_nf4_restores_whole_matrices_and_an_int8_cache_a_row():
-    sizes_of = dict(layers=1, has_head=False, batch=1, context=2048)
-    plain = work(BIG, "cuda", **sizes_of, cache_dtype="f16", schemes=[get_scheme("int8")])
+    same: dict[str, Any] = {"layers": 1, "has_head": False, "batch": 1, "context": 2048}
+    plain = work(BIG, "cuda", **same, cache_dtype="f16", schemes=[get_scheme("f16")])
     assert plain.step_bytes == 512 * 40 * C + 6 * (1 << 26)  # biases
-    nf4 = work(BIG, "cuda", **sizes_of, cache_dtype="f16", schemes=[get_scheme("nf4")])
+    nf4 = work(BIG, "cuda", **same, cache_dtype="f16", schemes=[get_scheme("nf4")])
     assert nf4.step_bytes == 512 * 40 * C + 8 * C * C
-    int8 = work(BIG, "cuda", **sizes_of, cache_dtype="int8", schemes=[get_scheme("int8")])
+    int8 = work(BIG, "cuda", **same, cache_dtype="int8", schemes=[get_scheme("f16")])
     assert int8.step_bytes - plain.step_bytes == 2 * 2048 * C * 10
+
+
+def test_int8_matrices_round_their_inputs_and_many_rows_restore_weights():
+    same: dict[str, Any] = {"layers": 1, "has_head": False, "context": 2048, "cache_dtype": "f16"}
+    few = work(BIG, "cuda", **same, batch=64, schemes=[get_scheme("int8")])
+    assert few.step_bytes == 512 * 52 * C + 6 * (1 << 26)
+    assert few.graph_bytes == 7 * 15 * 16384 + 64 * 52 * C
+    many = work(BIG, "cuda", **same, batch=65, schemes=[get_scheme("int8")])
+    assert many.graph_bytes == 8 * 15 * 16384 + 65 * 52 * C + (128 << 20)
 
 
 def test_a_device_without_the_head_needs_no_logits():
