@@ -128,6 +128,32 @@ def test_the_cpu_holds_a_pack_byte_for_byte(pack_of: Callable[..., Path]):
     assert found.before[-1].nbytes + found.head.nbytes == pack.nbytes
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nf4", "bf16", "f32"])
+def test_the_cuda_backend_holds_the_bytes_that_a_plan_says(
+    pack_of: Callable[..., Path], scheme: str
+):
+    torch = pytest.importorskip("torch")
+    stored = pytest.importorskip("bloomq.backends.cuda.stored")
+    pack = Pack.open(pack_of(scheme))
+    loader = stored.Loader(torch.device("cpu"))
+    for spec in weight_specs(pack.config):
+        if spec.is_matrix:
+            bare = replace(spec, has_bias=False)
+            held = loader.load(pack.matrix(spec.name)).nbytes
+            assert held == sum(weight_bytes(bare, pack.schemes[spec.name], "cuda")), spec.name
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "int8"])
+def test_the_cuda_backends_cache_has_the_bytes_that_a_plan_says(
+    pack_of: Callable[..., Path], dtype: Any
+):
+    torch = pytest.importorskip("torch")
+    cache = pytest.importorskip("bloomq.backends.cuda.cache")
+    config = Pack.open(pack_of("int4")).config
+    made = cache.CudaCache(config, 3, 200, 0, dtype, torch.device("cpu"))
+    assert made.nbytes == config.n_layer * cache_bytes(config, dtype, "cuda", 3, 200).nbytes
+
+
 def test_a_planned_model_gets_the_schemes_that_a_conversion_gives(pack_of: Callable[..., Path]):
     for scheme, group_size, head in (
         ("int8", None, None),
