@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bloomq.config import BloomConfig, weight_specs
 from bloomq.errors import BackendError, CapacityError, UsageError
@@ -30,6 +32,7 @@ from bloomq.placement import (
 )
 from bloomq.placement.advice import best, check, largest_batch, largest_context, remedies
 from bloomq.placement.models import PUBLISHED, label_of, published, schemes_of
+from bloomq.placement.plan import has_room
 from bloomq.placement.sizes import Rank, cache_bytes, sizes, weight_bytes
 from bloomq.placement.speed import step_s
 from bloomq.placement.work import CONTEXT_BYTES, work
@@ -356,6 +359,30 @@ def test_unequal_gpus_are_filled_alike():
     layer = placement.shares[0].weights.nbytes / len(placement.shares[0].layers)
     assert abs(full[0] - full[1]) < 2 * layer / 4e9  # to a layer of either
     assert sum(len(share.layers) for share in placement.shares) == 30
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    gb=st.lists(st.integers(1, 12), min_size=1, max_size=5), cpu_gb=st.integers(0, 9),
+    scheme=st.sampled_from(["int8", "int4"]), batch=st.integers(1, 9),
+)  # fmt: skip
+def test_what_fits_has_every_layer_once_in_order_within_every_memory(
+    gb: list[int], cpu_gb: int, scheme: str, batch: int
+):
+    config = published("bloom-7b1")
+    hardware = ",".join([f"{size}GB" for size in gb] + [f"cpu:{cpu_gb}GB"] * (cpu_gb > 0))
+    wanted = Request(config, schemes_of(config, scheme), parse_gpus(hardware), 700, batch)
+    placement = placed(wanted)
+    assert has_room(wanted) == placement.fits
+    assert all(share.layers for share in placement.shares)
+    layers = [layer for share in placement.shares for layer in share.layers]
+    first = layers[0] if layers else 30
+    assert layers == list(range(first, 30))
+    if placement.fits:
+        assert first == 0
+        assert all(share.nbytes <= share.device.memory_bytes for share in placement.shares)
+        assert [share.has_head for share in placement.shares][-1]
+        assert placement.cache_bytes >= 30 * 2 * 2 * 4096 * 700 * batch
 
 
 def test_a_cap_is_the_most_that_a_device_gets():

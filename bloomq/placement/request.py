@@ -100,7 +100,7 @@ class Placement:
         return next((i for i, share in enumerate(self.shares) if share.has_embedding), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True)  # without slots: it keeps the sizes that it has counted
 class Request:
     """What is to be placed. cache_dtype: "auto" is float16, or float32 for a model that is not
     quantized.
