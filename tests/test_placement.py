@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bloomq.config import BloomConfig, weight_specs
 from bloomq.errors import BackendError, CapacityError, UsageError
 from bloomq.pack import Pack
+from bloomq.parallel.cuts import Cuts, rank_bytes
 from bloomq.placement import (
     GPUS,
     Device,
@@ -29,7 +32,8 @@ from bloomq.placement import (
 )
 from bloomq.placement.advice import best, check, largest_batch, largest_context, remedies
 from bloomq.placement.models import PUBLISHED, label_of, published, schemes_of
-from bloomq.placement.sizes import cache_bytes, sizes, weight_bytes
+from bloomq.placement.plan import has_room
+from bloomq.placement.sizes import Rank, cache_bytes, sizes, weight_bytes
 from bloomq.placement.speed import step_s
 from bloomq.placement.work import CONTEXT_BYTES, work
 from bloomq.schemes import get_scheme
@@ -127,6 +131,32 @@ def test_the_cpu_holds_a_pack_byte_for_byte(pack_of: Callable[..., Path]):
     assert found.before[-1].nbytes + found.head.nbytes == pack.nbytes
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nf4", "bf16", "f32"])
+def test_the_cuda_backend_holds_the_bytes_that_a_plan_says(
+    pack_of: Callable[..., Path], scheme: str
+):
+    torch = pytest.importorskip("torch")
+    stored = pytest.importorskip("bloomq.backends.cuda.stored")
+    pack = Pack.open(pack_of(scheme))
+    loader = stored.Loader(torch.device("cpu"))
+    for spec in weight_specs(pack.config):
+        if spec.is_matrix:
+            bare = replace(spec, has_bias=False)
+            held = loader.load(pack.matrix(spec.name)).nbytes
+            assert held == sum(weight_bytes(bare, pack.schemes[spec.name], "cuda")), spec.name
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "int8"])
+def test_the_cuda_backends_cache_has_the_bytes_that_a_plan_says(
+    pack_of: Callable[..., Path], dtype: Any
+):
+    torch = pytest.importorskip("torch")
+    cache = pytest.importorskip("bloomq.backends.cuda.cache")
+    config = Pack.open(pack_of("int4")).config
+    made = cache.CudaCache(config, 3, 200, 0, dtype, torch.device("cpu"))
+    assert made.nbytes == config.n_layer * cache_bytes(config, dtype, "cuda", 3, 200).nbytes
+
+
 def test_a_planned_model_gets_the_schemes_that_a_conversion_gives(pack_of: Callable[..., Path]):
     for scheme, group_size, head in (
         ("int8", None, None),
@@ -149,13 +179,30 @@ def test_a_cache_has_a_slot_that_is_nobodys_and_int8_scales():
 
 def test_a_rank_has_its_share_of_rows_or_columns():
     held = {spec.name: spec for spec in weight_specs(BIG)}
-    int8 = get_scheme("int8")
+    int8, schemes = get_scheme("int8"), schemes_of(BIG, "int8")
+    first, second = (Rank(Cuts.of(BIG, schemes, 2), number) for number in (0, 1))
     half = 3 * C // 2
-    assert weight_bytes(held["h.0.attn.qkv"], int8, "cuda", 2) == [half * C, 4 * half, 4 * half]
-    # By columns: every rank has all rows, and so all of their scales.
-    assert weight_bytes(held["h.0.mlp.down"], int8, "cuda", 2) == [2 * C * C, 4 * C, 4 * C]
-    assert weight_bytes(held["wte"], int8, "cuda", 8) == [31360 * C, 4 * 31360]
-    assert weight_bytes(held["ln_f"], None, "cuda", 8) == [4 * C, 4 * C]
+    for rank in (first, second):
+        found = weight_bytes(held["h.0.attn.qkv"], int8, "cuda", rank)
+        assert found == [half * C, 4 * half, 4 * half]
+    # By columns: every rank has all rows, and so all of their scales; one has the bias.
+    down = held["h.0.mlp.down"]
+    assert weight_bytes(down, int8, "cuda", first) == [2 * C * C, 4 * C, 4 * C]
+    assert weight_bytes(down, int8, "cuda", second) == [2 * C * C, 4 * C]
+    assert weight_bytes(held["wte"], int8, "cuda", second) == [125440 * C, 4 * 125440]
+    assert weight_bytes(held["ln_f"], None, "cuda", second) == [4 * C, 4 * C]
+
+
+def test_ranks_have_of_matrices_what_tensor_parallelism_gives_them():
+    schemes = schemes_of(BIG, "int4")
+    for number in (0, 2):  # of 38, 37 and 37 heads
+        rank = Rank(Cuts.of(BIG, schemes, 3), number)
+        theirs = rank_bytes(BIG, schemes, 3, number)
+        for spec in weight_specs(BIG):
+            scheme = schemes.get(spec.name)
+            if scheme is not None and scheme.name != "int6":  # which a GPU holds in bytes
+                mine = weight_bytes(replace(spec, has_bias=False), scheme, "cuda", rank)
+                assert sum(mine) == theirs[spec.name], spec.name
 
 
 def test_the_allocator_rounds_as_torch_does():
@@ -180,18 +227,27 @@ def test_work_space_of_the_176b_is_what_its_parts_add_up_to():
     # 2^26 biases of 6 bytes.
     assert found.step_bytes == 512 * 40 * C + 448 * (1 << 20)
     assert found.logits_bytes == 4 * VOCAB * 32
-    # Rows 1, 2, 4 times keys 256, 512, 1,024, 2,048, of 70 x 15 kernels of 16 KiB; their pool.
-    assert found.graph_bytes == 3 * 4 * 70 * 15 * 16384 + 4 * (40 * C + 4 * VOCAB)
+    # Steps of 1, 2 and 4 rows, each of 70 x 15 kernels of 16 KiB; and their own work space.
+    assert found.graph_bytes == 3 * 70 * 15 * 16384 + 4 * (40 * C + 4 * VOCAB)
 
 
 def test_nf4_restores_whole_matrices_and_an_int8_cache_a_row():
-    sizes_of = dict(layers=1, has_head=False, batch=1, context=2048)
-    plain = work(BIG, "cuda", **sizes_of, cache_dtype="f16", schemes=[get_scheme("int8")])
+    same: dict[str, Any] = {"layers": 1, "has_head": False, "batch": 1, "context": 2048}
+    plain = work(BIG, "cuda", **same, cache_dtype="f16", schemes=[get_scheme("f16")])
     assert plain.step_bytes == 512 * 40 * C + 6 * (1 << 26)  # biases
-    nf4 = work(BIG, "cuda", **sizes_of, cache_dtype="f16", schemes=[get_scheme("nf4")])
+    nf4 = work(BIG, "cuda", **same, cache_dtype="f16", schemes=[get_scheme("nf4")])
     assert nf4.step_bytes == 512 * 40 * C + 8 * C * C
-    int8 = work(BIG, "cuda", **sizes_of, cache_dtype="int8", schemes=[get_scheme("int8")])
+    int8 = work(BIG, "cuda", **same, cache_dtype="int8", schemes=[get_scheme("f16")])
     assert int8.step_bytes - plain.step_bytes == 2 * 2048 * C * 10
+
+
+def test_int8_matrices_round_their_inputs_and_many_rows_restore_weights():
+    same: dict[str, Any] = {"layers": 1, "has_head": False, "context": 2048, "cache_dtype": "f16"}
+    few = work(BIG, "cuda", **same, batch=64, schemes=[get_scheme("int8")])
+    assert few.step_bytes == 512 * 52 * C + 6 * (1 << 26)
+    assert few.graph_bytes == 7 * 15 * 16384 + 64 * 52 * C
+    many = work(BIG, "cuda", **same, batch=65, schemes=[get_scheme("int8")])
+    assert many.graph_bytes == 8 * 15 * 16384 + 65 * 52 * C + (128 << 20)
 
 
 def test_a_device_without_the_head_needs_no_logits():
@@ -256,14 +312,23 @@ def test_two_nodes_of_four_gpus_share_every_layer_of_the_176b():
     assert placement.fits
     assert [share.device.node for share in placement.shares] == [0] * 4 + [1] * 4
     assert ranges(placement) == [(0, 69)] * 8
-    # An eighth of all weights; of vectors: by rows an eighth of the scales and biases of 7 C rows,
-    # by columns all of those of 2 C; all norms.
-    layer = BODY // 8 + 2 * 4 * (7 * C // 8 + 2 * C) + 4 * NORMS
+    # An eighth of all weights; of scales and biases by rows an eighth of 7 C, by columns all scales
+    # of 2 C rows, whose biases the first rank has; all norms.
+    layer = BODY // 8 + 2 * 4 * 7 * C // 8 + 4 * 2 * C + 4 * NORMS
     head = VOCAB * C // 8 + 4 * VOCAB // 8 + ENDS_BYTES
-    assert {share.weights.nbytes for share in placement.shares} == {70 * layer + head}
+    weights = [share.weights.nbytes for share in placement.shares]
+    assert weights == [70 * (layer + 4 * 2 * C) + head] + [70 * layer + head] * 7
     assert placement.shares[0].cache.nbytes == 70 * CACHE_LAYER // 8
     with pytest.raises(UsageError, match="cannot lie on several machines"):
         request("int8", "4x40GB", nodes=2)
+
+
+def test_heads_that_do_not_divide_make_uneven_ranks():
+    placement = placed(request("int8", "3x80GB", split="tensor"))
+    assert placement.fits
+    assert [share.cache.nbytes for share in placement.shares] == [
+        70 * (4 * 2048 + 1) * 2 * 2 * heads * 128 for heads in (38, 37, 37)
+    ]
 
 
 def test_what_gpus_cannot_hold_the_cpu_does_from_the_first_layer_on():
@@ -294,6 +359,30 @@ def test_unequal_gpus_are_filled_alike():
     layer = placement.shares[0].weights.nbytes / len(placement.shares[0].layers)
     assert abs(full[0] - full[1]) < 2 * layer / 4e9  # to a layer of either
     assert sum(len(share.layers) for share in placement.shares) == 30
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    gb=st.lists(st.integers(1, 12), min_size=1, max_size=5), cpu_gb=st.integers(0, 9),
+    scheme=st.sampled_from(["int8", "int4"]), batch=st.integers(1, 9),
+)  # fmt: skip
+def test_what_fits_has_every_layer_once_in_order_within_every_memory(
+    gb: list[int], cpu_gb: int, scheme: str, batch: int
+):
+    config = published("bloom-7b1")
+    hardware = ",".join([f"{size}GB" for size in gb] + [f"cpu:{cpu_gb}GB"] * (cpu_gb > 0))
+    wanted = Request(config, schemes_of(config, scheme), parse_gpus(hardware), 700, batch)
+    placement = placed(wanted)
+    assert has_room(wanted) == placement.fits
+    assert all(share.layers for share in placement.shares)
+    layers = [layer for share in placement.shares for layer in share.layers]
+    first = layers[0] if layers else 30
+    assert layers == list(range(first, 30))
+    if placement.fits:
+        assert first == 0
+        assert all(share.nbytes <= share.device.memory_bytes for share in placement.shares)
+        assert [share.has_head for share in placement.shares][-1]
+        assert placement.cache_bytes >= 30 * 2 * 2 * 4096 * 700 * batch
 
 
 def test_a_cap_is_the_most_that_a_device_gets():
@@ -460,7 +549,7 @@ def test_every_gpu_of_the_table_is_found_by_its_own_name():
         ("A100", "unknown GPU 'A100'"),
         ("0x80GB", "expected 1 to 1024 GPUs in all"),
         ("9999x80GB", "expected 1 to 1024 GPUs in all"),
-        ("1x80GB@0", "0 GB/s, expected more than 0"),
+        ("1x80GB@0", "hardware '1x80GB@0': 0 GB/s, expected more than 0"),
         ("cpu:64GB,cpu:1GB", "has several CPUs, expected cpu:SIZE once"),
         ("cpu:lots", "size 'lots', expected a number and its unit"),
         ("80", "unknown GPU '80'"),
@@ -548,8 +637,8 @@ def test_devices_in_another_order_or_number_are_refused():
         Request(BIG, schemes_of(BIG, "int8"), (cpu, gpu), 64)
     with pytest.raises(UsageError, match="tensor parallel plans are for GPUs alone"):
         Request(BIG, schemes_of(BIG, "int8"), (gpu, cpu), 64, split="tensor")
-    with pytest.raises(UsageError, match="112 heads cannot be shared evenly by 3 GPUs"):
-        request("int8", "3x80GB", split="tensor")
+    with pytest.raises(UsageError, match="113 ranks for a model of 112 heads"):
+        placed(request("int8", "113x80GB", split="tensor"))
 
 
 def test_an_unknown_model_is_named_with_those_that_are_known():

@@ -6,7 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from bloomq.errors import CapacityError
+from bloomq.errors import CapacityError, UsageError
 from bloomq.placement.hardware import Device
 from bloomq.placement.models import BY_QUALITY, label_of, schemes_of
 from bloomq.placement.plan import has_room, placed
@@ -86,19 +86,13 @@ def remedies(request: Request) -> list[str]:
 
 def _smaller_scheme(request: Request) -> str | None:
     """The best of the smaller schemes that fits."""
-    now = _weights_bytes(request)
+    now = request.weights_bytes
     for scheme, group_size in BY_QUALITY:
         schemes = schemes_of(request.config, scheme, group_size)
         other = replace(request, schemes=schemes)
-        if _weights_bytes(other) < now and has_room(other):
+        if other.weights_bytes < now and has_room(other):
             return schemes["h.0.attn.qkv"].label
     return None
-
-
-def _weights_bytes(request: Request) -> int:
-    """Of all layers and the head, on the first device's kind."""
-    at = next(iter(request.sizes.values()))
-    return at.before[-1].nbytes + at.head.nbytes
 
 
 def _more_gpus(request: Request) -> str | None:
@@ -112,12 +106,14 @@ def _more_gpus(request: Request) -> str | None:
         return not has_room(request.changed(devices=(*gpus, *added, *rest)))
 
     numbers = range(1, _MORE_GPUS + 1)
-    if request.split == "tensor":
-        evenly = request.config.n_head
-        more = next((n for n in numbers if not evenly % (len(gpus) + n) and not lacks(n)), None)
-    else:
-        found = bisect_left(numbers, True, key=lambda n: not lacks(n))
-        more = None if found == _MORE_GPUS else numbers[found]
+    try:
+        if request.split == "tensor":
+            more = next((n for n in numbers if not lacks(n)), None)
+        else:
+            found = bisect_left(numbers, True, key=lambda n: not lacks(n))
+            more = None if found == _MORE_GPUS else numbers[found]
+    except UsageError:  # more ranks than heads
+        return None
     return None if more is None else f"{more} more GPU{'s' * (more > 1)} ({gpus[-1].label})"
 
 

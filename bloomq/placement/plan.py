@@ -157,7 +157,8 @@ def _tensor(request: Request) -> Placement:
     """A share of every layer and of the table on each device."""
     every = range(request.config.n_layer)
     shares = tuple(
-        request.share(device, every, is_last=True, is_alone=True) for device in request.devices
+        request.share(device, every, is_last=True, is_alone=True, rank=rank)
+        for device, rank in zip(request.devices, request.ranks, strict=True)
     )
     return _placement(request, shares, 0)
 

@@ -44,14 +44,12 @@ class Report:
     def lines(self) -> list[str]:
         """All of it, for a person."""
         config, placement = self.request.config, self.placement
-        layer = self.request.layer_cache[self.request.devices[0].kind].nbytes
-        cached = layer * config.n_layer * self.request.ranks
+        cached = self.request.cache_bytes
         token_kb = cached / (placement.batch * placement.context) / 1e3
-        total = self._total_weights_bytes
         return [
             f"model    {self.name}: {_parameters(self.request) / 1e9:.2f} billion parameters, "
             f"{config.n_layer} layers of {config.hidden_size}, {config.n_head} heads",
-            f"weights  {label_of(self.request.schemes)}: {size_text(total)}",
+            f"weights  {label_of(self.request.schemes)}: {size_text(self.request.weights_bytes)}",
             f"cache    {placement.batch} x {placement.context} tokens, {placement.cache_dtype}, "
             f"{token_kb:.1f} kB a token: {size_text(cached)}",
             f"split    {_split_words(placement)}",
@@ -87,12 +85,6 @@ class Report:
             f"limits   batch {batch} of {placement.context} tokens; context {context} with batch "
             f"{placement.batch}"
         ]
-
-    @property
-    def _total_weights_bytes(self) -> int:
-        at = next(iter(self.request.sizes.values()))
-        whole = at.before[-1].nbytes + at.head.nbytes + at.embedding.nbytes
-        return whole * self.request.ranks
 
     def facts(self) -> dict[str, Any]:
         """All of it, for JSON."""

@@ -14,8 +14,9 @@ from bloomq.checks import is_whole
 from bloomq.config import BloomConfig
 from bloomq.errors import UsageError
 from bloomq.layers import CacheDtype
+from bloomq.parallel.cuts import Cuts
 from bloomq.placement.hardware import Device
-from bloomq.placement.sizes import Held, Kind, Sizes, cache_bytes, sizes
+from bloomq.placement.sizes import Held, Kind, Rank, Sizes, cache_bytes, sizes
 from bloomq.placement.work import Work, work
 from bloomq.schemes import Scheme
 
@@ -99,7 +100,7 @@ class Placement:
         return next((i for i, share in enumerate(self.shares) if share.has_embedding), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True)  # without slots: it keeps the sizes that it has counted
 class Request:
     """What is to be placed. cache_dtype: "auto" is float16, or float32 for a model that is not
     quantized.
@@ -141,11 +142,7 @@ class Request:
     def _check_tensor(self, kinds: Sequence[Kind]) -> None:
         if "cpu" in kinds:
             raise UsageError("tensor parallel plans are for GPUs alone: drop the CPU")
-        if self.config.n_head % len(kinds):
-            raise UsageError(
-                f"{self.config.n_head} heads cannot be shared evenly by {len(kinds)} GPUs: use a "
-                "number that divides them, or --split layers"
-            )
+        _ = self.ranks  # raises where heads are too few
 
     @property
     def dtype(self) -> CacheDtype:
@@ -158,15 +155,46 @@ class Request:
     def gpus(self) -> list[Device]:
         return [device for device in self.devices if device.kind == "cuda"]
 
-    @property
-    def ranks(self) -> int:
-        return len(self.devices) if self.split == "tensor" else 1
+    @cached_property
+    def ranks(self) -> tuple[Rank | None, ...]:
+        """Which rank each device is of those that share every matrix; None: it has whole layers."""
+        world = len(self.devices)
+        if self.split == "layers":
+            return (None,) * world
+        cuts = Cuts.of(self.config, self.schemes, world)
+        return tuple(Rank(cuts, number) for number in range(world))
 
     @cached_property
-    def sizes(self) -> dict[Kind, Sizes]:
-        """Of each kind of device that there is."""
-        kinds = {device.kind for device in self.devices}
-        return {kind: sizes(self.config, self.schemes, kind, self.ranks) for kind in kinds}
+    def _sizes(self) -> dict[tuple[Kind, Rank | None], tuple[Sizes, Held]]:
+        """Of each kind of device and each rank: of the model, and of the cache of a layer."""
+        found: dict[tuple[Kind, Rank | None], tuple[Sizes, Held]] = {}
+        for device, rank in zip(self.devices, self.ranks, strict=True):
+            if (device.kind, rank) not in found:
+                found[device.kind, rank] = (
+                    sizes(self.config, self.schemes, device.kind, rank),
+                    cache_bytes(self.config, self.dtype, device.kind, self.batch, self.context,
+                                None if rank is None else rank.heads),
+                )  # fmt: skip
+        return found
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of the whole model, as the first device would hold it; of all ranks together."""
+        kind = self.devices[0].kind
+        every = [self._sizes[kind, rank][0] for rank in dict.fromkeys(self.ranks)]
+        return sum(at.before[-1].nbytes + at.head.nbytes + at.embedding.nbytes for at in every)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of all layers, as the first device would hold them; of all ranks together."""
+        kind = self.devices[0].kind
+        every = [self._sizes[kind, rank][1].nbytes for rank in dict.fromkeys(self.ranks)]
+        return self.config.n_layer * sum(every)
+
+    @cached_property
+    def scheme_kinds(self) -> frozenset[Scheme]:
+        """Each scheme that there is, once."""
+        return frozenset(self.schemes.values())
 
     def changed(
         self, *, context: int | None = None, batch: int | None = None,
@@ -178,30 +206,18 @@ class Request:
             cache_dtype=cache_dtype or self.cache_dtype, devices=devices or self.devices,
         )  # fmt: skip
 
-    @cached_property
-    def layer_cache(self) -> dict[Kind, Held]:
-        """The cache of a layer, on each kind of device that there is."""
-        return {
-            kind: cache_bytes(self.config, self.dtype, kind, self.batch, self.context, self.ranks)
-            for kind in self.sizes
-        }
-
-    @cached_property
-    def scheme_kinds(self) -> frozenset[Scheme]:
-        """Each scheme that there is, once."""
-        return frozenset(self.schemes.values())
-
     def share(
-        self, device: Device, layers: range, *, is_last: bool, is_alone: bool = False
-    ) -> Share:
+        self, device: Device, layers: range, *, is_last: bool, is_alone: bool = False,
+        rank: Rank | None = None,
+    ) -> Share:  # fmt: skip
         """What a device gets with these layers: the last also the head, the only one all."""
-        at, cache = self.sizes[device.kind], self.layer_cache[device.kind]
+        at, cache = self._sizes[device.kind, rank]
         read = at.layers(layers) + (at.head if is_last else Held(0))
         count = len(layers)
         space = work(
             self.config, device.kind, layers=count, has_head=is_last, batch=self.batch,
             context=self.context, cache_dtype=self.dtype, schemes=self.scheme_kinds,
-            ranks=self.ranks,
+            heads=None if rank is None else rank.heads,
         )  # fmt: skip
         return Share(
             device, layers, is_alone, is_last, read + (at.embedding if is_alone else Held(0)),

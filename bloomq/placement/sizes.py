@@ -23,16 +23,34 @@ from typing import Literal
 from bloomq.config import BloomConfig, WeightSpec, weight_specs
 from bloomq.layers import PAGE_TOKENS, CacheDtype
 from bloomq.pack import stored_arrays
+from bloomq.parallel.cuts import Cuts
 from bloomq.schemes import Scheme, round_up
 from bloomq.shards import array_bytes
 
 Kind = Literal["cuda", "cpu"]
 _FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 _CACHE_BYTES = {"f32": 4, "f16": 2, "int8": 1}
-# What a rank of tensor parallel has of a matrix: a share of its rows, whose results it alone
-# computes, or of its columns, whose results are summed over the ranks.
-_COLUMN_SPLIT = ("attn.out", "mlp.down")
-_NEVER_SPLIT = ("score", "classifier", "qa_outputs")  # a few rows
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One of the processes that share every matrix, and how they cut it."""
+
+    cuts: Cuts
+    number: int
+
+    @property
+    def heads(self) -> int:
+        return self.cuts.heads[self.number + 1] - self.cuts.heads[self.number]
+
+    def shape(self, spec: WeightSpec) -> tuple[int, int]:
+        """Of its part of a matrix."""
+        n, k = spec.shape
+        return self.cuts.cut(spec.name).shape((n, k), self.number)
+
+    def has_bias(self, spec: WeightSpec) -> bool:
+        """Columns are summed over the ranks, so that the first alone adds the bias."""
+        return spec.has_bias and (self.number == 0 or self.cuts.cut(spec.name).axis != "columns")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +86,20 @@ class Sizes:
         return self.before[which.stop] - self.before[which.start]
 
 
-def sizes(config: BloomConfig, schemes: Mapping[str, Scheme], kind: Kind, ranks: int = 1) -> Sizes:
-    """The bytes of a model on a device of this kind; ranks: of each of so many that share every
-    matrix."""
+def sizes(
+    config: BloomConfig, schemes: Mapping[str, Scheme], kind: Kind, rank: Rank | None = None
+) -> Sizes:
+    """The bytes of a model on a device of this kind, or of a rank's part of it."""
     layers, embedding, head = [Held(0)] * config.n_layer, Held(0), Held(0)
+    known: dict[tuple[str, Scheme | None], Held] = {}  # layers are alike
     for spec in weight_specs(config):
-        held = _held(weight_bytes(spec, schemes.get(spec.name), kind, ranks), kind)
-        if spec.name.startswith("h."):
-            layer = int(spec.name.split(".")[1])
-            layers[layer] += held
+        scheme, place = schemes.get(spec.name), spec.name.split(".", 2)
+        key = (place[-1] if place[0] == "h" else spec.name, scheme)
+        held = known.get(key)
+        if held is None:
+            held = known[key] = _held(weight_bytes(spec, scheme, kind, rank), kind)
+        if place[0] == "h":
+            layers[int(place[1])] += held
         elif spec.kind == "embedding" and not config.head_is_embedding:
             embedding += held
         else:
@@ -84,20 +107,20 @@ def sizes(config: BloomConfig, schemes: Mapping[str, Scheme], kind: Kind, ranks:
     return Sizes(embedding, head, tuple(accumulate(layers, initial=Held(0))))
 
 
-def weight_bytes(spec: WeightSpec, scheme: Scheme | None, kind: Kind, ranks: int = 1) -> list[int]:
-    """Bytes of each array that a device holds of a weight, or that one of `ranks` does."""
+def weight_bytes(
+    spec: WeightSpec, scheme: Scheme | None, kind: Kind, rank: Rank | None = None
+) -> list[int]:
+    """Bytes of each array that a device, or a rank, holds of a weight."""
     if kind == "cpu":
-        assert ranks == 1  # CPU ranks are processes of their own, nothing plans their memory
+        assert rank is None  # ranks on CPUs are not planned for
         return [array_bytes(part) for part in stored_arrays(spec, scheme).values()]
     if scheme is None:
         return [4 * spec.shape[0]] * 2  # a norm's gain and bias
     n, k = spec.shape
-    if spec.name.endswith(_COLUMN_SPLIT):
-        k = -(-k // ranks)
-    elif spec.name not in _NEVER_SPLIT:
-        n = -(-n // ranks)
-    arrays = matrix_bytes((n, k), scheme)
-    return [*arrays, 4 * n] if spec.has_bias else arrays
+    if rank is None:
+        return matrix_bytes((n, k), scheme) + [4 * n] * spec.has_bias
+    n, k = rank.shape(spec)
+    return matrix_bytes((n, k), scheme) + [4 * n] * rank.has_bias(spec)
 
 
 def matrix_bytes(shape: tuple[int, int], scheme: Scheme) -> list[int]:
@@ -112,11 +135,12 @@ def matrix_bytes(shape: tuple[int, int], scheme: Scheme) -> list[int]:
 
 
 def cache_bytes(
-    config: BloomConfig, dtype: CacheDtype, kind: Kind, batch: int, context: int, ranks: int = 1
-) -> Held:
-    """Keys and values of one layer: `batch` rows of `context` tokens; int8 has a float32 scale for
-    each head and token of both."""
-    heads, item = config.n_head // ranks, _CACHE_BYTES[dtype]
+    config: BloomConfig, dtype: CacheDtype, kind: Kind, batch: int, context: int,
+    heads: int | None = None,
+) -> Held:  # fmt: skip
+    """Keys and values of one layer, or of so many of its heads: `batch` rows of `context` tokens;
+    int8 has a float32 scale for each head and token of both."""
+    heads, item = config.n_head if heads is None else heads, _CACHE_BYTES[dtype]
     scale = 4 if dtype == "int8" else 0
     if kind == "cuda":
         vectors = 2 * (batch * context + 1) * heads  # one slot is nobody's
