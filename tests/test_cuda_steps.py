@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import Tiny, pack
 
 from bloomq.backends.reference import ReferenceAttention, ReferenceCache
 from bloomq.config import BloomConfig
 from bloomq.errors import CapacityError
+from bloomq.heads import Head
 from bloomq.layers import Span
+from bloomq.pack import Pack
 
 torch = pytest.importorskip("torch")
 
@@ -34,6 +37,7 @@ from bloomq.backends.cuda.steps import Recorder, Shape, bucket, in_graphs  # noq
 
 CPU = torch.device("cpu")
 CONFIG = BloomConfig(hidden_size=24, n_layer=2, n_head=3, vocab_size=50)
+GPUS = ["cuda:0"] if torch.cuda.is_available() else []
 CLOSE = 2e-5  # see test_cuda_attention; two layers add up, none amplifies
 RNG = np.random.default_rng(7)
 TABLE = RNG.standard_normal((50, 24)).astype(np.float32)
@@ -107,11 +111,12 @@ class Model:
     """Two layers of attention with residuals over a table; `step` records as on a GPU if `records`,
     `seen` has the frame and the addresses of what each run was given."""
 
-    def __init__(self, *, records: bool = False) -> None:
-        self._layers = [attention(i, 3, 8, CPU) for i in range(2)]
-        self._table, self._qkv = torch.from_numpy(TABLE), torch.from_numpy(QKV)
+    def __init__(self, *, records: bool = False, device: Any = CPU) -> None:
+        self.device = device
+        self._layers = [attention(i, 3, 8, device) for i in range(2)]
+        self._table, self._qkv = (torch.from_numpy(part).to(device) for part in (TABLE, QKV))
         self.seen: list[tuple[int, int]] = []
-        self.step = in_graphs(self.forward, CPU)
+        self.step = in_graphs(self.forward, device)
         assert isinstance(self.step, Recorder)
         self.step._records = records
 
@@ -137,7 +142,7 @@ class Both:
 
     def __init__(self, model: Model, batch: int = 5, capacity: int = 600) -> None:
         self.model = model
-        self.cache = CudaCache(CONFIG, batch, capacity, RANKS, "f32", CPU)
+        self.cache = CudaCache(CONFIG, batch, capacity, RANKS, "f32", model.device)
         self.expected = ReferenceCache(CONFIG, batch, capacity, RANKS)
         self._given = np.random.default_rng(0)
 
@@ -151,7 +156,7 @@ class Both:
         found = self.model.step(ids, self.cache, span, wanted)
         right = expected(ids, self.expected, span, wanted)
         assert found.shape == right.shape
-        assert np.abs(found.numpy() - right).max() <= CLOSE
+        assert np.abs(found.cpu().numpy() - right).max() <= CLOSE
         for each in (self.cache, self.expected):
             each.advance(span)
         for row in range(self.cache.batch):
@@ -228,15 +233,17 @@ STEPS = st.lists(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("records", [False, True], ids=["plain", "recorded"])
-def test_any_order_of_steps_agrees_with_the_reference(records: bool):
+@pytest.mark.parametrize("how", ["plain", "taped", *GPUS])
+def test_any_order_of_steps_agrees_with_the_reference(how: str):
     @settings(max_examples=8, deadline=None)
     @given(order=STEPS)
     def check(order) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(steps, "CUDA", Taped())
             patch.setattr(steps, "LEAST_KEYS", 8)
-            both = Both(Model(records=records))
+            if how == "taped":
+                patch.setattr(steps, "CUDA", Taped())
+            device = torch.device(how) if how in GPUS else CPU
+            both = Both(Model(records=how != "plain", device=device))
             for what, *sizes in order:
                 if what == "ones":
                     both.feed(sizes[0])
@@ -250,6 +257,33 @@ def test_any_order_of_steps_agrees_with_the_reference(records: bool):
                     both.take(what, *sizes)
 
     check()
+
+
+@pytest.mark.parametrize("scheme", ["f32", "int8", "int4", "nf4"])
+def test_a_whole_models_step_does_as_a_tape_what_it_does_as_it_is(
+    scheme: str, taped: Taped, tmp_path_factory: pytest.TempPathFactory
+):
+    """No layer of the backend waits for the device, or brings something along from the host."""
+    layers = pytest.importorskip("bloomq.backends.cuda.layers")
+    tiny = Tiny(n_head=3, head_dim=20, vocab_size=131)
+    opened = Pack.open(pack(tmp_path_factory.getbasetemp(), tiny, scheme))
+    head = Head(opened, layers.CudaBackend("cpu", "f16"), "BloomForCausalLM")
+    step = head.backend.compile(
+        lambda ids, cache, span, wanted: head.read(
+            head.backend.take(head.model._forward(ids, cache, span), wanted)
+        )
+    )
+    caches = [head.cache(3, 40) for _ in range(2)]
+    for count in (7, *[1] * 4):
+        span, wanted = Span.of([2, 0, 1], [count, 1, 1]), np.arange(3)
+        ids = RNG.integers(0, 131, count + 2)
+        found = []
+        for records, cache in zip((False, True), caches, strict=True):
+            step._records = records
+            found.append(step(ids, cache, span, wanted))
+            cache.advance(span)
+        assert torch.equal(*found)
+    assert len(taped.recorded) == 1
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
