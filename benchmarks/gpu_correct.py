@@ -117,7 +117,8 @@ def _pack(run: Run, scheme: str) -> Pack:
 def _transformers_logits(run: Run, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     from transformers import BloomForCausalLM
 
-    model = BloomForCausalLM.from_pretrained(DEMO, dtype=torch.float32).to(run.device).eval()
+    model: Any = BloomForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    model.to(run.device).eval()
     with torch.inference_mode():
         found = model(torch.tensor(ids[None], device=run.device)).logits[0]
     result: np.ndarray[Any, Any] = found.float().cpu().numpy()

@@ -134,7 +134,8 @@ def random_model(device: torch.device, model: str, setting: Setting) -> Any:
         vocab_size=ours.vocab_size, use_cache=True,
     )  # fmt: skip
     with torch.device("meta"):
-        made = BloomForCausalLM(config).to(dtype).eval()
+        made: Any = BloomForCausalLM(config)
+    made.to(dtype).eval()
     draw = torch.Generator(device).manual_seed(0)
     for name, module in list(made.named_modules()):
         if type(module) is torch.nn.Linear and "transformer.h." in name:
