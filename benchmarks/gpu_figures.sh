@@ -9,11 +9,11 @@
 #     bash benchmarks/gpu_figures.sh --dry-run [OUT]  the same code without a GPU: no figure counts
 #
 # Needs torch for CUDA, triton, transformers, bitsandbytes >= 0.50, pytest, and what bloomq needs; a
-# package that is missing is a line in the table, not the end. The GPU is to be nobody else's: at
-# least 20 GB of memory for bloom-7b1 beside its peers (60 GB for all at once), 140 GB for the 176B
-# shapes. Writes figures.jsonl, table.md, profile.txt and log.txt into OUT (a run replaces those of
-# the one before), and a pack of 2 GB into $TMPDIR, which it deletes. PYTHON names another interpreter, DEVICE another GPU (cuda:0), LIMIT
-# another limit for everything (570).
+# package that is missing is a line in the table, not the end. The GPU is to be nobody else's: 64 GB
+# of memory for bloom-7b1 and all its peers at once (less leaves some out, and says which), 140 GB for
+# the 176B shapes. Writes figures.jsonl, table.md, profile.txt and log.txt into OUT (a run replaces
+# those of the one before), and a pack of 2 GB into $TMPDIR, which it deletes. PYTHON names another
+# interpreter, DEVICE another GPU (cuda:0), LIMIT another limit in seconds for everything (570).
 #
 # The first time on a GPU, with half an hour to spend, in this order:
 #

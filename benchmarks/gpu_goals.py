@@ -103,12 +103,6 @@ def largest_rss(rows: Sequence[Row]) -> float:
     return max(found)
 
 
-def bus_percent(rows: Sequence[Row]) -> float:
-    """Of PCIe's speed, at which the largest model came from host memory."""
-    row = _row(rows, "bloom-176b from host memory")
-    return 100 * float(row["gb_s"]) / float(row["bus_gb_s"])
-
-
 GOALS = (
     Goal("conformance suite", "all pass", "conformance", passed, 1, "of 1"),
     Goal("parity: reference, transformers", "all pass", "parity", passed, 1, "of 1"),
@@ -145,7 +139,6 @@ GOALS = (
          fact("load from disk", "percent"), 70, "%"),
     Goal("load from memory, of the slower of it and bus", ">= 70 %", "load",
          fact("load from memory", "percent"), 70, "%"),
-    Goal("load of 176B from host memory, of the bus", ">= 70 %", "big", bus_percent, 70, "%"),
     Goal("host memory of loading 176B", "<= 4 GB", "big", largest_rss, 4, "GB", at_most=True),
     Goal("7b1 memory, off what the plan said", "<= 5 %", "memory", deviation, 5, "%", at_most=True),
     Goal("176B memory, off what the plan said", "<= 5 %", "big", deviation, 5, "%", at_most=True),
@@ -181,9 +174,26 @@ def figures(rows: Sequence[Row]) -> list[str]:
                 f"| {row['section']} | {row['what']} | {row['tokens_per_s']} | {ms:.2f} | "
                 f"{row.get('gb_s', '')} | {share} |"
             )
+    lines += ["", *map(_load_line, (row for row in rows if "load_s" in row))]
+    lines += map(_memory_line, (row for row in rows if "off_plan" in row))
     failures = [row for row in rows if "failed" in row]
     lines += ["", *(f"- {row['section']}, {row['what']}: {row['failed']}" for row in failures)]
     return lines
+
+
+def _load_line(row: Row) -> str:
+    return (
+        f"- {row['what']}: {row['load_s']:.2f} s, {row['gb_s']} GB/s; "
+        f"the bus {row['bus_gb_s']} GB/s; {row['peak_rss_mb'] / 1e3:.2f} GB of host memory at most"
+    )
+
+
+def _memory_line(row: Row) -> str:
+    return (
+        f"- {row['what']}, {row['batch_planned']} rows of {row['context']} tokens: planned "
+        f"{row['planned_gb']} GB (weights {row['weights_gb']}, cache {row['cache_gb']}, work space "
+        f"{row['work_gb']}), in use {row['used_gb']} GB"
+    )
 
 
 def ways_table(rows: Sequence[Row]) -> list[str]:

@@ -54,6 +54,7 @@ class Transformers:
             run.device,
         )
         self._attention = [block.self_attention for block in model.transformer.h]
+        self._int8 = [m for m in model.modules() if type(m).__name__ == "Linear8bitLt"]
         table = model.transformer.word_embeddings.weight
         self.bytes_per_token = (
             sum(
@@ -70,7 +71,9 @@ class Transformers:
 
     @torch.inference_mode()
     def start(self, ids: np.ndarray[Any, Any]) -> None:
-        for attention in self._attention:  # two engines may share one model
+        for linear in self._int8:  # two engines may share one model
+            linear.state.threshold = self._setting.threshold
+        for attention in self._attention:
             attention.__dict__.pop("forward", None)
             if self._setting.sdpa:
                 attention.forward = types.MethodType(sdpa_forward, attention)
@@ -110,14 +113,13 @@ def sdpa_forward(
 
 
 def makers(run: Run, model: str, settings: tuple[Setting, ...]) -> dict[str, Callable[[], Any]]:
-    """How to build each: settings that differ in the attention alone share a model."""
-    made: dict[tuple[Kind, float], Any] = {}
+    """How to build each: settings of one kind share a model."""
+    made: dict[Kind, Any] = {}
 
     def make(setting: Setting) -> Transformers:
-        key = (setting.kind, setting.threshold)
-        if key not in made:
-            made[key] = random_model(run.device, model, setting)
-        return Transformers(run, setting, made[key])
+        if setting.kind not in made:
+            made[setting.kind] = random_model(run.device, model, setting)
+        return Transformers(run, setting, made[setting.kind])
 
     return {setting.name: partial(make, setting) for setting in settings}
 

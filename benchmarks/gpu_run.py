@@ -192,7 +192,8 @@ def report(
     run: Run, model: str, batch: int, depth: float, engines: Mapping[str, Engine],
     samples: Mapping[str, list[Sample]],
 ) -> None:  # fmt: skip
-    """A row of decode for each engine. GB/s: weights, and keys and values at the middle depth."""
+    """A row of decode for each engine. GB/s: weights, as few bytes as a pack has them in, and keys
+    and values at the middle depth; percent: of the higher of the two ceilings beside it."""
     for name, found in samples.items():
         engine = engines[name]
         seconds = [sample.seconds for sample in found]

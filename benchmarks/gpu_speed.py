@@ -92,7 +92,7 @@ def decode_176b(run: Run) -> None:
     else:
         return
     _memory_of(run, scheme, cache_dtype, before)
-    load_gb = engine.bytes_per_token / 1e9
+    load_gb = engine.bytes_per_token / 1e9  # in windows, which the host copies once more than files
     run.emit(
         "bloom-176b from host memory", load_s=round(load_s, 2), load_gb=round(load_gb, 2),
         gb_s=round(load_gb / load_s, 2), bus_gb_s=round(run.bus_gb_s(), 2),

@@ -250,6 +250,15 @@ def test_a_pack_comes_to_the_device_from_disk_and_from_memory(tmp_path: Path):
     assert not (tmp_path / "pack").exists()
 
 
+def test_what_a_plan_said_stands_beside_what_is_in_use(tmp_path: Path):
+    gpu_loading.memory(Run("memory", "cpu", tmp_path, tmp_path, tiny=True, seconds=60))
+    (row,) = rows_of(tmp_path)
+    assert row["planned_gb"] > 0
+    assert row["used_gb"] == 0  # a CPU's is not asked for
+    assert row["off_plan"] == -100
+    assert f"planned {row['planned_gb']} GB" in "\n".join(gpu_goals.figures([row]))
+
+
 def test_a_profile_lists_what_took_the_time(run: Run, tmp_path: Path):
     gpu_profile.profile(run)
     what = [row["what"] for row in rows_of(tmp_path)]
