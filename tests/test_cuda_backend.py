@@ -37,6 +37,15 @@ def opened(pack_of: Callable[..., Path]) -> Pack:
     return Pack.open(pack_of("int8"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other's processors make small products slow."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def greedy(opened: Pack, backend: Backend, count: int) -> list[list[int]]:
     """The best token of each prompt, `count` times."""
     tokenizer = BloomTokenizer.of_pack(opened)
