@@ -28,8 +28,13 @@ from bloomq.backends.cuda.attention import attention, biases, mix, queries_at_on
 from bloomq.backends.cuda.cache import CudaCache  # noqa: E402
 
 CPU = torch.device("cpu")
+DEVICES = ["cpu", *(["cuda:0"] if torch.cuda.is_available() else [])]
 DTYPES = ["f32", "f16", "int8"]
 CLOSE = 2e-5
+# Of the largest result, of prompts that are multiplied in float16: a query, a bias and a weight are
+# rounded to 11 bits, scores below 16 by some 16 * 2^-11 each way, so a weight by 1.6 %, and a mean
+# of values of either sign by less than 1 % of their size.
+NARROW = 0.01
 ROWS = 4
 
 
@@ -46,12 +51,12 @@ class Both:
     """A cache here and one of the reference, which is given keys and values as this one holds
     them."""
 
-    def __init__(self, n_head: int, head_dim: int, dtype: str, capacity: int = 400) -> None:
+    def __init__(self, n_head: int, head_dim: int, dtype: str, device: str = "cpu") -> None:
         self._shape, self._dtype = (n_head, 3, head_dim), dtype
-        config = config_of(n_head, head_dim)
-        self.cache = CudaCache(config, ROWS, capacity, 0, dtype, CPU)
-        self._expected = ReferenceCache(config, ROWS, capacity, 0)
-        self._layer = attention(1, n_head, head_dim, CPU)
+        config, there = config_of(n_head, head_dim), torch.device(device)
+        self.cache = CudaCache(config, ROWS, 400, 0, dtype, there)
+        self._expected = ReferenceCache(config, ROWS, 400, 0)
+        self._layer = attention(1, n_head, head_dim, there)
         self._reference = ReferenceAttention(1, n_head, head_dim)
 
     def step(self, rows: list[int], counts: list[int], seed: int = 0) -> None:
@@ -59,13 +64,15 @@ class Both:
         span = Span.of(rows, counts)
         qkv = tokens_of(sum(counts), self._shape[0], self._shape[2], seed)
         kept = qkv.copy()
-        found = self._layer(qkv, self.cache, span).numpy()
+        found = self._layer(qkv, self.cache, span).cpu().numpy()
         assert qkv.tobytes() == kept.tobytes()
         split = qkv.reshape(-1, *self._shape)
         split[:, :, 1:] = as_held(split[:, :, 1:], self._dtype)
         expected = self._reference(qkv, self._expected, span)
         assert found.shape == expected.shape
-        assert np.abs(found - expected).max() <= CLOSE
+        narrow = self.cache.device.type == "cuda" and self._dtype != "f32" and max(counts) > 1
+        bound = NARROW * np.abs(expected).max() if narrow else CLOSE
+        assert np.abs(found - expected).max() <= bound
         self.cache.advance(span)
         self._expected.advance(span)
 
@@ -89,15 +96,26 @@ def test_spans_of_any_rows_and_counts_agree_with_the_reference(steps, dtype, hea
             both.step(rows, [counts[row] for row in rows], seed)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_head", [1, 8, 14])  # 14: slopes of the second series, as the 176B's
-def test_long_rows_beside_short_ones_agree_with_the_reference(n_head: int, dtype: str):
-    both = Both(n_head, 16, dtype)
+def test_long_rows_beside_short_ones_agree_with_the_reference(n_head: int, dtype: str, device: str):
+    both = Both(n_head, 16, dtype, device)
     both.step([2, 0], [300, 1])
     both.step([0, 1, 2, 3], [1, 1, 1, 1], 1)
     both.step([3, 2], [1, 1], 2)
     both.step([1, 3, 0], [40, 1, 2], 3)
     both.step([2], [1], 4)
+
+
+def test_some_heads_of_a_model_have_its_slopes():
+    qkv, span = tokens_of(5, 14, 8), Span.of([0, 1], [4, 1])
+    whole = attention(0, 14, 8, CPU)(qkv, CudaCache(config_of(14, 8), 2, 16, 0, "f32", CPU), span)
+    part = attention(0, 6, 8, CPU, slope=slopes(14)[8:])(
+        qkv.reshape(5, 14, 24)[:, 8:].reshape(5, -1),
+        CudaCache(config_of(6, 8), 2, 16, 0, "f32", CPU), span,
+    )  # fmt: skip
+    assert torch.allclose(part, whole[:, 8 * 8 :], rtol=0, atol=CLOSE)
 
 
 def test_a_row_that_gets_no_token_changes_nothing():
@@ -271,11 +289,9 @@ def test_biases_in_float16_are_exact_near_the_query_and_off_by_a_rounding_elsewh
 
 
 def test_prefill_in_float16_is_off_by_roundings_to_float16(monkeypatch: pytest.MonkeyPatch):
-    """A query, a bias and a weight are rounded to 11 bits: of scores below 16 some 16 * 2^-11 each
-    way, so of a weight 1.6 %, and of a mean of values of either sign below 1 % of their size."""
     both = [CudaCache(config_of(4, 16), 1, 300, 0, "f16", CPU) for _ in range(2)]
     qkv, span = tokens_of(300, 4, 16), Span.of([0], [300])
     exact = attention(0, 4, 16, CPU)(qkv, both[0], span)
     monkeypatch.setattr(module, "multiplied_in", lambda q, held: torch.float16)
     found = attention(0, 4, 16, CPU)(qkv, both[1], span)
-    assert 0 < (found - exact).abs().max() < 0.01 * exact.abs().max()
+    assert 0 < (found - exact).abs().max() < NARROW * exact.abs().max()

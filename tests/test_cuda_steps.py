@@ -5,25 +5,30 @@ what has changed since."""
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import Tiny, pack
 
 from bloomq.backends.reference import ReferenceAttention, ReferenceCache
 from bloomq.config import BloomConfig
 from bloomq.errors import CapacityError
+from bloomq.heads import Head
 from bloomq.layers import Span
+from bloomq.pack import Pack
 
 torch = pytest.importorskip("torch")
 
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402  # they need torch
+from torch.utils._pytree import tree_leaves  # noqa: E402
 
 from bloomq.backends.cuda import steps  # noqa: E402
 from bloomq.backends.cuda.attention import attention  # noqa: E402
@@ -32,11 +37,13 @@ from bloomq.backends.cuda.steps import Recorder, Shape, bucket, in_graphs  # noq
 
 CPU = torch.device("cpu")
 CONFIG = BloomConfig(hidden_size=24, n_layer=2, n_head=3, vocab_size=50)
+GPUS = ["cuda:0"] if torch.cuda.is_available() else []
 CLOSE = 2e-5  # see test_cuda_attention; two layers add up, none amplifies
 RNG = np.random.default_rng(7)
 TABLE = RNG.standard_normal((50, 24)).astype(np.float32)
 QKV = RNG.standard_normal((2, 24, 72)).astype(np.float32) / 5
 RANKS = 2
+NO_MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
 
 
 class Tape(TorchDispatchMode):
@@ -54,9 +61,10 @@ class Tape(TorchDispatchMode):
 
     def replay(self) -> None:
         for func, args, kwargs, result in self._done:
-            again = func(*args, **kwargs)
-            if isinstance(again, torch.Tensor) and again.data_ptr() != result.data_ptr():
-                result.copy_(again)
+            pairs = zip(tree_leaves(func(*args, **kwargs)), tree_leaves(result), strict=True)
+            for again, first in pairs:
+                if isinstance(first, torch.Tensor) and again.data_ptr() != first.data_ptr():
+                    first.copy_(again)
 
 
 class Taped:
@@ -66,11 +74,18 @@ class Taped:
 
     def __init__(self) -> None:
         self.recorded: list[Any] = []  # the pool of each graph
-        self.full = False
-        self.Event = SimpleNamespace
+        self.trouble: RuntimeError | None = None
 
     def Stream(self, device: Any) -> str:
         return f"a stream of {device}"
+
+    def current_stream(self, device: Any) -> str:
+        return f"the current stream of {device}"
+
+    @contextmanager
+    def stream(self, stream: str) -> Iterator[None]:
+        assert stream == "the current stream of cpu"
+        yield
 
     def graph_pool_handle(self) -> object:
         return object()
@@ -78,8 +93,8 @@ class Taped:
     @contextmanager
     def graph(self, tape: Tape, *, pool, stream, capture_error_mode) -> Iterator[None]:
         assert (stream, capture_error_mode) == ("a stream of cpu", "thread_local")
-        if self.full:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        if self.trouble is not None:
+            raise self.trouble
         self.recorded.append(pool)
         with tape:
             yield
@@ -96,11 +111,12 @@ class Model:
     """Two layers of attention with residuals over a table; `step` records as on a GPU if `records`,
     `seen` has the frame and the addresses of what each run was given."""
 
-    def __init__(self, *, records: bool = False) -> None:
-        self._layers = [attention(i, 3, 8, CPU) for i in range(2)]
-        self._table, self._qkv = torch.from_numpy(TABLE), torch.from_numpy(QKV)
+    def __init__(self, *, records: bool = False, device: Any = CPU) -> None:
+        self.device = device
+        self._layers = [attention(i, 3, 8, device) for i in range(2)]
+        self._table, self._qkv = (torch.from_numpy(part).to(device) for part in (TABLE, QKV))
         self.seen: list[tuple[int, int]] = []
-        self.step = in_graphs(self.forward, CPU)
+        self.step = in_graphs(self.forward, device)
         assert isinstance(self.step, Recorder)
         self.step._records = records
 
@@ -126,7 +142,7 @@ class Both:
 
     def __init__(self, model: Model, batch: int = 5, capacity: int = 600) -> None:
         self.model = model
-        self.cache = CudaCache(CONFIG, batch, capacity, RANKS, "f32", CPU)
+        self.cache = CudaCache(CONFIG, batch, capacity, RANKS, "f32", model.device)
         self.expected = ReferenceCache(CONFIG, batch, capacity, RANKS)
         self._given = np.random.default_rng(0)
 
@@ -140,7 +156,7 @@ class Both:
         found = self.model.step(ids, self.cache, span, wanted)
         right = expected(ids, self.expected, span, wanted)
         assert found.shape == right.shape
-        assert np.abs(found.numpy() - right).max() <= CLOSE
+        assert np.abs(found.cpu().numpy() - right).max() <= CLOSE
         for each in (self.cache, self.expected):
             each.advance(span)
         for row in range(self.cache.batch):
@@ -173,7 +189,11 @@ def test_buckets_are_powers_of_two():
 def test_a_step_is_padded_to_few_shapes(rows: list[int], lengths: list[int], shape: Shape):
     cache = CudaCache(CONFIG, 5, 600, 0, "f32", CPU)
     cache.lengths[:] = lengths
-    assert Shape.of(Span.of(rows, [1] * len(rows)), cache, np.arange(len(rows))) == shape
+    ids = np.arange(len(rows))
+    assert Shape.of(ids, Span.of(rows, [1] * len(rows)), cache, ids) == shape
+    hidden = np.zeros((len(rows), 24), np.float32)
+    found = Shape.of(hidden, Span.of(rows, [1] * len(rows)), cache, ids)
+    assert found == replace(shape, width=24)
 
 
 def test_where_a_kernel_reads_each_rows_own_keys_rows_alone_make_a_shape(
@@ -184,15 +204,17 @@ def test_where_a_kernel_reads_each_rows_own_keys_rows_alone_make_a_shape(
     found = set()
     for rows, length in (([0, 1, 2], 3), ([4, 1, 0, 2], 3), ([1, 2, 3], 300)):
         cache.lengths[:] = length
-        found.add(Shape.of(Span.of(rows, [1] * len(rows)), cache, np.arange(len(rows))))
+        ids = np.arange(len(rows))
+        found.add(Shape.of(ids, Span.of(rows, [1] * len(rows)), cache, ids))
     assert found == {Shape(4, 600, False)}
 
 
 def test_prompts_and_many_results_are_not_padded():
     cache = CudaCache(CONFIG, 5, 600, 0, "f32", CPU)
-    assert Shape.of(Span.of([0, 1], [1, 2]), cache, np.arange(3)) is None
-    assert Shape.of(Span.of([0], [7]), cache, np.arange(1)) is None
-    assert Shape.of(Span.of([0], [1]), cache, np.array([0, 0])) is None
+    ids = np.arange(3)
+    assert Shape.of(ids, Span.of([0, 1], [1, 2]), cache, ids) is None
+    assert Shape.of(ids, Span.of([0], [3]), cache, ids[:1]) is None
+    assert Shape.of(ids[:1], Span.of([0], [1]), cache, np.array([0, 0])) is None
 
 
 # -- results ---------------------------------------------------------------------------------------
@@ -211,15 +233,17 @@ STEPS = st.lists(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("records", [False, True], ids=["plain", "recorded"])
-def test_any_order_of_steps_agrees_with_the_reference(records: bool):
+@pytest.mark.parametrize("how", ["plain", "taped", *GPUS])
+def test_any_order_of_steps_agrees_with_the_reference(how: str):
     @settings(max_examples=8, deadline=None)
     @given(order=STEPS)
     def check(order) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(steps, "CUDA", Taped())
             patch.setattr(steps, "LEAST_KEYS", 8)
-            both = Both(Model(records=records))
+            if how == "taped":
+                patch.setattr(steps, "CUDA", Taped())
+            device = torch.device(how) if how in GPUS else CPU
+            both = Both(Model(records=how != "plain", device=device))
             for what, *sizes in order:
                 if what == "ones":
                     both.feed(sizes[0])
@@ -233,6 +257,59 @@ def test_any_order_of_steps_agrees_with_the_reference(records: bool):
                     both.take(what, *sizes)
 
     check()
+
+
+@pytest.mark.parametrize("scheme", ["f32", "int8", "int4", "nf4"])
+def test_a_whole_models_step_does_as_a_tape_what_it_does_as_it_is(
+    scheme: str, taped: Taped, tmp_path_factory: pytest.TempPathFactory
+):
+    """No layer of the backend waits for the device, or brings something along from the host."""
+    layers = pytest.importorskip("bloomq.backends.cuda.layers")
+    tiny = Tiny(n_head=3, head_dim=20, vocab_size=131)
+    opened = Pack.open(pack(tmp_path_factory.getbasetemp(), tiny, scheme))
+    head = Head(opened, layers.CudaBackend("cpu", "f16"), "BloomForCausalLM")
+    step = head.backend.compile(
+        lambda ids, cache, span, wanted: head.read(
+            head.backend.take(head.model._forward(ids, cache, span), wanted)
+        )
+    )
+    caches = [head.cache(3, 40) for _ in range(2)]
+    for count in (7, *[1] * 4):
+        span, wanted = Span.of([2, 0, 1], [count, 1, 1]), np.arange(3)
+        ids = RNG.integers(0, 131, count + 2)
+        found = []
+        for records, cache in zip((False, True), caches, strict=True):
+            step._records = records
+            found.append(step(ids, cache, span, wanted))
+            cache.advance(span)
+        assert torch.equal(*found)
+    assert len(taped.recorded) == 1
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_step_may_begin_with_hidden_states(taped: Taped, kind: str):
+    """As that of a model's second device does."""
+    weight = torch.from_numpy(QKV[0])
+    layer = attention(0, 3, 8, CPU)
+    step = in_graphs(
+        lambda x, cache, span, wanted: (x + layer(x @ weight, cache, span))[wanted], CPU
+    )
+    assert isinstance(step, Recorder)
+    step._records = True
+    ours, theirs = CudaCache(CONFIG, 3, 40, 0, "f32", CPU), ReferenceCache(CONFIG, 3, 40, 0)
+    steps_of = [([0, 2], [5, 1]), ([0, 1, 2], [1, 1, 1]), ([2, 0, 1], [1, 1, 1]), ([0], [1])]
+    for rows, counts in [*steps_of, *steps_of[1:]]:
+        span = Span.of(rows, counts)
+        x = RNG.standard_normal((int(span.starts[-1]), 24)).astype(np.float32)
+        kept, wanted = x.copy(), np.arange(len(x))[::-1]
+        given = x if kind == "numpy" else torch.from_numpy(x)
+        found = step(given, ours, span, wanted)
+        right = (x + ReferenceAttention(0, 3, 8)(x @ QKV[0], theirs, span))[wanted]
+        assert np.abs(found.numpy() - right).max() <= CLOSE
+        assert x.tobytes() == kept.tobytes()
+        for each in (ours, theirs):
+            each.advance(span)
+    assert len(taped.recorded) == 3
 
 
 def test_a_text_goes_on_over_the_edges_of_shapes(taped: Taped):
@@ -341,9 +418,9 @@ def test_a_step_that_no_graph_can_hold_is_not_recorded(taped: Taped):
 def test_without_memory_for_a_graph_steps_run_as_they_are(taped: Taped):
     both = Both(Model(records=True))
     both.feed([0])
-    taped.full = True
+    taped.trouble = NO_MEMORY
     both.feed([0])
-    taped.full = False
+    taped.trouble = None
     both.feed([0])
     both.feed([0, 1])
     both.feed([0, 1])
@@ -354,6 +431,22 @@ def test_without_memory_for_a_graph_steps_run_as_they_are(taped: Taped):
     assert len(taped.recorded) == 1
 
 
+def test_a_step_that_cannot_be_recorded_runs_as_it_is_and_says_so_once(taped: Taped):
+    both = Both(Model(records=True))
+    both.feed([0])
+    taped.trouble = RuntimeError("CUDA error: operation not permitted\nCompile with ...")
+    expected = "^decoding runs without CUDA graphs, slower: CUDA error: operation not permitted$"
+    with pytest.warns(UserWarning, match=expected):
+        both.feed([0])
+    taped.trouble = None
+    both.take("grow", 700)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        both.feed([0])
+        both.feed([0])
+    assert not taped.recorded
+
+
 @pytest.mark.parametrize("counts", [[1, 1], [3, 1]])
 def test_a_device_out_of_memory_is_a_plain_error_and_the_cache_as_before(counts: list[int]):
     both = Both(Model())
@@ -361,7 +454,7 @@ def test_a_device_out_of_memory_is_a_plain_error_and_the_cache_as_before(counts:
     whole = both.model.step._step
 
     def refuse(*given: Any) -> None:
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        raise NO_MEMORY
 
     both.model.step._step = refuse
     expected = (

@@ -14,7 +14,9 @@ import math
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
 from bloomq.backends.cuda.cache import Held, Layer, by_row
@@ -22,6 +24,7 @@ from bloomq.backends.cuda.places import Ones, Piece, Places
 from bloomq.layers import Attention, Span, slopes
 from bloomq.schemes import round_up
 
+F32 = NDArray[np.float32]
 # Biases that a block of queries has at once, [H, t, S]: 128 MiB in float16. With 32 heads that is
 # 256 queries behind 8,192 keys, with the 112 of the 176B 64 of them.
 BLOCK_BIASES = 1 << 26
@@ -29,23 +32,28 @@ BLOCK_KEYS = 1 << 26  # components of keys that `decode` restores at once: 256 M
 WIDE = 16  # biases of a query begin at multiples of it: else torch copies them before its kernels
 
 
-def attention(layer: int, n_head: int, head_dim: int, device: torch.device) -> Attention:
-    """A layer's attention: qkv [M, H * 3 * D] -> [M, H * D] in the dtype of qkv."""
-    slope = torch.from_numpy(slopes(n_head)).to(device)
+def attention(
+    layer: int, n_head: int, head_dim: int, device: torch.device, *, slope: F32 | None = None
+) -> Attention:
+    """A layer's attention: qkv [M, H * 3 * D] -> [M, H * D] in the dtype of qkv.
+
+    slope: ALiBi's of each head, where these are some of a model's; None: `slopes`.
+    """
+    steep = torch.from_numpy(np.array(slopes(n_head) if slope is None else slope)).to(device)
 
     def call(qkv: Any, cache: Held, span: Span) -> torch.Tensor:
         split = torch.as_tensor(qkv, device=device).reshape(-1, n_head, 3, head_dim)
         places, held = cache.places(span), cache.layers[layer]
         ones = places.ones
         if ones is not None and ones.at is None:
-            out = one_each(split, held, places, ones, slope)
+            out = one_each(split, held, places, ones, steep)
         else:
             out = torch.empty_like(split[:, :, 0])  # [M, H, D]
             if ones is not None:
-                out[ones.at] = one_each(split[ones.at], held, places, ones, slope)
+                out[ones.at] = one_each(split[ones.at], held, places, ones, steep)
             for piece in places.pieces:
                 part = slice(piece.start, piece.stop)
-                out[part] = several(split[part], held, places, piece, slope)
+                out[part] = several(split[part], held, places, piece, steep)
         return out.reshape(-1, n_head * head_dim)
 
     return call
@@ -198,6 +206,8 @@ def biases(slope: torch.Tensor, first: int, count: int, kind: torch.dtype) -> to
     """
     keys = first + count
     at = torch.arange(round_up(keys, WIDE), device=slope.device)
-    distance = at - torch.arange(first, keys, device=slope.device)[:, None]  # [t, S]
-    bias = (slope[:, None, None] * distance.float()).to(kind)  # [H, t, S]
-    return bias.masked_fill_(distance > 0, -torch.inf)[None, :, :, :keys]
+    distance = (at - torch.arange(first, keys, device=slope.device)[:, None]).float()  # [t, S]
+    distance.masked_fill_(distance > 0, -torch.inf)
+    bias = torch.empty(len(slope), *distance.shape, dtype=kind, device=slope.device)
+    torch.mul(slope[:, None, None], distance, out=bias)  # [H, t, S], rounded as it is written
+    return bias[None, :, :, :keys]
