@@ -29,21 +29,13 @@ pytest.importorskip("bitsandbytes")
 
 from bloomq.backends.cuda.layers import CudaBackend  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 PROMPTS = ("Once upon a time", "La ville de Paris", "The history of")
 
 
 @pytest.fixture(scope="module")
 def opened(pack_of: Callable[..., Path]) -> Pack:
     return Pack.open(pack_of("int8"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads that wait for each other's processors make small products slow."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def greedy(opened: Pack, backend: Backend, count: int) -> list[list[int]]:
