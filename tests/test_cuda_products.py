@@ -25,6 +25,7 @@ from bloomq.backends.cuda.products import (  # noqa: E402
 from bloomq.backends.cuda.stored import Loader, Stored  # noqa: E402
 from bloomq.backends.reference import ReferenceBackend, round_activations  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(0)
 

@@ -20,6 +20,7 @@ from bloomq.backends.cuda import stored as module  # noqa: E402
 from bloomq.backends.cuda.embedding import CudaEmbedding  # noqa: E402
 from bloomq.backends.cuda.stored import Loader, restored  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 CPU = torch.device("cpu")
 SCHEMES = [(name, None) for name in SCHEME_NAMES] + [("int4", 64), ("int4", 128)]
 SHAPES = [(40, 70), (1, 1), (33, 128), (150, 300)]  # rows and columns that are no whole tiles

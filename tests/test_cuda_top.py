@@ -12,6 +12,7 @@ pytest.importorskip("bitsandbytes")
 
 from bloomq.backends.cuda.layers import CudaBackend
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 BACKEND = CudaBackend("cpu")
 
 
