@@ -13,9 +13,10 @@ import pytest
 from models import Tiny, pack
 
 from bloomq import backends
+from bloomq.backends.placed.layers import Place, PlacedBackend
 from bloomq.errors import BackendError, CapacityError, UsageError
 from bloomq.heads import Head
-from bloomq.layers import Span
+from bloomq.layers import Backend, Span
 from bloomq.pack import Pack
 from bloomq.schemes import SCHEME_NAMES, get_scheme
 from bloomq.weights import Matrix
@@ -24,13 +25,24 @@ TINY = Tiny(n_head=3, head_dim=20, vocab_size=131, n_layer=2)
 # The reference multiplies matrices by BLAS, whose order of summing depends on the number of rows: a
 # few units in the last place of float32 for each of the some ten sums on the way to a logit. So do
 # XLA's, which also depend on the sizes a step is padded to (measured: 2.3e-7).
-CLOSE = {"numba": 0.0, "reference": 1e-5, "jax": 1e-5}
+CLOSE = {"numba": 0.0, "placed": 0.0, "reference": 1e-5, "jax": 1e-5}
 IDS = np.random.default_rng(3).integers(0, TINY.vocab_size, 64)
 
 Build = Callable[..., Head]
 
 
-@pytest.fixture(scope="module", params=backends.available())
+def chosen(name: str, opened: Pack, threads: int | None) -> Backend:
+    """The backend `name`; "placed" is two of Numba's, a layer at each."""
+    if name != "placed":
+        return backends.choose(name, opened, threads).backend
+    first, last = (backends.choose("numba", opened, threads).backend for _ in range(2))
+    return PlacedBackend([Place(first, range(1)), Place(last, range(1, TINY.n_layer))])
+
+
+NAMES = [*backends.available(), *(["placed"] if "numba" in backends.available() else [])]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -41,7 +53,7 @@ def build(name: str, tmp_path_factory: pytest.TempPathFactory) -> Build:
 
     def make(scheme: str = "int4", threads: int | None = None) -> Head:
         opened = Pack.open(pack(tmp_path_factory.getbasetemp(), TINY, scheme))
-        return Head(opened, backends.choose(name, opened, threads).backend, "BloomForCausalLM")
+        return Head(opened, chosen(name, opened, threads), "BloomForCausalLM")
 
     return make
 
@@ -178,9 +190,10 @@ def test_nan_in_one_row_does_not_reach_another(build: Build):
     attention = build("f32").model.blocks[0].attention
     lm = build("f32")
     qkv = np.random.default_rng(0).standard_normal((8, 180)).astype(np.float32)
-    clean = np.array(attention(qkv, lm.cache(2, 16), Span.of([0, 1], [4, 4])))
+    span, numpy = Span.of([0, 1], [4, 4]), lm.backend.numpy
+    clean = np.array(numpy(attention(qkv, lm.cache(2, 16), span)))
     qkv[2] = np.nan
-    found = np.array(attention(qkv, lm.cache(2, 16), Span.of([0, 1], [4, 4])))
+    found = np.array(numpy(attention(qkv, lm.cache(2, 16), span)))
     assert found[4:].tobytes() == clean[4:].tobytes()
     assert np.isnan(found[2:4]).all()
 
@@ -207,6 +220,29 @@ def test_compiled_equals_eager(build: Build, name: str):
     for found in (hidden[3:6], hidden[6:9], hidden[9:]):
         for eager, compiled in zip(hidden[:3], found, strict=True):
             assert close(compiled, eager, name)
+
+
+def test_a_compiled_step_may_be_given_hidden_states(build: Build, name: str):
+    lm = build()
+    backend, blocks = lm.backend, lm.model.blocks
+
+    def behind_the_first(x, cache, span, wanted):
+        return backend.take(blocks[1](x, cache, span), wanted)
+
+    compiled = backend.compile(behind_the_first)
+    pieces = [(Span.of([0, 1], [9, 4]), 0), (Span.of([1], [1]), 13), (Span.of([1, 0], [1, 1]), 14)]
+    for _ in range(2):  # recorded, then replayed
+        caches = [lm.cache(2, 32) for _ in range(3)]
+        for span, start in pieces:
+            own = lm.model.emb_ln(lm.model.wte(IDS[start : start + span.starts[-1]]))
+            wanted = np.arange(span.starts[-1])[::-1]
+            given = ((behind_the_first, own), (compiled, own), (compiled, backend.numpy(own)))
+            found = []
+            for (step, x), cache in zip(given, caches, strict=True):
+                found.append(np.array(backend.numpy(step(x, cache, span, wanted))))
+                cache.advance(span)
+            assert close(found[1], found[0], name)
+            assert close(found[2], found[0], name)
 
 
 def test_a_result_is_the_callers_to_keep(build: Build):
@@ -497,6 +533,7 @@ def test_the_reference_has_no_other_cache_than_float32(opened: Pack):
     assert str(caught.value) == "cache_dtype is 'int8', the reference backend has f32 alone"
 
 
+@pytest.mark.parametrize("name", backends.available())
 @pytest.mark.parametrize("cache_dtype", ["f64", "", None, "F16", 16], ids=str)
 def test_an_impossible_cache_dtype_is_refused(opened: Pack, name: str, cache_dtype):
     with pytest.raises(UsageError) as caught:
@@ -520,6 +557,7 @@ def test_float_packs_get_a_float32_cache_and_quantized_ones_float16(tmp_path_fac
     assert found == {"int4": "f16", "f32": "f32"}
 
 
+@pytest.mark.parametrize("name", backends.available())
 @pytest.mark.parametrize("threads", [0, -4, 1.5, True])
 def test_impossible_threads_are_refused_on_every_backend(opened: Pack, name: str, threads):
     expected = "expected 1 to" if name == "numba" else "expected 1 or more, or None"

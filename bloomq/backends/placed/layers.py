@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.backends.placed.cache import PlacedCache, joined_kind
-from bloomq.backends.placed.steps import HOST, Call, CutStep, Promise
+from bloomq.backends.placed.steps import HOST, Call, CutStep, Held, Promise
 from bloomq.config import BloomConfig
 from bloomq.errors import UsageError
 from bloomq.layers import (
@@ -59,14 +59,6 @@ class Place:
 
     backend: Backend
     layers: range
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Held:
-    """What a layer gave, in the array type of its place."""
-
-    place: int
-    values: X
 
 
 class PlacedBackend:

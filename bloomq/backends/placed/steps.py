@@ -29,6 +29,14 @@ _IDS, _WANTED = 0, 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """What a layer gave, in the array type of its place."""
+
+    place: int
+    values: X
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Promise:
     """What a call that was written down will give, at its place."""
 
@@ -135,7 +143,7 @@ class CutStep:
             parts.append((section, replay))
         return parts
 
-    def __call__(self, ids: I64, cache: PlacedCache, span: Span, wanted: I64) -> X:
+    def __call__(self, ids: X, cache: PlacedCache, span: Span, wanted: I64) -> X:
         if self._parts is None:
             self._parts = self._cut()
         try:
@@ -145,11 +153,11 @@ class CutStep:
             raise
 
     def _run(
-        self, parts: list[tuple[Section, Step]], ids: I64, cache: PlacedCache, span: Span,
+        self, parts: list[tuple[Section, Step]], ids: X, cache: PlacedCache, span: Span,
         wanted: I64,
     ) -> X:  # fmt: skip
-        x, place, last = ids, HOST, len(self._backends) - 1
-        every = np.arange(len(ids))
+        x, place = (ids.values, ids.place) if isinstance(ids, Held) else (ids, HOST)
+        every = np.arange(int(span.starts[-1]))
         for section, replay in parts:
             x = self._move(x, place, section.place)
             place = section.place
@@ -158,4 +166,4 @@ class CutStep:
         if not parts:
             held = self._step(ids, cache, span, wanted)
             x, place = held.values, held.place
-        return self._move(x, place, last)
+        return self._move(x, place, len(self._backends) - 1)
