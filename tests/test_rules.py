@@ -15,7 +15,7 @@ import bloomq
 ROOT = Path(__file__).parent.parent
 HEAVY = (
     "torch", "numba", "jax", "transformers", "tokenizers", "safetensors", "rich", "llguidance",
-    "jinja2",
+    "jinja2", "bitsandbytes", "triton",
 )  # fmt: skip
 
 # Level of every module: imports of ours go to a lower level, or to one named here.
@@ -28,7 +28,7 @@ LEVELS = {
     "layers": 2, "lora": 2, "pack": 2, "pack_writer": 2, "shards": 2,
     "weight_files": 2, "chat.template": 2,
     "backends.reference": 3, "backends.numba_cpu": 3, "backends.jax": 3,
-    "backends.placed": 3,
+    "backends.cuda": 3, "backends.placed": 3,
     "model": 3, "heads": 3, "inputs": 3, "tracing": 3, "forward": 3, "tokenizer": 3,
     "sampling": 4, "search": 4, "speculation": 4, "text": 4, "generation": 4, "scoring": 4,
     "sharing": 4, "divergence": 4, "windows": 4, "token_texts": 4, "prompts": 4, "writing": 5,
