@@ -133,6 +133,10 @@ class CudaBackend:
     def numpy(self, x: Any) -> F32:
         return np.asarray(x.cpu() if isinstance(x, Tensor) else x, np.float32)
 
+    def receive(self, x: Tensor) -> Tensor:
+        """A tensor of another device on this one; between GPUs without waiting for it."""
+        return x.to(self.device, non_blocking=True)
+
     def _norm(self, norm: Norm) -> DeviceNorm:
         return DeviceNorm(self._there(norm.gain), self._there(norm.bias), norm.epsilon)
 

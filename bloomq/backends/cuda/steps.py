@@ -60,47 +60,59 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What decides a recorded step: rows, keys looked at, and whether rows are the first ones."""
+    """What decides a recorded step: rows, keys looked at, whether rows are the first ones, and the
+    columns of the hidden states that it is given, None for ids."""
 
     rows: int
     reach: int
     in_order: bool
+    columns: int | None = None
 
     @classmethod
-    def of(cls, span: Span, cache: CudaCache, wanted: I64) -> Shape | None:
+    def of(
+        cls, span: Span, cache: CudaCache, wanted: I64, columns: int | None = None
+    ) -> Shape | None:
         """The shape that a step is padded to; None for one that runs as it is."""
         rows = min(bucket(len(span.rows)), cache.batch)  # rows of padding are rows that there are
         if not rows or (span.counts != 1).any() or len(wanted) > rows:
             return None
         longest = int(cache.lengths[span.rows].max()) + 1
         reach = min(cache.capacity, bucket(max(longest, LEAST_KEYS)))
-        return cls(rows, reach, np.array_equal(span.rows, np.arange(len(span.rows))))
+        in_order = np.array_equal(span.rows, np.arange(len(span.rows)))
+        return cls(rows, reach, in_order, columns)
 
 
 class Inputs:
     """What a padded step reads, at addresses that stay: int64 [R] each of ids, rows, slots, lengths
-    after the step, wanted; float32 [R, ranks] gates.
+    after the step, wanted; float32 [R, ranks] gates; float32 [R, columns] states, if they are given
+    in the place of ids.
 
     All is written on the host, in memory that the device reads while the host goes on, and copied
     in one piece: `fill` waits for no more than that the last step's has been read.
     """
 
-    def __init__(self, rows: int, ranks: int, device: torch.device) -> None:
+    def __init__(self, shape: Shape, ranks: int, device: torch.device) -> None:
+        rows = shape.rows
         on_gpu = device.type == "cuda"
         self._host = torch.zeros(5, rows, dtype=torch.int64, pin_memory=on_gpu)
         self._host_gates = torch.zeros(rows, ranks, pin_memory=on_gpu)
         self._there = torch.zeros(5, rows, dtype=torch.int64, device=device)
         self.gates = torch.zeros(rows, ranks, device=device)
         self.ids, self.rows, self.slots, self.lengths, self.wanted = self._there
+        wide = (rows, shape.columns or 0)
+        self._host_states = torch.zeros(wide, pin_memory=on_gpu)
+        self.states = None if shape.columns is None else torch.zeros(wide, device=device)
         self._read = CUDA.Event() if on_gpu else None
 
-    def fill(self, ids: I64, cache: CudaCache, span: Span, wanted: I64) -> None:
-        count, size = len(ids), self._host.shape[1]
+    def fill(self, given: Any, cache: CudaCache, span: Span, wanted: I64) -> None:
+        count, size = len(given), self._host.shape[1]
         if self._read is not None:
             self._read.synchronize()
         past, host, gates = cache.lengths[span.rows], self._host.numpy(), self._host_gates.numpy()
         host[:] = 0  # padding is of length 0
-        host[0, :count], host[1, :count] = ids, span.rows
+        host[1, :count] = span.rows
+        if self.states is None:
+            host[0, :count] = given
         host[2] = cache.batch * cache.capacity  # the slot that is nobody's
         host[2, :count] = span.rows * cache.capacity + past
         host[3, :count] = past + 1
@@ -109,6 +121,12 @@ class Inputs:
         self._there.copy_(self._host, non_blocking=True)
         if gates.size:
             self.gates.copy_(self._host_gates, non_blocking=True)
+        if self.states is not None:
+            if isinstance(given, np.ndarray):
+                self._host_states.numpy()[:count] = given
+                given = self._host_states[:count]
+            self.states[:count].copy_(given, non_blocking=True)
+            self.states[count:].zero_()  # not what a larger step has left
         if self._read is not None:
             self._read.record()
 
@@ -125,7 +143,7 @@ class Replay:
 
     @classmethod
     def of(cls, shape: Shape, cache: CudaCache) -> Replay:
-        inputs = Inputs(shape.rows, cache.gates.shape[1], cache.device)
+        inputs = Inputs(shape, cache.gates.shape[1], cache.device)
         ones = Ones(None, inputs.rows, inputs.lengths, shape.reach, shape.in_order)
         lies = Places(cache.batch, cache.capacity, inputs.slots, ones, ())
         return cls(inputs, Frame(cache.layers, lies, inputs.gates))
@@ -133,7 +151,9 @@ class Replay:
     def call(self, step: Step) -> torch.Tensor:
         """The step as it is, over the inputs. [R, ...]"""
         nothing: Any = None  # for the span: the frame knows where its tokens lie
-        result: torch.Tensor = step(self.inputs.ids, self.frame, nothing, self.inputs.wanted)
+        inputs = self.inputs
+        given = inputs.ids if inputs.states is None else inputs.states
+        result: torch.Tensor = step(given, self.frame, nothing, inputs.wanted)
         return result
 
 
@@ -159,19 +179,22 @@ class Recorder:
         self._stream: Any = None  # that they are recorded on
         self._alone = threading.Lock()
 
-    def __call__(self, ids: I64, cache: CudaCache, span: Span, wanted: I64) -> torch.Tensor:
-        """Raises: CapacityError where the device has no memory for the step."""
+    def __call__(self, given: Any, cache: CudaCache, span: Span, wanted: I64) -> torch.Tensor:
+        """given: ids, or hidden states, NumPy's or on the device.
+
+        Raises: CapacityError where the device has no memory for the step."""
         try:
             with self._alone, self._on_device():
-                shape = Shape.of(span, cache, wanted)
+                columns = given.shape[1] if given.ndim > 1 else None
+                shape = Shape.of(span, cache, wanted, columns)
                 if shape is None:
-                    return self._as_it_is(ids, cache, span, wanted)
-                return self._padded(shape, ids, cache, span, wanted)
+                    return self._as_it_is(given, cache, span, wanted)
+                return self._padded(shape, given, cache, span, wanted)
         except torch.cuda.OutOfMemoryError:
             pass  # outside, so that the traceback does not keep the step's work space
         cache.recorded.clear()
         raise CapacityError(
-            f"no memory on {self._device} for a step of {len(ids)} tokens: use fewer rows, a "
+            f"no memory on {self._device} for a step of {len(given)} tokens: use fewer rows, a "
             "shorter prompt or a smaller cache"
         )
 
@@ -179,21 +202,23 @@ class Recorder:
         """Where "current" streams are the device's."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
-    def _as_it_is(self, ids: I64, cache: CudaCache, span: Span, wanted: I64) -> torch.Tensor:
+    def _as_it_is(self, given: Any, cache: CudaCache, span: Span, wanted: I64) -> torch.Tensor:
         frame = Frame(cache.layers, cache.places(span), cache.token_gates(span))
-        there = (torch.from_numpy(np.array(a, np.int64)).to(self._device) for a in (ids, wanted))
-        given, read = there
+        if isinstance(given, np.ndarray):
+            kind = np.int64 if given.ndim == 1 else np.float32
+            given = torch.from_numpy(np.array(given, kind)).to(self._device)
+        read = torch.from_numpy(np.array(wanted, np.int64)).to(self._device)
         result: torch.Tensor = self._step(given, frame, span, read)
         return result
 
     def _padded(
-        self, shape: Shape, ids: I64, cache: CudaCache, span: Span, wanted: I64
+        self, shape: Shape, given: Any, cache: CudaCache, span: Span, wanted: I64
     ) -> torch.Tensor:
         known: Replays = cache.recorded.setdefault(self, Replays())
         replay = known.by_shape.get(shape)
         if replay is None:
             replay = known.by_shape[shape] = Replay.of(shape, cache)
-        replay.inputs.fill(ids, cache, span, wanted)
+        replay.inputs.fill(given, cache, span, wanted)
         replay.runs += 1
         if replay.graph is None and replay.runs > 1 and self._records and known.recording:
             try:
