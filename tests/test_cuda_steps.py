@@ -362,3 +362,34 @@ def test_a_device_out_of_memory_is_a_plain_error_and_the_cache_as_before(counts:
     assert not both.cache.recorded
     both.model.step._step = whole
     both.feed([0, 1], counts)
+
+
+# -- hidden states for ids -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("records", [False, True], ids=["plain", "recorded"])
+def test_a_step_may_begin_with_hidden_states(taped: Taped, records: bool):
+    layer, table = attention(1, 3, 8, CPU), torch.from_numpy(QKV[1])
+
+    def forward(x: Any, cache: Any, span: Any, wanted: Any) -> Any:
+        return (x + layer(x @ table, cache, span)).index_select(0, wanted)
+
+    step = in_graphs(forward, CPU)
+    assert isinstance(step, Recorder)
+    step._records = records
+    cache, other = CudaCache(CONFIG, 5, 64, 0, "f32", CPU), ReferenceCache(CONFIG, 5, 64, 0)
+    given = np.random.default_rng(1)
+    for rows, counts in [
+        ([0, 3], [7, 2]), ([0, 1, 2], [1] * 3), ([3, 1, 0], [1] * 3), ([4, 0, 2], [1] * 3),
+        ([2], [1]), ([1], [1]), ([0], [4]),
+    ]:  # fmt: skip
+        span = Span.of(rows, counts)
+        x = given.standard_normal((int(span.starts[-1]), 24)).astype(np.float32)
+        wanted = np.arange(len(x))[::-1]
+        expected = x + ReferenceAttention(1, 3, 8)(x @ QKV[1], other, span)
+        states = torch.from_numpy(x.copy()) if len(rows) % 2 else x  # on the device, or NumPy's
+        found = step(states, cache, span, wanted)
+        assert np.abs(found.numpy() - expected[wanted]).max() <= CLOSE
+        for each in (cache, other):
+            each.advance(span)
+    assert bool(taped.recorded) == records

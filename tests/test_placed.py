@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 from models import Tiny, pack
 
 from bloomq.backends.numba_cpu.layers import NumbaBackend
-from bloomq.backends.placed.layers import Place, PlacedBackend
+from bloomq.backends.placed.layers import Place, PlacedBackend, Receives
 from bloomq.backends.reference import ReferenceBackend
 from bloomq.errors import BackendError, CapacityError, NumericError, UsageError
 from bloomq.forward import run as run_batch
@@ -134,17 +133,32 @@ def test_different_backends_meet_at_a_seam(opened: Opened, order: str):
     assert near(found, session(head(opened("f32"), ReferenceBackend())))
 
 
-def test_the_cuda_layers_on_torchs_cpu_meet_numba(opened: Opened):
-    if importlib.util.find_spec("bloomq.backends.cuda") is None:
-        pytest.skip("this version of bloomq has no CUDA layers")
+def torch_backend() -> Any:
+    """The CUDA backend on torch's CPU device."""
     pytest.importorskip("torch")
     pytest.importorskip("bitsandbytes")
-    pytest.importorskip("bloomq.backends.cuda.layers")
     from bloomq.backends.cuda.layers import CudaBackend
 
-    backend = placed(CudaBackend("cpu", cache_dtype="f32"), NumbaBackend(1, "f32"))
-    found = session(head(opened("f32"), backend))
+    return CudaBackend("cpu", "f32")
+
+
+@pytest.mark.parametrize("order", ["cpu gpu", "gpu cpu", "cpu gpu gpu"])
+def test_gpus_and_the_cpu_share_a_model(opened: Opened, order: str):
+    """Where torch's CPU device stands for a GPU."""
+    make = {"cpu": lambda: NumbaBackend(1, "f32"), "gpu": torch_backend}
+    found = session(head(opened("f32"), placed(*(make[kind]() for kind in order.split()))))
     assert near(found, session(head(opened("f32"), ReferenceBackend())))
+
+
+def test_gpus_give_what_one_gives(opened: Opened):
+    found = session(head(opened("int4"), placed(torch_backend(), torch_backend())))
+    assert near(found, session(head(opened("int4"), torch_backend())))
+
+
+def test_a_torch_backend_receives_from_another():
+    assert isinstance(torch_backend(), Receives)
+    assert not isinstance(NumbaBackend(1), Receives)
+    assert not isinstance(ReferenceBackend(), Receives)
 
 
 def test_what_bits_depend_on_and_what_was_chosen_is_a_line_each():
