@@ -36,7 +36,7 @@ LEVELS = {
     "comparison": 5,
     "prompt_cache": 5,
     "backends": 5, "opening": 5, "modeling": 5, "flax": 5, "language_model": 5, "loading": 5,
-    "describe": 5, "console": 5, "bench": 5, "pipelines": 5,
+    "describe": 5, "console": 5, "bench": 5, "pipelines": 5, "placement": 4,
     "cli": 6, "__main__": 7,
     "converters": 3, "converters.calibration": 5, "": 8,
 }  # fmt: skip
