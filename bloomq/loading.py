@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from time import perf_counter
 
-from bloomq import backends
+from bloomq import placing
 from bloomq.checks import is_whole
 from bloomq.errors import UsageError
 from bloomq.language_model import LanguageModel
@@ -34,14 +34,19 @@ def load(
     threads: int | None = None,
     context: int | None = None,
     cache_dtype: str = "auto",
+    devices: str = "auto",
+    max_memory: str | None = None,
 ) -> LanguageModel:
     """Map a pack (None: the embedded demo) and build its layers on a backend.
 
     backend: "auto", "numba", "cuda", "jax" or "reference"; threads: of the CPU, None for one a
     physical core; context: the most tokens of prompt and output together, None for what the model
-    was trained on. ALiBi carries further, at some loss: a UserWarning says so.
+    was trained on. ALiBi carries further, at some loss: a UserWarning says so. devices: "auto" (all
+    GPUs that the model needs, or the CPU), "cpu", "cuda:0,1" or "cuda:0,cpu"; max_memory: what may
+    be used of each, "0:70GiB,cpu:64GiB".
 
-    Raises: InputNotFound, PackError, TokenizerError, BackendError, UsageError.
+    Raises: InputNotFound, PackError, TokenizerError, BackendError, UsageError; CapacityError where
+    the devices have no room for the model, which says what would fit.
     """
     started = perf_counter()
     pack = Pack.open(demo_pack() if path is None else Path(path))
@@ -55,7 +60,9 @@ def load(
             "beyond them ALiBi extrapolates, at some loss",
             stacklevel=2,
         )
-    choice = backends.choose(backend, pack, threads, cache_dtype)
+    choice = placing.choose(
+        backend, pack, threads, cache_dtype, devices=devices, max_memory=max_memory, context=context
+    )
     tokenizer = BloomTokenizer.of_pack(pack) if pack.has_tokenizer else None
     model = BloomForCausalLM(pack, choice.backend)
     return LanguageModel(model, tokenizer, context, choice.reason, perf_counter() - started)
