@@ -15,7 +15,7 @@ import bloomq
 ROOT = Path(__file__).parent.parent
 HEAVY = (
     "torch", "numba", "jax", "transformers", "tokenizers", "safetensors", "rich", "llguidance",
-    "jinja2",
+    "jinja2", "bitsandbytes", "triton",
 )  # fmt: skip
 
 # Level of every module: imports of ours go to a lower level, or to one named here.
@@ -28,6 +28,7 @@ LEVELS = {
     "layers": 2, "lora": 2, "pack": 2, "pack_writer": 2, "shards": 2,
     "weight_files": 2, "chat.template": 2,
     "backends.reference": 3, "backends.numba_cpu": 3, "backends.jax": 3,
+    "backends.cuda": 3, "backends.placed": 3,
     "parallel": 3, "model": 3, "heads": 3, "inputs": 3, "tracing": 3, "forward": 3, "tokenizer": 3,
     "sampling": 4, "search": 4, "speculation": 4, "text": 4, "generation": 4, "scoring": 4,
     "sharing": 4, "divergence": 4, "windows": 4, "token_texts": 4, "prompts": 4, "writing": 5,
@@ -35,7 +36,8 @@ LEVELS = {
     "comparison": 5,
     "prompt_cache": 5,
     "backends": 5, "opening": 5, "modeling": 5, "flax": 5, "language_model": 5, "loading": 5,
-    "describe": 5, "console": 5, "bench": 5, "pipelines": 5,
+    "placing": 5,
+    "describe": 5, "console": 5, "bench": 5, "pipelines": 5, "placement": 4,
     "cli": 6, "__main__": 7,
     "converters": 3, "converters.calibration": 5, "": 8,
 }  # fmt: skip
@@ -51,6 +53,7 @@ SAME_LEVEL = {
     ("shards", "pack"), ("journal", "files"),
     ("flax", "backends"), ("flax", "opening"), ("flax", "modeling"),
     ("modeling", "backends"), ("modeling", "opening"), ("language_model", "modeling"),
+    ("placing", "backends"), ("loading", "placing"),
     ("loading", "modeling"), ("loading", "language_model"),
     ("generation", "sampling"), ("generation", "text"), ("generation", "speculation"),
     ("search", "sampling"),

@@ -20,6 +20,7 @@ from bloomq.cli.convert import convert
 from bloomq.cli.explore import explore
 from bloomq.cli.export import export
 from bloomq.cli.perplexity import perplexity
+from bloomq.cli.plan import plan
 from bloomq.cli.score import score
 from bloomq.cli.tasks import answer, classify, embed, tag
 from bloomq.cli.text import generate
@@ -80,6 +81,6 @@ def commands() -> None:
 
 for _command in (
     generate, chat, explore, classify, tag, answer, embed, score, perplexity, convert,
-    export, compare, info, verify, warmup, bench,
+    export, compare, plan, info, verify, warmup, bench,
 ):  # fmt: skip
     commands.add_command(_command)

@@ -1,0 +1,162 @@
+"""`Backend` on one GPU, or on torch's CPU device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bloomq.backends.cuda.attention import attention
+from bloomq.backends.cuda.cache import CudaCache
+from bloomq.backends.cuda.embedding import CudaEmbedding
+from bloomq.backends.cuda.linear import Arithmetic, CudaLinear, DeviceNorm, Kernels
+from bloomq.backends.cuda.steps import in_graphs
+from bloomq.backends.cuda.stored import Loader
+from bloomq.backends.cuda.top import top
+from bloomq.config import BloomConfig
+from bloomq.errors import UsageError
+from bloomq.layers import (
+    Activation,
+    Attention,
+    CacheDtype,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Span,
+    Step,
+    Top,
+)
+from bloomq.levels import Levels, levels_of
+from bloomq.weights import Matrix, Norm
+
+Tensor = torch.Tensor
+F32 = NDArray[np.float32]
+
+
+class CudaBackend:
+    """`Backend` over torch's tensors; calls take NumPy's arrays too.
+
+    device: "cuda:0" and so on, or "cpu". compute_dtype: of a GPU's products, "auto" for bfloat16
+    where the GPU has it, else float16; outlier_threshold: see `Arithmetic`; kernels: what products
+    are made by, "auto" for the fastest that is here.
+
+    Raises: UsageError for what these cannot be.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        device: str = "cuda:0",
+        cache_dtype: CacheDtype = "f16",
+        *,
+        compute_dtype: str = "auto",
+        outlier_threshold: float | None = None,
+        kernels: Kernels = "auto",
+    ) -> None:
+        if outlier_threshold is not None and not outlier_threshold >= 0:
+            raise UsageError(
+                f"outlier_threshold is {outlier_threshold!r}, expected 0 or more, or None"
+            )
+        self.device, self.cache_dtype = torch.device(device), cache_dtype
+        narrow = _narrow(compute_dtype, self.device)
+        self._how = Arithmetic(self.device, narrow, kernels, outlier_threshold)
+        self._loader = Loader(self.device)
+
+    @property
+    def description(self) -> str:
+        of = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        where = f"torch {torch.__version__}, {self.device} ({of})"
+        return f"{where}, {self._how}, {self.cache_dtype} cache"
+
+    @property
+    def arithmetic(self) -> str:
+        return f"cuda: {self.description}"
+
+    def embedding(self, table: Matrix) -> Embedding:
+        look_up = CudaEmbedding(self._loader.load(table))
+        return lambda ids: look_up(self._there(ids))
+
+    def norm(self, norm: Norm) -> LayerNorm:
+        apply = self._norm(norm)
+        return lambda x: apply(self._there(x))
+
+    def linear(
+        self,
+        weight: Matrix,
+        bias: F32 | None = None,
+        *,
+        norm: Norm | None = None,
+        act: Activation | None = None,
+    ) -> Linear:
+        apply = CudaLinear(
+            self._loader.load(weight),
+            self._how,
+            None if bias is None else self._there(bias),
+            None if norm is None else self._norm(norm),
+            act,
+        )
+
+        def call(x: Any, add: Any | None = None, delta: Any | None = None) -> Tensor:
+            after = (None if value is None else self._there(value) for value in (add, delta))
+            return apply(self._there(x), *after)
+
+        return call
+
+    def attention(self, layer: int, n_head: int, head_dim: int) -> Attention:
+        return attention(layer, n_head, head_dim, self.device)
+
+    def cache(self, config: BloomConfig, batch: int, capacity: int, ranks: int = 0) -> CudaCache:
+        return CudaCache(config, batch, capacity, ranks, self.cache_dtype, self.device)
+
+    def gate(self, x: Any, cache: Any, span: Span) -> Tensor:
+        gated: Tensor = self._there(x) * cache.token_gates(span)
+        return gated
+
+    def compile(self, step: Step) -> Step:
+        """LLM.int8 asks the GPU for its outliers within a step, which no CUDA graph can hold."""
+        return in_graphs(step, self.device, record=not self._how.threshold)
+
+    def take(self, x: Any, index: Any) -> Tensor:
+        return self._there(x).index_select(0, self._there(index))
+
+    def top(self, logits: Any, k: int, temperature: float = 1.0) -> Top:
+        ids, best, logsumexp = top(self._there(logits), k, temperature)
+        return Top(ids.cpu().numpy(), best.cpu().numpy(), logsumexp.cpu().numpy())
+
+    def levels(self, logits: Any, temperature: float = 1.0) -> Levels:
+        """NumPy's: summed on a GPU, the masses would not be the same each time."""
+        return levels_of(self.numpy(logits)[0], temperature)
+
+    def numpy(self, x: Any) -> F32:
+        return np.asarray(x.cpu() if isinstance(x, Tensor) else x, np.float32)
+
+    def receive(self, x: Tensor) -> Tensor:
+        """A tensor of another device on this one; between GPUs without waiting for it."""
+        return x.to(self.device, non_blocking=True)
+
+    def _norm(self, norm: Norm) -> DeviceNorm:
+        return DeviceNorm(self._there(norm.gain), self._there(norm.bias), norm.epsilon)
+
+    def _there(self, x: Any) -> Tensor:
+        """x on the device; NumPy's arrays are copied."""
+        if isinstance(x, Tensor):
+            return x
+        return torch.from_numpy(np.array(x, order="C")).to(self.device)
+
+
+def _narrow(compute_dtype: str, device: torch.device) -> torch.dtype:
+    """What the inputs of products are rounded to. Raises: UsageError."""
+    if compute_dtype not in ("auto", "bf16", "f16", "f32"):
+        raise UsageError(f"compute_dtype is {compute_dtype!r}, expected auto, bf16, f16 or f32")
+    if device.type == "cpu" or compute_dtype == "f32":
+        return torch.float32
+    if compute_dtype == "f16":
+        return torch.float16
+    # From compute capability 8.0 on; older ones imitate it, slowly.
+    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    if compute_dtype == "bf16" and not has_bf16:
+        raise UsageError(f"compute_dtype is 'bf16', which {device} has not: use f16, or auto")
+    return torch.bfloat16 if has_bf16 else torch.float16

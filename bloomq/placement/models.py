@@ -1,0 +1,71 @@
+"""The published models by name, and the schemes that a conversion would give their matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bloomq.config import BloomConfig, weight_specs
+from bloomq.errors import UsageError
+from bloomq.schemes import Scheme, get_scheme
+
+# hidden_size, n_layer, n_head; all have 250,880 tokens and were trained on 2,048.
+# Source: the config.json of each at huggingface.co/bigscience.
+_SIZES = {
+    "560m": (1024, 24, 16),
+    "1b1": (1536, 24, 16),
+    "1b7": (2048, 24, 16),
+    "3b": (2560, 30, 32),
+    "7b1": (4096, 30, 32),
+    "176b": (14336, 70, 112),
+}
+_SHAPES = {
+    **{f"{kind}-{size}": at for kind in ("bloom", "bloomz") for size, at in _SIZES.items()},
+    "bloom": _SIZES["176b"], "bloomz": _SIZES["176b"], "bloomz-7b1-mt": _SIZES["7b1"],
+    "bloomz-7b1-p3": _SIZES["7b1"], "bloomz-mt": _SIZES["176b"], "bloomz-p3": _SIZES["176b"],
+}  # fmt: skip
+PUBLISHED = tuple(_SHAPES)
+
+# What a conversion gives the embedding where nobody says more: see converters/plan.py.
+_HEAD_OF = {"int4": "int6", "nf4": "int6"}
+# Best first, by perplexity on the demo (README): what is tried where no scheme is asked for. Not
+# int6, which the CUDA backend holds in bytes; larger groups of int4 behind nf4, which is there as
+# large as int4 in groups of 32.
+BY_QUALITY = (("int8", None), ("int4", 32), ("nf4", None), ("int4", 64), ("int4", 128))
+
+
+def published(name: str) -> BloomConfig:
+    """The config of a published model: `bloom-7b1`, `bloomz-560m`, `bigscience/bloom`.
+
+    Raises: UsageError.
+    """
+    key = name.lower().removeprefix("bigscience/")
+    if key not in _SHAPES:
+        raise UsageError(
+            f"unknown model {name!r}, expected one of {', '.join(PUBLISHED)}: for another one "
+            "give its pack"
+        )
+    hidden_size, n_layer, n_head = _SHAPES[key]
+    return BloomConfig(hidden_size=hidden_size, n_layer=n_layer, n_head=n_head)
+
+
+def schemes_of(
+    config: BloomConfig, scheme: str, group_size: int | None = None, head_scheme: str | None = None
+) -> dict[str, Scheme]:
+    """The scheme of every matrix, as `bloomq convert` with these options would choose it.
+
+    Raises: UsageError for a scheme or a group size that cannot be.
+    """
+    head_name = _HEAD_OF.get(scheme, scheme) if head_scheme is None else head_scheme
+    if "int4" not in (scheme, head_name):
+        body, head = get_scheme(scheme, group_size), get_scheme(head_name, group_size)
+    else:
+        body = get_scheme(scheme, group_size if scheme == "int4" else None)
+        head = get_scheme(head_name, group_size if head_name == "int4" else None)
+    of = {"embedding": head, "head": head, "linear": body, "classifier": get_scheme("f32")}
+    return {s.name: of[s.kind] for s in weight_specs(config) if s.is_matrix}
+
+
+def label_of(schemes: Mapping[str, Scheme]) -> str:
+    """What the matrices are stored in, in a few words: "int4-g32, embedding int6"."""
+    bodies = sorted({scheme.label for name, scheme in schemes.items() if name.startswith("h.")})
+    return f"{' and '.join(bodies)}, embedding {schemes['wte'].label}"
