@@ -412,6 +412,14 @@ def test_the_environment_says_which_process_this_is():
     assert Workers(replace(place, local_world=8), None).threads(5) == 1  # type: ignore[arg-type]
 
 
+def test_ranks_have_the_devices_of_their_numbers():
+    workers = Workers(Place(1, 2, 1, 2, "localhost", 1), None)  # type: ignore[arg-type]
+    assert workers.device == "cuda:1"
+    for given in ({"devices": "cuda:0,1"}, {"max_memory": "0:1GiB"}):
+        with pytest.raises(UsageError, match="on 2 ranks, expected neither: each rank has the GPU"):
+            bloomq.load(workers=workers, **given)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bloomq.backends.cuda.cache import Held, Layer, by_row
 from bloomq.backends.cuda.places import Ones, Piece, Places
-from bloomq.layers import Attention, Span, slopes
+from bloomq.layers import F32, Attention, Span, slopes
 from bloomq.schemes import round_up
 
 # Biases that a block of queries has at once, [H, t, S]: 128 MiB in float16. With 32 heads that is
@@ -28,9 +28,12 @@ BLOCK_KEYS = 1 << 26  # components of keys that `decode` restores at once: 256 M
 WIDE = 16  # biases of a query begin at multiples of it: else torch copies them before its kernels
 
 
-def attention(layer: int, n_head: int, head_dim: int, device: torch.device) -> Attention:
-    """A layer's attention: qkv [M, H * 3 * D] -> [M, H * D] in the dtype of qkv."""
-    slope = torch.from_numpy(slopes(n_head)).to(device)
+def attention(
+    layer: int, n_head: int, head_dim: int, device: torch.device, given: F32 | None = None
+) -> Attention:
+    """A layer's attention: qkv [M, H * 3 * D] -> [M, H * D] in the dtype of qkv. given: ALiBi's
+    slopes [H] of these heads, None for those of a whole model."""
+    slope = torch.tensor(slopes(n_head) if given is None else given, device=device)
     scale = 1 / math.sqrt(head_dim)
 
     def call(qkv: Any, cache: Held, span: Span) -> torch.Tensor:

@@ -105,8 +105,10 @@ class CudaBackend:
 
         return call
 
-    def attention(self, layer: int, n_head: int, head_dim: int) -> Attention:
-        return attention(layer, n_head, head_dim, self.device)
+    def attention(
+        self, layer: int, n_head: int, head_dim: int, *, slope: F32 | None = None
+    ) -> Attention:
+        return attention(layer, n_head, head_dim, self.device, slope)
 
     def cache(self, config: BloomConfig, batch: int, capacity: int, ranks: int = 0) -> CudaCache:
         return CudaCache(config, batch, capacity, ranks, self.cache_dtype, self.device)

@@ -128,10 +128,12 @@ class PlacedBackend:
 
         return call
 
-    def attention(self, layer: int, n_head: int, head_dim: int) -> Attention:
+    def attention(
+        self, layer: int, n_head: int, head_dim: int, *, slope: F32 | None = None
+    ) -> Attention:
         place = self._place_of(layer)
         inner = layer - self.places[place].layers.start
-        attend = self._backends[place].attention(inner, n_head, head_dim)
+        attend = self._backends[place].attention(inner, n_head, head_dim, slope=slope)
 
         def call(qkv: X, cache: Any, span: Span) -> X:
             def run(given: Sequence[X], part: Any, span: Any) -> X:
