@@ -192,7 +192,7 @@ class Listed(ReferenceBackend):
         self.names.append(weight.name)
         return super().linear(weight, *args, **options)
 
-    def attention(self, layer: int, n_head: int, head_dim: int) -> Any:
+    def attention(self, layer: int, n_head: int, head_dim: int, *, slope: Any = None) -> Any:
         self.names.append(f"attention {layer}")
         return super().attention(layer, n_head, head_dim)
 
@@ -369,7 +369,7 @@ class Device(ReferenceBackend):
 
         return call
 
-    def attention(self, layer: int, n_head: int, head_dim: int) -> Any:
+    def attention(self, layer: int, n_head: int, head_dim: int, *, slope: Any = None) -> Any:
         inner = super().attention(layer, n_head, head_dim)
         return lambda x, *rest: Tensor(self.device, inner(self._values(x), *rest))
 
