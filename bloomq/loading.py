@@ -14,10 +14,11 @@ from time import perf_counter
 from bloomq import backends, placing
 from bloomq.backends import Choice
 from bloomq.checks import is_whole
-from bloomq.errors import UsageError
+from bloomq.errors import CapacityError, UsageError
 from bloomq.language_model import LanguageModel
 from bloomq.modeling import BloomForCausalLM
 from bloomq.pack import Pack
+from bloomq.parallel.cuts import rank_bytes
 from bloomq.parallel.workers import Workers
 from bloomq.tokenizer import BloomTokenizer
 
@@ -85,9 +86,19 @@ def load(
 def _of_rank(
     workers: Workers, backend: str, pack: Pack, threads: int | None, cache_dtype: str, devices: str
 ) -> Choice:
-    """The backend of one of several processes: on its own GPU, or on its share of the cores."""
+    """The backend of one of several processes: on its own GPU, or on its share of the cores.
+
+    Raises: CapacityError where the GPU has no room for this rank's part of the weights.
+    """
     wants_gpu = backend in ("auto", "cuda") and devices == "auto"
     if wants_gpu and backends.why_not("cuda") is None:
+        parts = rank_bytes(pack.config, pack.schemes, workers.world, workers.rank)
+        needed, free = sum(parts.values()), workers.free_bytes()
+        if needed > free:
+            raise CapacityError(
+                f"rank {workers.rank} has {needed / 1e9:.1f} GB of weights, {workers.device} has "
+                f"{free / 1e9:.1f} GB free: start more ranks, or take a smaller scheme"
+            )
         return backends.choose(backend, pack, threads, cache_dtype, workers.device)
     if threads is None and backend in ("auto", "numba"):
         from bloomq.backends.numba_cpu.threads import physical_cores

@@ -68,6 +68,10 @@ class Workers:
         """The GPU of this rank, where machines have them."""
         return f"cuda:{self.place.local_rank}"
 
+    def free_bytes(self) -> int:
+        """Memory that is free on this rank's GPU."""
+        return self.group.free_bytes()
+
     def threads(self, cores: int) -> int:
         """A rank's share of this machine's cores."""
         return max(1, cores // self.place.local_world)
