@@ -82,7 +82,9 @@ class Workers:
         return int(self.group.gather(state)[0, 0])
 
     def may_report(self) -> bool:
-        """Is this the rank that says what went wrong? The first one is."""
+        """Is this the rank that says what went wrong? The first one is. It ends by itself now: what
+        torchrun tells it comes too late to matter."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return self.group.is_first_to("report")
 
     def speak_as_one(self) -> None:
