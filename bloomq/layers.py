@@ -276,7 +276,9 @@ class Backend(Protocol):
 
     def compile(self, step: Step) -> Step:
         """The same step, as fast as the backend can replay it; the identity is legal. A step may
-        use its ids and `wanted` through `embedding` and `take` alone."""
+        use its ids and `wanted` through `embedding` and `take` alone. It may also be one that is
+        given hidden states for ids, NumPy's or the backend's own, float32 [M, C]: the part of a
+        model behind the layers of another place."""
         ...
 
     def take(self, x: X, index: X) -> X:

@@ -13,9 +13,10 @@ import pytest
 from models import Tiny, pack
 
 from bloomq import backends
+from bloomq.backends.placed.layers import Place, PlacedBackend
 from bloomq.errors import BackendError, CapacityError, UsageError
 from bloomq.heads import Head
-from bloomq.layers import Span
+from bloomq.layers import Backend, Span
 from bloomq.pack import Pack
 from bloomq.schemes import SCHEME_NAMES, get_scheme
 from bloomq.weights import Matrix
@@ -29,16 +30,21 @@ TINY = Tiny(n_head=3, head_dim=20, vocab_size=131, n_layer=2)
 # softmax weighs among others, so a few such in a row of logits are below 2^-11 / sqrt(20) = 1.1e-4
 # (measured: 1.7e-5; 4e-7 with a float32 cache). On a GPU a product's inputs are bfloat16, where a
 # flip is 2^-8: eight times as much.
-CLOSE = {"numba": 0.0, "reference": 1e-5, "jax": 1e-5, "cuda-cpu": 1e-4, "cuda": 1e-3}
+CLOSE = {
+    "numba": 0.0, "placed": 0.0, "reference": 1e-5, "jax": 1e-5, "cuda-cpu": 1e-4,
+    "placed-cuda": 1e-4, "cuda": 1e-3,
+}  # fmt: skip
 IDS = np.random.default_rng(3).integers(0, TINY.vocab_size, 64)
 
 Build = Callable[..., Head]
 
 
-@pytest.fixture(scope="module", params=[*backends.available(), "cuda-cpu"])
+@pytest.fixture(scope="module", params=[*backends.available(), "cuda-cpu", "placed", "placed-cuda"])
 def name(request: pytest.FixtureRequest) -> str:
-    """ "cuda-cpu" is the CUDA backend on torch's CPU device, which nobody gets without asking."""
-    if request.param == "cuda-cpu":
+    """ "cuda-cpu" is the CUDA backend on torch's CPU device, which nobody gets without asking;
+    "placed" is a layer at each of two places, both Numba's, "placed-cuda" Numba's and that.
+    """
+    if request.param in ("cuda-cpu", "placed-cuda"):
         pytest.importorskip("bitsandbytes")
     return request.param
 
@@ -49,13 +55,21 @@ def choose(name: str, pack: Pack, threads: int | None, cache_dtype: str = "auto"
     return backends.choose(kind, pack, threads, cache_dtype, devices or "auto")
 
 
+def chosen(name: str, opened: Pack, threads: int | None) -> Backend:
+    if not name.startswith("placed"):
+        return choose(name, opened, threads).backend
+    pair = ("numba", "cuda-cpu" if name == "placed-cuda" else "numba")
+    first, last = (choose(each, opened, threads).backend for each in pair)
+    return PlacedBackend([Place(first, range(1)), Place(last, range(1, TINY.n_layer))])
+
+
 @pytest.fixture(scope="module")
 def build(name: str, tmp_path_factory: pytest.TempPathFactory) -> Build:
     """`build("int8", threads=1)`: the tiny model on the backend under test."""
 
     def make(scheme: str = "int4", threads: int | None = None) -> Head:
         opened = Pack.open(pack(tmp_path_factory.getbasetemp(), TINY, scheme))
-        return Head(opened, choose(name, opened, threads).backend, "BloomForCausalLM")
+        return Head(opened, chosen(name, opened, threads), "BloomForCausalLM")
 
     return make
 
@@ -222,6 +236,29 @@ def test_compiled_equals_eager(build: Build, name: str):
     for found in (hidden[3:6], hidden[6:9], hidden[9:]):
         for eager, compiled in zip(hidden[:3], found, strict=True):
             assert close(compiled, eager, name)
+
+
+def test_a_compiled_step_may_be_given_hidden_states(build: Build, name: str):
+    lm = build()
+    backend, blocks = lm.backend, lm.model.blocks
+
+    def behind_the_first(x, cache, span, wanted):
+        return backend.take(blocks[1](x, cache, span), wanted)
+
+    compiled = backend.compile(behind_the_first)
+    pieces = [(Span.of([0, 1], [9, 4]), 0), (Span.of([1], [1]), 13), (Span.of([1, 0], [1, 1]), 14)]
+    for _ in range(2):  # recorded, then replayed
+        caches = [lm.cache(2, 32) for _ in range(3)]
+        for span, start in pieces:
+            own = lm.model.emb_ln(lm.model.wte(IDS[start : start + span.starts[-1]]))
+            wanted = np.arange(span.starts[-1])[::-1]
+            given = ((behind_the_first, own), (compiled, own), (compiled, backend.numpy(own)))
+            found = []
+            for (step, x), cache in zip(given, caches, strict=True):
+                found.append(np.array(backend.numpy(step(x, cache, span, wanted))))
+                cache.advance(span)
+            assert close(found[1], found[0], name)
+            assert close(found[2], found[0], name)
 
 
 def test_a_result_is_the_callers_to_keep(build: Build):
@@ -510,6 +547,7 @@ def test_the_reference_has_no_other_cache_than_float32(opened: Pack):
     assert str(caught.value) == "cache_dtype is 'int8', the reference backend has f32 alone"
 
 
+@pytest.mark.parametrize("name", [*backends.available(), "cuda-cpu"])
 @pytest.mark.parametrize("cache_dtype", ["f64", "", None, "F16", 16], ids=str)
 def test_an_impossible_cache_dtype_is_refused(opened: Pack, name: str, cache_dtype):
     with pytest.raises(UsageError) as caught:
@@ -533,6 +571,7 @@ def test_float_packs_get_a_float32_cache_and_quantized_ones_float16(tmp_path_fac
     assert found == {"int4": "f16", "f32": "f32"}
 
 
+@pytest.mark.parametrize("name", [*backends.available(), "cuda-cpu"])
 @pytest.mark.parametrize("threads", [0, -4, 1.5, True])
 def test_impossible_threads_are_refused_on_every_backend(opened: Pack, name: str, threads):
     expected = "expected 1 to" if name == "numba" else "expected 1 or more, or None"

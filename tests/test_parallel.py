@@ -21,7 +21,7 @@ from parallel_threads import ThreadGroup, on_ranks
 import bloomq
 from bloomq import backends
 from bloomq.config import BloomConfig, weight_specs
-from bloomq.errors import BackendError, UsageError
+from bloomq.errors import BackendError, CapacityError, UsageError
 from bloomq.heads import Head
 from bloomq.language_model import LanguageModel
 from bloomq.layers import Span, Stored
@@ -410,6 +410,26 @@ def test_the_environment_says_which_process_this_is():
     assert place == Place(1, 2, 1, 2, "localhost", 29500, True, 2)
     assert Workers(place, None).threads(5) == 2  # type: ignore[arg-type]
     assert Workers(replace(place, local_world=8), None).threads(5) == 1  # type: ignore[arg-type]
+
+
+def test_ranks_have_the_devices_of_their_numbers():
+    workers = Workers(Place(1, 2, 1, 2, "localhost", 1), None)  # type: ignore[arg-type]
+    assert workers.device == "cuda:1"
+    for given in ({"devices": "cuda:0,1"}, {"max_memory": "0:1GiB"}):
+        with pytest.raises(UsageError, match="on 2 ranks, expected neither: each rank has the GPU"):
+            bloomq.load(workers=workers, **given)  # type: ignore[arg-type]
+
+
+def test_a_part_that_its_gpu_has_no_room_for_is_refused(monkeypatch: pytest.MonkeyPatch):
+    class Small:
+        def free_bytes(self) -> int:
+            return 10**6
+
+    monkeypatch.setattr(backends, "why_not", lambda name: None)
+    workers = Workers(Place(1, 2, 1, 2, "localhost", 1), Small())  # type: ignore[arg-type]
+    said = r"of weights, cuda:1 has 0\.0 GB free: start more ranks"
+    with pytest.raises(CapacityError, match=said):
+        bloomq.load(workers=workers)
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,9 @@ class ProcessGroup:
     def __init__(self, place: Place, timeout_s: float) -> None:
         self.rank, self.world, self.timeout_s = place.rank, place.world, timeout_s
         wait = timedelta(seconds=timeout_s)
-        a_gpu_each = torch.cuda.device_count() >= place.local_world
-        kinds = "cpu:gloo,cuda:nccl" if a_gpu_each else "gloo"
-        if a_gpu_each:
+        self._has_gpu = torch.cuda.device_count() >= place.local_world
+        kinds = "cpu:gloo,cuda:nccl" if self._has_gpu else "gloo"
+        if self._has_gpu:
             torch.cuda.set_device(place.local_rank)
         with self._together():
             store = TCPStore(
@@ -109,6 +109,11 @@ class ProcessGroup:
             return int(self._store.add(what, 1)) == 1
         except RuntimeError:
             return True
+
+    def free_bytes(self) -> int:
+        """Memory that is free on the GPU of this rank, on which alone this process has a context;
+        0 where there are fewer GPUs than ranks of this machine."""
+        return int(torch.cuda.mem_get_info()[0]) if self._has_gpu else 0
 
     def close(self) -> None:
         """Part from the others, when all have done everything."""

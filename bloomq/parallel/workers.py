@@ -68,6 +68,10 @@ class Workers:
         """The GPU of this rank, where machines have them."""
         return f"cuda:{self.place.local_rank}"
 
+    def free_bytes(self) -> int:
+        """Memory that is free on this rank's GPU."""
+        return self.group.free_bytes()
+
     def threads(self, cores: int) -> int:
         """A rank's share of this machine's cores."""
         return max(1, cores // self.place.local_world)
@@ -78,7 +82,9 @@ class Workers:
         return int(self.group.gather(state)[0, 0])
 
     def may_report(self) -> bool:
-        """Is this the rank that says what went wrong? The first one is."""
+        """Is this the rank that says what went wrong? The first one is. It ends by itself now: what
+        torchrun tells it comes too late to matter."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return self.group.is_first_to("report")
 
     def speak_as_one(self) -> None:

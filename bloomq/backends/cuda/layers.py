@@ -113,8 +113,10 @@ class CudaBackend:
 
         return call
 
-    def attention(self, layer: int, n_head: int, head_dim: int) -> Attention:
-        return attention(layer, n_head, head_dim, self.device)
+    def attention(
+        self, layer: int, n_head: int, head_dim: int, *, slope: F32 | None = None
+    ) -> Attention:
+        return attention(layer, n_head, head_dim, self.device, slope=slope)
 
     def cache(self, config: BloomConfig, batch: int, capacity: int, ranks: int = 0) -> CudaCache:
         return CudaCache(config, batch, capacity, ranks, self.cache_dtype, self.device)
@@ -140,6 +142,10 @@ class CudaBackend:
 
     def numpy(self, x: Any) -> F32:
         return np.asarray(x.cpu() if isinstance(x, Tensor) else x, np.float32)
+
+    def receive(self, x: Tensor) -> Tensor:
+        """A tensor of another device on this one; between GPUs without waiting for it."""
+        return x.to(self.device, non_blocking=True)
 
     def _norm(self, norm: Norm) -> DeviceNorm:
         gain, bias = self._there(norm.gain), self._there(norm.bias)

@@ -49,16 +49,25 @@ class Frame:
 
 
 def in_few_shapes(step: Step) -> Step:
-    """The same step, run on padded ids and for padded `wanted`."""
+    """The same step, run on padded ids or hidden states and for padded `wanted`."""
 
-    def call(ids: I64, cache: JaxCache, span: Span, wanted: I64) -> Array:
+    def call(ids: Any, cache: JaxCache, span: Span, wanted: I64) -> Array:
         cache.check_kept()
         places = Places.of(span, cache, bucket)
         gates = cache.gates[np.minimum(places.rows, cache.batch - 1)]  # padding: any
         frame = Frame(cache, jax.device_put(places), jnp.asarray(gates))
         nothing: Any = None  # for the span, which knows nothing of the padding
         read = padded(wanted, bucket(len(wanted)))
-        results: Array = step(padded(ids, len(places.row)), frame, nothing, read)
+        size = len(places.row)
+        given = padded(ids, size) if ids.ndim == 1 else _padded_states(ids, size)
+        results: Array = step(given, frame, nothing, read)
         return results if len(results) == len(wanted) else results[: len(wanted)]
 
     return call
+
+
+def _padded_states(states: Any, size: int) -> F32:
+    """states [M, C] -> float32 [size, C]."""
+    out = np.zeros((size, states.shape[1]), np.float32)
+    out[: len(states)] = states
+    return out

@@ -45,6 +45,8 @@ _ATTENTION_CHUNKS = 64  # of a step: enough to share evenly, each worth its scra
 # Programs kept for replay: decode in several shapes, a prompt's steps. Those with much memory, as a
 # prompt's on a large model, or one whose every logit was asked for, are kept as long as they fit.
 _PROGRAMS, _KEPT_BYTES = 16, 128 << 20
+_Shape = tuple[tuple[int, ...], int, int]  # of ids or hidden states; rows and results
+Given = Input | Buffer
 
 
 class NumbaBackend:
@@ -174,42 +176,47 @@ class _Replay:
 
     def __init__(self, pool: Pool, step: Step) -> None:
         self._pool, self._step = pool, step
-        self._recorded: OrderedDict[tuple[int, int, int], tuple[Program, F32]] = OrderedDict()
+        self._recorded: OrderedDict[_Shape, tuple[Program, Given, F32]] = OrderedDict()
         self._keeping = threading.Lock()
 
-    def __call__(self, ids: I64, cache: NumbaCache, span: Span, wanted: I64) -> F32:
-        shape = (len(ids), len(span.rows), len(wanted))
+    def __call__(self, ids: NDArray[Any], cache: NumbaCache, span: Span, wanted: I64) -> F32:
+        shape = (ids.shape, len(span.rows), len(wanted))
         # Taken out while it runs: another thread's step of this shape gets a program of its own.
         with self._keeping:
             kept = self._recorded.pop(shape, None)
-        program, result = self._record(shape, cache, span) if kept is None else kept
-        ids, wanted = (np.ascontiguousarray(index, np.int64) for index in (ids, wanted))
+        program, given, result = self._record(shape, cache, span) if kept is None else kept
+        wanted = np.ascontiguousarray(wanted, np.int64)
+        if isinstance(given, Input):
+            ids = np.ascontiguousarray(ids, np.int64)
+            program.inputs[_IDS] = ids.ctypes.data
+        else:
+            given.values()[:] = ids
         cache.bind(program, span, ids, wanted)
-        program.inputs[_IDS] = ids.ctypes.data
         program.inputs[_WANTED] = wanted.ctypes.data
         self._pool.run(program)
         program.held = None
         mine = result.copy()
         with self._keeping:
-            self._recorded[shape] = (program, result)
+            self._recorded[shape] = (program, given, result)
             self._forget()
         return mine
 
     def _forget(self) -> None:
         """Drop the programs used longest ago until the others are few and small enough."""
-        total = sum(program.nbytes for program, _ in self._recorded.values())
+        total = sum(program.nbytes for program, _, _ in self._recorded.values())
         while self._recorded and (len(self._recorded) > _PROGRAMS or total > _KEPT_BYTES):
-            program, _ = self._recorded.popitem(last=False)[1]
+            program, _, _ = self._recorded.popitem(last=False)[1]
             total -= program.nbytes
 
-    def _record(
-        self, shape: tuple[int, int, int], cache: NumbaCache, span: Span
-    ) -> tuple[Program, F32]:
-        """A program and a view of its result."""
+    def _record(self, shape: _Shape, cache: NumbaCache, span: Span) -> tuple[Program, Given, F32]:
+        """A program, where it finds its ids or hidden states, and a view of its result."""
         program = Program(_INPUTS)
-        tokens, _, results = shape
-        ids, wanted = Input(program, tokens, _IDS), Input(program, results, _WANTED)
-        return program, self._step(ids, cache, span, wanted).values()
+        (tokens, *columns), _, results = shape
+        given: Given = Input(program, tokens, _IDS)
+        if columns:
+            given = program.buffer(tokens, columns[0], np.float32)
+        wanted = Input(program, results, _WANTED)
+        return program, given, self._step(given, cache, span, wanted).values()
 
 
 def _held(program: Program, array: F32) -> Buffer:
