@@ -8,8 +8,8 @@ are listed, and nothing is sorted but these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -22,13 +22,36 @@ I64 = NDArray[np.int64]
 LEVELS, PER_NAT = 1024, 32  # 32 nats: what lies beyond has 1e-14 of the best one's probability
 
 
+def tokens_between(levels: NDArray[np.uint16], low: int, high: int) -> I64:
+    """The tokens of the levels from `low` to `high`, by id."""
+    if low == high:
+        return _places(levels == low)
+    return _places(levels - np.uint16(low) <= np.uint16(high - low))  # lower levels wrap around
+
+
+def _places(mine: NDArray[np.bool_]) -> I64:
+    """np.flatnonzero by eights: where few are true, several times as fast."""
+    eights = mine[: len(mine) & ~7].view(np.uint64)
+    some = np.flatnonzero(eights != 0)
+    if len(some) > len(eights) // 16:
+        return np.flatnonzero(mine)
+    last = np.arange(8 * len(eights), len(mine))
+    places = np.concatenate([np.add.outer(8 * some, np.arange(8)).ravel(), last])
+    found: I64 = places[mine[places]]
+    return found
+
+
+Find = Callable[[NDArray[np.uint16], int, int], I64]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Levels:
     """Of logits [V] at a temperature, with d = (logit - best) / temperature of each token:
 
     levels: uint16 [V], each token's; masses: float64 [LEVELS], the sums of e**d of each level's
     tokens; count, total, squares, moment: of the tokens whose d is not -infinity (in a backend's
-    float32) how many there are, and the sums of d, d**2 and d e**d.
+    float32) how many there are, and the sums of d, d**2 and d e**d; find: how the backend does
+    `tokens_between`.
     """
 
     best: np.float32
@@ -39,19 +62,18 @@ class Levels:
     total: float
     squares: float
     moment: float
+    find: Find = field(default=tokens_between, repr=False)
 
     def tokens(self, wanted: Sequence[int]) -> I64:
         """The tokens of these levels, by id."""
-        mine = None
         starts = [i for i, level in enumerate(wanted) if not i or level != wanted[i - 1] + 1]
-        for first, stop in pairwise([*starts, len(wanted)]):  # runs
-            low, high = wanted[first], wanted[stop - 1]
-            if low == high:
-                run = self.levels == low
-            else:  # what lies before the run wraps around
-                run = self.levels - np.uint16(low) <= np.uint16(high - low)
-            mine = run if mine is None else np.bitwise_or(mine, run, out=mine)
-        return np.empty(0, np.int64) if mine is None else _places(mine)
+        runs = [
+            self.find(self.levels, wanted[first], wanted[stop - 1])
+            for first, stop in pairwise([*starts, len(wanted)])
+        ]
+        if len(runs) == 1:
+            return runs[0]
+        return np.sort(np.concatenate(runs)) if runs else np.empty(0, np.int64)
 
     def entropy(self) -> float:
         """-sum p log p of all tokens, in nats."""
@@ -87,15 +109,3 @@ def levels_of(values: F32, temperature: float) -> Levels:
     d = below[below > -np.inf]
     sums = float(d.sum()), float(np.square(d).sum()), float((np.exp(d) * d).sum())
     return Levels(best, temperature, levels, masses, len(d), *sums)
-
-
-def _places(mine: NDArray[np.bool_]) -> I64:
-    """np.flatnonzero by eights: where few are true, several times as fast."""
-    eights = mine[: len(mine) & ~7].view(np.uint64)
-    some = np.flatnonzero(eights != 0)
-    if len(some) > len(eights) // 16:
-        return np.flatnonzero(mine)
-    last = np.arange(8 * len(eights), len(mine))
-    places = np.concatenate([np.add.outer(8 * some, np.arange(8)).ravel(), last])
-    found: I64 = places[mine[places]]
-    return found

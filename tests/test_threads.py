@@ -81,7 +81,7 @@ def test_a_program_of_nothing_ends():
 
 
 def test_helpers_that_never_come_are_not_waited_for(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(numba_threads._Helpers, "_help", lambda self, bell: None)
+    monkeypatch.setattr(numba_threads._Helpers, "_help", lambda self, bell, mine: None)
     program, numbers = counting()
     Pool(3).run(program)
     assert (numbers == 20).all()
@@ -128,10 +128,9 @@ def test_ctrl_c_before_the_work_leaves_no_helper_at_it(monkeypatch: pytest.Monke
     program, numbers = counting()
     publish = numba_threads._Helpers.publish
 
-    def interrupted(self, job):
-        publish(self, job)
-        if job is not numba_threads._END:
-            raise KeyboardInterrupt
+    def interrupted(self, job, wake=True):
+        publish(self, job, wake)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(numba_threads._Helpers, "publish", interrupted)
     for _ in range(20):

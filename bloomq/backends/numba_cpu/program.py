@@ -126,7 +126,7 @@ class Program:
         weights that it reads, by which `Pool` decides whether to wake helpers."""
         if units == 0:
             return
-        block = np.array([_bits(argument) for argument in arguments], np.int64)
+        block = np.array([bits_of(argument) for argument in arguments], np.int64)
         self._alive += [kernel, block]
         self._operations.append((kernel.address, block.ctypes.data, units, max(1, chunk)))
         self.bytes_touched += touched
@@ -147,7 +147,7 @@ class Job:
     """One run of a program, with counters of its own: a helper that comes after the end finds
     everything taken, even if the program is already running again."""
 
-    __slots__ = ("_counters", "_operations", "_owners", "_table")
+    __slots__ = ("_card", "_counters", "_operations", "_owners", "_table", "card")
 
     def __init__(self, program: Program, table: Array) -> None:
         self._operations = len(table)
@@ -155,6 +155,11 @@ class Job:
         first = -memory.ctypes.data % LINE // 8
         self._counters = memory[first : first + (self._operations + 1) * _COUNTERS]
         self._table = table.ctypes.data
+        offer = offer_core()
+        self._card = np.array(
+            [self._table, self._operations, self._counters.ctypes.data, offer], np.int64
+        )
+        self.card: int = self._card.ctypes.data  # where a helper finds what `work` has
         self._owners = (program, program.held, table)  # what kernels of late helpers may still use
 
     def work(self) -> None:
@@ -172,7 +177,7 @@ class Job:
             sleep(1e-4)
 
 
-def _bits(value: Number) -> int:
+def bits_of(value: Number) -> int:
     """An argument as an int64: whole numbers as they are, others as float32 in the low half."""
     if isinstance(value, float | np.floating):
         return int(struct.unpack("<i", struct.pack("<f", value))[0])
@@ -208,6 +213,19 @@ def _add(typingctx: Any, at: Any, amount: Any) -> Any:
         return builder.atomic_rmw("add", pointer, args[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def show(typingctx: Any, at: Any, value: Any) -> Any:
+    """Write an int64 at an address, for others to see before anything is read from here on."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], I64.as_pointer())
+        builder.store_atomic(args[1], pointer, "release", 8)
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic
