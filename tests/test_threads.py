@@ -126,13 +126,13 @@ def test_many_callers_at_once_each_get_their_own_result():
 def test_ctrl_c_before_the_work_leaves_no_helper_at_it(monkeypatch: pytest.MonkeyPatch):
     pool = Pool(2)
     program, numbers = counting()
-    publish = numba_threads._Helpers.publish
+    begin = pool._begin
 
-    def interrupted(self, job, wake=True):
-        publish(self, job, wake)
+    def interrupted(*job):
+        begin(*job)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(numba_threads._Helpers, "publish", interrupted)
+    monkeypatch.setattr(pool, "_begin", interrupted)
     for _ in range(20):
         with pytest.raises(KeyboardInterrupt):
             pool.run(program)
