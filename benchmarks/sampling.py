@@ -225,7 +225,7 @@ def measure_alone(calls: list[Draw | None], rows: np.ndarray, repeat: int) -> li
             for samples, call in zip(found[first : first + 2], calls[first:], strict=False):
                 for row in range(ROWS if call is not None else 0):
                     sample = timed(call, rows[row : row + 1])  # type: ignore[arg-type]
-                    samples += [sample] if turn else []
+                    samples.extend([sample] if turn else [])
     return found
 
 
@@ -248,7 +248,7 @@ def measure_between_steps(
                 steps.append(1e3 * (perf_counter() - started))
                 logits[0] = row
                 sample = timed(call, logits)
-                samples += [sample] if turn else []
+                samples.extend([sample] if turn else [])
     return median(steps), found
 
 

@@ -17,6 +17,7 @@ from bloomq.backends.numba_cpu.memory import as_float, fields, floats, ints, lon
 
 BLOCK = 64  # logits of a block: 3,920 of them in BLOOM's vocabulary, far more than the usual k
 _ID_BITS = 31
+ID_MASK = (1 << _ID_BITS) - 1
 _INFINITY = 0x7F800000  # the bits of a float32
 _DIGIT = 8  # bits that a pass of the sort looks at
 
@@ -32,6 +33,12 @@ def _ordered(bits):  # type: ignore[no-untyped-def]
     if bits & 0x7FFFFFFF > _INFINITY:  # NaN
         return -_INFINITY
     return bits if bits >= 0 else -(bits & 0x7FFFFFFF)
+
+
+@njit
+def key_of(bits, token):  # type: ignore[no-untyped-def]
+    """The key of a token, from the bits of its logit."""
+    return (0x7FFFFFFF - _ordered(bits)) << _ID_BITS | token
 
 
 @njit
@@ -88,7 +95,7 @@ def _keep_least(keys, count, k):  # type: ignore[no-untyped-def]
 
 
 @njit
-def _sort(keys, other, count):  # type: ignore[no-untyped-def]
+def sort_keys(keys, other, count):  # type: ignore[no-untyped-def]
     """Sort `count` keys that are in the order of their ids: by the digits of their logits, the last
     first. Returns what holds the result, `keys` or `other`."""
     differing = 0
@@ -137,8 +144,7 @@ def best_ids() -> Any:
                     continue
                 for token in range(BLOCK * block, min(BLOCK * block + BLOCK, v)):
                     if not x[token] < bound:  # NaN too, so that there are at least k
-                        key = (0x7FFFFFFF - _ordered(np.int64(bits[token]))) << _ID_BITS | token
-                        keys[count] = key
+                        keys[count] = key_of(np.int64(bits[token]), token)
                         count += 1
                 if count > room - BLOCK:
                     count = _keep_least(keys, count, k)
@@ -148,10 +154,10 @@ def best_ids() -> Any:
                     # Others must be better: their ids are higher.
                     bound = _float(0x7FFFFFFF - (worst >> _ID_BITS) + 1)
             count = _keep_least(keys, count, k)
-            found = _sort(keys, longs(to_keys + 8 * (2 * row + 1) * room, room), count)
+            found = sort_keys(keys, longs(to_keys + 8 * (2 * row + 1) * room, room), count)
             ids, best = longs(to_ids + 8 * row * k, k), floats(to_logits + 4 * row * k, k)
             for i in range(k):
-                ids[i] = found[i] & ((1 << _ID_BITS) - 1)
+                ids[i] = found[i] & ID_MASK
                 best[i] = x[ids[i]]
 
     return best_ids

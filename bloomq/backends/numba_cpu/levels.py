@@ -17,6 +17,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from bloomq.backends.numba_cpu.best import ID_MASK, key_of, sort_keys
 from bloomq.backends.numba_cpu.jit import kernel
 from bloomq.backends.numba_cpu.memory import (
     address,
@@ -24,6 +25,7 @@ from bloomq.backends.numba_cpu.memory import (
     doubles,
     fields,
     floats,
+    ints,
     keep,
     longs,
     shorts,
@@ -265,8 +267,8 @@ def level_merge() -> Any:
 def find_parts(tier: str) -> Any:
     """The tokens of a run of levels, of each part of a row. Units: parts.
 
-    Arguments: address of (levels, first level, how many more), V, ids, counts. ids int64 [parts,
-    PART], of which counts int64 [parts] are the part's.
+    Arguments: address of (levels, first level, how many more, ...), V, ids, counts. ids int64
+    [parts, PART], of which counts int64 [parts] are the part's.
     """
 
     @kernel
@@ -295,17 +297,32 @@ def find_parts(tier: str) -> Any:
 
 @lru_cache(maxsize=1)
 def find_merge() -> Any:
-    """Moves what `find_parts` found together. Units: 1. Arguments: parts, ids, counts, count: int64
-    [1], of all."""
+    """What `find_parts` found that is not at -infinity, in the order of the logits. Units: 1.
+
+    Arguments: address of (levels, first level, how many more, logits), parts, ids, counts, keys,
+    best ids, best logits, count. keys int64 [2, V]; best ids int64 [V] and best logits float64 [V]:
+    best first, of equals the lower id; count int64 [1], how many there are.
+    """
 
     @kernel
     def find_merge(arguments, first, last):  # type: ignore[no-untyped-def]
-        parts, at, from_counts, to_count = fields(arguments, 4)
-        counts, ids, total = longs(from_counts, parts), longs(at, parts * PART), 0
+        given, parts, v, from_ids, from_counts, to_keys, to_ids, to_logits, to_count = fields(
+            arguments, 9
+        )
+        at = fields(given, 4)[3]
+        x, bits, keys, count = floats(at, v), ints(at, v), longs(to_keys, v), 0
+        counts = longs(from_counts, parts)
         for part in range(parts):
-            for i in range(PART * part, PART * part + counts[part]):
-                ids[total] = ids[i]
-                total += 1
-        longs(to_count, 1)[0] = total
+            ids = longs(from_ids + 8 * PART * part, PART)
+            for i in range(counts[part]):
+                token = ids[i]
+                keys[count] = key_of(np.int64(bits[token]), token)
+                count += x[token] > -np.inf
+        keys = sort_keys(keys, longs(to_keys + 8 * v, v), count)
+        best, logits = longs(to_ids, count), doubles(to_logits, count)
+        for i in range(count):
+            best[i] = keys[i] & ID_MASK
+            logits[i] = x[best[i]]
+        longs(to_count, 1)[0] = count
 
     return find_merge

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.backends.numba_cpu.best import best_ids, room_of
+from bloomq.backends.numba_cpu.binding import bind_find, bind_levels, bind_top
 from bloomq.backends.numba_cpu.levels import PART as LEVEL_PART
 from bloomq.backends.numba_cpu.levels import (
     SUMS,
@@ -24,7 +25,7 @@ from bloomq.backends.numba_cpu.levels import (
     level_parts,
     row_peaks,
 )
-from bloomq.backends.numba_cpu.program import Program, bits_of
+from bloomq.backends.numba_cpu.program import Program
 from bloomq.backends.numba_cpu.recorded import Recorded
 from bloomq.backends.numba_cpu.threads import Pool
 from bloomq.backends.numba_cpu.top import BLOCKS, PART, top_merge, top_parts
@@ -32,6 +33,7 @@ from bloomq.layers import Top
 from bloomq.levels import LEVELS, Levels, level_scale
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 
@@ -48,6 +50,7 @@ class RowPrograms:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self._bind_top, self._bind_levels, self._bind_find = bind_top(), bind_levels(), bind_find()
         self._tops: Recorded[Work] = Recorded()
         self._levels: Recorded[Work] = Recorded()
         self._finds: Recorded[Work] = Recorded()
@@ -64,8 +67,7 @@ class RowPrograms:
         batch, vocab = logits.shape
         shape = tier, batch, vocab, min(k, vocab)
         work = self._tops.take(shape, partial(_top, *shape))
-        factor = bits_of(np.float32(1 / temperature))
-        work.program.inputs[:] = logits.ctypes.data, logits.strides[0], factor
+        self._bind_top(work.program.inputs, logits, 1 / temperature)
         ids, best, logsumexp = self._run(work, logits)
         self._tops.put_back(shape, work)
         return Top(ids, best, logsumexp)
@@ -75,24 +77,27 @@ class RowPrograms:
         vocab = logits.shape[1]
         levels = np.empty(vocab, np.uint16)
         work = self._levels.take((tier, vocab), partial(_levels, tier, vocab))
-        factor, scale = bits_of(np.float32(1 / temperature)), bits_of(level_scale(temperature))
-        work.program.inputs[:] = logits.ctypes.data, factor, scale, levels.ctypes.data
+        factor, scale = 1 / temperature, level_scale(temperature)
+        self._bind_levels(work.program.inputs, logits, factor, scale, levels)
         masses, sums, best = self._run(work, (logits, levels))
         self._levels.put_back((tier, vocab), work)
         count, total, squares, moment = sums.tolist()
         find = partial(self._find, tier)
         return Levels(best[0], temperature, levels, masses, count, total, squares, moment, find)
 
-    def _find(self, tier: str, levels: NDArray[np.uint16], low: int, high: int) -> I64:
-        """The tokens of the levels from `low` to `high`, by id."""
+    def _find(
+        self, tier: str, levels: NDArray[np.uint16], values: F32, low: int, high: int
+    ) -> tuple[I64, F64]:
+        """See `levels.find`."""
         shape = tier, len(levels)
         work = self._finds.take(shape, partial(_find, *shape))
-        work.program.inputs[:] = levels.ctypes.data, low, high - low
-        self._pool.run(work.program)  # the caller holds `levels`, whom a late helper does not read
-        ids, count = work.results
-        found: I64 = ids[: int(count[0])].copy()
+        self._bind_find(work.program.inputs, levels, low, high - low, values)
+        self._pool.run(work.program)
+        ids, logits, count = work.results
+        found = int(count[0])
+        best = ids[:found].copy(), logits[:found].copy()
         self._finds.put_back(shape, work)
-        return found
+        return best
 
     def _run(self, work: Work, given: object) -> list[Any]:
         """Copies of the results. given: what the inputs point into."""
@@ -138,16 +143,19 @@ def _levels(tier: str, vocab: int) -> Work:
 
 
 def _find(tier: str, vocab: int) -> Work:
-    """Inputs: levels, the first that is wanted, how many more."""
-    program, parts = Program(3), -(-vocab // LEVEL_PART)
+    """Inputs: levels, the first that is wanted, how many more, logits."""
+    program, parts = Program(4), -(-vocab // LEVEL_PART)
     ids, counts = np.empty((parts, LEVEL_PART), np.int64), np.empty(parts, np.int64)
-    count = np.empty(1, np.int64)
+    keys = np.empty((2, vocab), np.int64)
+    results = np.empty(vocab, np.int64), np.empty(vocab), np.empty(1, np.int64)
+    given = program.inputs.ctypes.data
     to = ids.ctypes.data, counts.ctypes.data
+    program.add(find_parts(tier), parts, 1, given, vocab, *to, touched=2 * vocab)
+    inner = *to, keys.ctypes.data
     program.add(
-        find_parts(tier), parts, 1, program.inputs.ctypes.data, vocab, *to, touched=2 * vocab
+        find_merge(), 1, 1, given, parts, vocab, *inner, *(to.ctypes.data for to in results)
     )
-    program.add(find_merge(), 1, 1, parts, *to, count.ctypes.data)
-    return _holding(program, (counts,), (ids.reshape(-1), count))
+    return _holding(program, (ids, counts, keys), results)
 
 
 def _holding(program: Program, inner: tuple[Any, ...], results: tuple[Any, ...]) -> Work:
