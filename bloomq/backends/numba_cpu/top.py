@@ -47,7 +47,7 @@ def _emit_sum_exp(
     b.store(v.constant(V16F, 0.0), total)
     with cgutils.for_range(b, blocks, intp=I64) as loop:
         value = v.load(v.at(x, b.mul(loop.index, I64(4 * LANES))), V16F)
-        term = v.exp(b.fmul(b.fsub(value, peak), factor))
+        term = v.exp_from(-87.0, b.fmul(b.fsub(value, peak), factor))
         b.store(b.fadd(b.load(total, typ=V16F), term), total)
     v.store(b.load(total, typ=V16F), out)
 
