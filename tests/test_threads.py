@@ -96,6 +96,35 @@ def test_a_helper_that_comes_after_the_end_changes_nothing():
     assert (numbers == 40).all()
 
 
+def test_a_run_leaves_alone_what_a_late_helper_still_looks_at(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(numba_threads._Helpers, "_help", lambda self, bell, mine: None)
+    program, numbers = counting()
+    pool = Pool(2)
+    pool.run(program)
+    helpers, job = pool._helpers, program.job()
+    program.done(job)
+    helpers._lines[0, 0] = job.card  # as of a helper that was preempted there
+    for run in range(2, 400):
+        pool.run(program)
+        assert (numbers == 20 * run).all()
+    again = program.job()
+    assert again is not job
+    assert again is not program.job()
+    assert job in helpers._recent
+    assert len(helpers._recent) <= 2 * numba_threads._RECENT
+
+
+def test_a_run_takes_the_counters_of_the_run_before(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(numba_threads._Helpers, "_help", lambda self, bell, mine: None)
+    program, _ = counting()
+    pool = Pool(2)
+    pool.run(program)
+    job = program.job()
+    program.done(job)
+    pool.run(program)
+    assert program.job() is job
+
+
 def test_small_programs_are_done_by_the_caller_alone():
     program, numbers = Program(), np.zeros(4, np.int64)
     program.add(add_one(), 4, 1, numbers.ctypes.data, touched=1000)
