@@ -25,8 +25,10 @@ LEVELS, PER_NAT = 1024, 32  # 32 nats: what lies beyond has 1e-14 of the best on
 def find(levels: NDArray[np.uint16], values: F32, low: int, high: int) -> tuple[I64, F64]:
     """Ids and logits of the tokens of the levels from `low` to `high`, best first, of equals the
     lower id; none at -infinity."""
-    mine = levels == low if low == high else levels - np.uint16(low) <= np.uint16(high - low)
-    ids = _places(mine)  # lower levels wrap around
+    if low == high:
+        ids = _places(levels == low)
+    else:  # what lies before the run wraps around
+        ids = _places(levels - np.uint16(low) <= np.uint16(high - low))
     if high == LEVELS - 1:
         ids = ids[values[ids] > -np.inf]
     ids = ids[_best_first(values[ids])]

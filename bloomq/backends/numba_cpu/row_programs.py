@@ -65,7 +65,7 @@ class RowPrograms:
     def top(self, tier: str, logits: F32, k: int, temperature: float) -> Top:
         """See `Backend.top`."""
         batch, vocab = logits.shape
-        shape = tier, batch, vocab, min(k, vocab)
+        shape = tier, batch, vocab, min(max(k, 1), vocab)
         work = self._tops.take(shape, partial(_top, *shape))
         self._bind_top(work.program.inputs, logits, 1 / temperature)
         ids, best, logsumexp = self._run(work, logits)

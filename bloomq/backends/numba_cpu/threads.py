@@ -86,8 +86,9 @@ def _help_out() -> Any:
     looks; did it not end for good? `mine` is the address of the helper's line.
 
     All of it without Python: to get the GIL back takes as long as a small program. Invariant: a job
-    whose card is in a helper's line is not freed. The helper writes the card there first, then
-    looks whether it is still up; who replaces it, first puts up the next one, then reads the lines.
+    whose card is in a helper's line is neither freed nor begun anew. The helper writes the card
+    there first, then looks whether it is still up; who frees or begins, takes it down first, then
+    reads the lines.
     """
     run, sleeps = runner(), 8 * _SLEEPS
 
