@@ -1,12 +1,16 @@
 """What choosing a token costs, by setting, beside transformers' processors on the same logits.
 
-    python benchmarks/sampling.py [-m PACK] [--vocab 250880] [--spread 3] [--text FILE]
-                                  [--threads N] [--repeat 9] [--no-peer] [--json FILE]
+    python benchmarks/sampling.py [-m PACK [--synthetic]] [--vocab 250880] [--spread 3]
+                                  [--text FILE] [--threads N] [--repeat 9] [--no-peer]
+                                  [--json FILE]
 
-With a pack, logits are the model's own behind places of a text (default: this project's README;
-random tokens where the pack has no tokenizer), and a step is one of its decode steps, measured
-first. Without, logits are normal numbers of this spread, at 3 flatter than most places of a text,
-and a step is taken for 12.4 ms, bloom-560m's on the machine of the README.
+With a pack, each token is drawn right behind a real decode step, in which the model's weights went
+through the caches: what generation pays. The settings take turns, a step before each. Logits are
+the model's own behind places of a text (default: this project's README; random tokens where the
+pack has no tokenizer). Without a pack, tokens are drawn one after another, all code and data warm,
+which takes half as long; logits are normal numbers of this spread, at 3 flatter than most places of
+a text, and a step is taken for 12.4 ms, bloom-560m's on the machine of the README. --synthetic
+draws from such numbers between the steps of a pack, for one whose weights were never trained.
 Printed for each setting: the median microseconds of a token and the middle half of the samples, its
 share of a step, and what transformers takes (processors, softmax, one draw; PyTorch with as many
 threads), in turn with ours. Penalties, DRY and n-grams look at 2,048 tokens; of the penalties
@@ -62,29 +66,41 @@ PEER = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penal
 
 def main() -> None:
     args = arguments()
-    model = None if args.model is None else bloomq.load(args.model, backend="numba")
+    model = None
+    if args.model is not None:
+        model = bloomq.load(args.model, backend="numba", threads=args.threads)
     backend = NumbaBackend(args.threads) if model is None else model.backend
-    rows, step_ms = (
-        synthetic(args.vocab, args.spread) if model is None else of_model(model, args.text)
-    )
-    vocabulary = rows.shape[1]
-    print(f"{backend.description}; V {vocabulary:,}; a step: {step_ms:.1f} ms")
+    if model is None or args.synthetic:
+        rows = synthetic(args.vocab if model is None else model.config.vocab_size, args.spread)
+    else:
+        rows = of_model(model, args.text)
+    threads = getattr(backend, "threads", 1)
+    draws = [ours(backend, options, name, rows.shape[1]) for name, options in SETTINGS.items()]
+    peers = [
+        None if args.no_peer or "constraint" in name else theirs(options, rows.shape[1], threads)
+        for name, options in SETTINGS.items()
+    ]
+    calls = [call for pair in zip(draws, peers, strict=True) for call in pair]
+    if model is None:
+        step_ms, samples = STEP_MS, measure_alone(calls, rows, args.repeat)
+    else:
+        step_ms, samples = measure_between_steps(model, calls, rows, args.repeat)
+    where = "one after another" if model is None else "between steps"
+    print(f"{backend.description}; V {rows.shape[1]:,}; a step: {step_ms:.1f} ms; drawn {where}")
     print(f"{'setting':32}{'µs':>7}{'half of them':>15}{'of a step':>11}{'transformers':>14}")
-    for name, options in SETTINGS.items():
-        constrained = "constraint" in name
-        draw = ours(backend, rows, options, constrained)
-        alone = args.no_peer or constrained
-        peer = None if alone else theirs(rows, options, getattr(backend, "threads", 1))
-        samples, others = measure(draw, peer, args.repeat)
-        middle, (low, _, high) = median(samples), quantiles(samples, n=4)
+    for (name, options), mine, others in zip(
+        SETTINGS.items(), samples[::2], samples[1::2], strict=True
+    ):
+        middle, (low, _, high) = median(mine), quantiles(mine, n=4)
         beside = f"{median(others):14.0f}" if others else f"{'-':>14}"
         spread = f"{low:.0f} to {high:.0f}"
         print(f"{name:32}{middle:7.0f}{spread:>15}{middle / step_ms / 10:10.1f}%{beside}")
         if args.json:
             line = {
-                "setting": name, "options": options, "vocab_size": vocabulary, "step_ms": step_ms,
-                "model": str(args.model or "synthetic"), "us": samples, "transformers_us": others,
-                "description": backend.description, "version": bloomq.__version__,
+                "setting": name, "options": options, "vocab_size": rows.shape[1],
+                "step_ms": step_ms, "model": str(args.model or "synthetic"), "drawn": where,
+                "us": mine, "transformers_us": others, "description": backend.description,
+                "version": bloomq.__version__,
             }  # fmt: skip
             with args.json.open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -93,6 +109,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model", type=Path, help="a pack (default: synthetic logits)")
+    parser.add_argument("--synthetic", action="store_true", help="logits, with a pack too")
     parser.add_argument("--vocab", type=int, default=250_880, help="of synthetic logits")
     parser.add_argument("--spread", type=float, default=3.0, help="of synthetic logits")
     parser.add_argument("--text", type=Path, default=README)
@@ -103,25 +120,20 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def synthetic(vocab_size: int, spread: float) -> tuple[np.ndarray, float]:
+def synthetic(vocab_size: int, spread: float) -> np.ndarray:
     rows = spread * np.random.default_rng(0).standard_normal((ROWS, vocab_size))
-    return rows.astype(np.float32), STEP_MS
+    return rows.astype(np.float32)
 
 
-def of_model(model: Any, text: Path) -> tuple[np.ndarray, float]:
-    """Logits behind ROWS places of a text, and the milliseconds of a decode step."""
+def of_model(model: Any, text: Path) -> np.ndarray:
+    """Logits behind ROWS places of a text."""
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, 512)
     if model.tokenizer is not None:
         ids = np.array(model.prompt_ids(text.read_text())[:512], np.int64)
-    head, cache = model.head, model.head.cache(1, len(ids) + 32)
     places = np.linspace(16, len(ids) - 1, ROWS).astype(np.int64)
-    rows = model.backend.numpy(head.step(ids, cache, Span.of([0], [len(ids)]), places))
-    times = []
-    for token in ids[:32]:
-        started = perf_counter()
-        head.step(np.array([token]), cache, Span.of([0], [1]), np.array([0]))
-        times.append(1e3 * (perf_counter() - started))
-    return np.array(rows), median(times[8:])
+    span = Span.of([0], [len(ids)])
+    rows = model.head.step(ids, model.head.cache(1, len(ids)), span, places)
+    return np.array(model.backend.numpy(rows))
 
 
 class Mask:
@@ -143,20 +155,21 @@ def history(vocab_size: int) -> list[int]:
     return (vocab_size * rng.random(HISTORY) ** 3).astype(int).tolist()
 
 
-def ours(
-    backend: Any, rows: np.ndarray, options: dict[str, Any], constrained: bool
-) -> Callable[[int], Any]:
-    """Draws the next token from a row, the history half prompt and half output."""
-    text, vocabulary = history(rows.shape[1]), rows.shape[1]
+Draw = Callable[[np.ndarray], Any]  # from logits [1, V]
+
+
+def ours(backend: Any, options: dict[str, Any], name: str, vocab_size: int) -> Draw:
+    """Draws the next token, the history half prompt and half output."""
+    text = history(vocab_size)
     sampler = Sampler(
-        Sampling(**options, seed=0), text[: HISTORY // 2], 0, vocabulary,
-        constraint=Mask(vocabulary) if constrained else None,
+        Sampling(**options, seed=0), text[: HISTORY // 2], 0, vocab_size,
+        constraint=Mask(vocab_size) if "constraint" in name else None,
     )  # fmt: skip
     produced = text[HISTORY // 2 :]
-    return lambda row: sampler(Logits(backend, rows, row), produced)
+    return lambda logits: sampler(Logits(backend, logits, 0), produced)
 
 
-def theirs(rows: np.ndarray, options: dict[str, Any], threads: int) -> Callable[[int], Any] | None:
+def theirs(options: dict[str, Any], vocab_size: int, threads: int) -> Draw | None:
     """The same with transformers' processors; None where it lacks one, or is not installed."""
     known = set(PEER) | {"presence_penalty", "frequency_penalty"}
     if not set(options) <= known:
@@ -168,10 +181,10 @@ def theirs(rows: np.ndarray, options: dict[str, Any], threads: int) -> Callable[
         return None
     torch.set_num_threads(threads)
     made = list(processors(hf, options))
-    ids, scores = torch.tensor([history(rows.shape[1])]), torch.tensor(rows)
+    ids = torch.tensor([history(vocab_size)])
 
-    def draw(row: int) -> Any:
-        found = scores[row : row + 1]
+    def draw(logits: np.ndarray) -> Any:
+        found = torch.from_numpy(logits)
         for processor in made:
             found = processor(ids, found)
         if "temperature" not in options:
@@ -197,19 +210,46 @@ def processors(hf: Any, options: dict[str, Any]) -> Iterator[Any]:
             yield maker(options[name])
 
 
-def measure(
-    draw: Callable[[int], Any], peer: Callable[[int], Any] | None, repeat: int
-) -> tuple[list[float], list[float]]:
-    """Microseconds of a token: every row `repeat` times, the peer in turn."""
-    found: list[list[float]] = [[], []]
+def timed(call: Draw, logits: np.ndarray) -> float:
+    """Microseconds."""
+    started = perf_counter()
+    call(logits)
+    return 1e6 * (perf_counter() - started)
+
+
+def measure_alone(calls: list[Draw | None], rows: np.ndarray, repeat: int) -> list[list[float]]:
+    """Of each call: every row `repeat` times, one after another, ours and the peer's in turn."""
+    found: list[list[float]] = [[] for _ in calls]
+    for first in range(0, len(calls), 2):
+        for turn in range(repeat + 1):  # the first is not measured
+            for samples, call in zip(found[first : first + 2], calls[first:], strict=False):
+                for row in range(ROWS if call is not None else 0):
+                    sample = timed(call, rows[row : row + 1])  # type: ignore[arg-type]
+                    samples.extend([sample] if turn else [])
+    return found
+
+
+def measure_between_steps(
+    model: Any, calls: list[Draw | None], rows: np.ndarray, repeat: int
+) -> tuple[float, list[list[float]]]:
+    """Milliseconds of a decode step, and of each call: every row `repeat` times, with the row in
+    the place of the step's logits."""
+    found: list[list[float]] = [[] for _ in calls]
+    head, steps = model.head, []
+    cache = head.cache(1, 256)
     for turn in range(repeat + 1):  # the first is not measured
-        for samples, call in zip(found, (draw, peer), strict=True):
-            for row in range(ROWS if call is not None else 0):
+        for row in rows:
+            cache.truncate(0, 0)
+            for samples, call in zip(found, calls, strict=True):
+                if call is None:
+                    continue
                 started = perf_counter()
-                call(row)  # type: ignore[misc]
-                if turn:
-                    samples.append(1e6 * (perf_counter() - started))
-    return found[0], found[1]
+                logits = head.step(np.array([5]), cache, Span.of([0], [1]), np.array([0]))
+                steps.append(1e3 * (perf_counter() - started))
+                logits[0] = row
+                sample = timed(call, logits)
+                samples.extend([sample] if turn else [])
+    return median(steps), found
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ are listed, and nothing is sorted but these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -22,13 +22,30 @@ I64 = NDArray[np.int64]
 LEVELS, PER_NAT = 1024, 32  # 32 nats: what lies beyond has 1e-14 of the best one's probability
 
 
+def find(levels: NDArray[np.uint16], values: F32, low: int, high: int) -> tuple[I64, F64]:
+    """Ids and logits of the tokens of the levels from `low` to `high`, best first, of equals the
+    lower id; none at -infinity."""
+    if low == high:
+        ids = _places(levels == low)
+    else:  # what lies before the run wraps around
+        ids = _places(levels - np.uint16(low) <= np.uint16(high - low))
+    if high == LEVELS - 1:
+        ids = ids[values[ids] > -np.inf]
+    ids = ids[_best_first(values[ids])]
+    return ids, values[ids].astype(np.float64)
+
+
+Find = Callable[[NDArray[np.uint16], F32, int, int], tuple[I64, F64]]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Levels:
     """Of logits [V] at a temperature, with d = (logit - best) / temperature of each token:
 
     levels: uint16 [V], each token's; masses: float64 [LEVELS], the sums of e**d of each level's
     tokens; count, total, squares, moment: of the tokens whose d is not -infinity (in a backend's
-    float32) how many there are, and the sums of d, d**2 and d e**d.
+    float32) how many there are, and the sums of d, d**2 and d e**d; find: as
+    the backend does it.
     """
 
     best: np.float32
@@ -39,19 +56,24 @@ class Levels:
     total: float
     squares: float
     moment: float
+    find: Find = field(default=find, repr=False)
 
     def tokens(self, wanted: Sequence[int]) -> I64:
         """The tokens of these levels, by id."""
         mine = None
-        starts = [i for i, level in enumerate(wanted) if not i or level != wanted[i - 1] + 1]
-        for first, stop in pairwise([*starts, len(wanted)]):  # runs
-            low, high = wanted[first], wanted[stop - 1]
-            if low == high:
-                run = self.levels == low
-            else:  # what lies before the run wraps around
-                run = self.levels - np.uint16(low) <= np.uint16(high - low)
+        for low, high in _runs(wanted):  # what lies before a run wraps around
+            run = self.levels - np.uint16(low) <= np.uint16(high - low)
             mine = run if mine is None else np.bitwise_or(mine, run, out=mine)
         return np.empty(0, np.int64) if mine is None else _places(mine)
+
+    def listed(self, values: F32, wanted: Sequence[int]) -> tuple[I64, F64]:
+        """Ids and logits of the tokens of these levels, in ascending order, best first, of equals
+        the lower id; none at -infinity. values: the logits [V]."""
+        found = [self.find(self.levels, values, low, high) for low, high in _runs(wanted)]
+        if len(found) == 1:
+            return found[0]
+        ids, logits = zip(*found, strict=True)
+        return np.concatenate(ids), np.concatenate(logits)
 
     def entropy(self) -> float:
         """-sum p log p of all tokens, in nats."""
@@ -89,6 +111,13 @@ def levels_of(values: F32, temperature: float) -> Levels:
     return Levels(best, temperature, levels, masses, len(d), *sums)
 
 
+def _runs(wanted: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The first and the last level of each run of neighbours."""
+    starts = [i for i, level in enumerate(wanted) if not i or level != wanted[i - 1] + 1]
+    for first, stop in pairwise([*starts, len(wanted)]):
+        yield wanted[first], wanted[stop - 1]
+
+
 def _places(mine: NDArray[np.bool_]) -> I64:
     """np.flatnonzero by eights: where few are true, several times as fast."""
     eights = mine[: len(mine) & ~7].view(np.uint64)
@@ -99,3 +128,18 @@ def _places(mine: NDArray[np.bool_]) -> I64:
     places = np.concatenate([np.add.outer(8 * some, np.arange(8)).ravel(), last])
     found: I64 = places[mine[places]]
     return found
+
+
+def _best_first(logits: F32) -> I64:
+    """The places of logits [n] from the largest to the least, of equals in ascending order.
+
+    A number's bits and its place make one whole number: ten times faster than to sort by NumPy's
+    stable sort of what is not a whole number.
+    """
+    bits = (np.float32(0) - logits).view(np.int32)  # 0 and -0 alike
+    bits ^= (bits >> 31) & np.int32(
+        0x7FFFFFFF
+    )  # in the order of the numbers, the negative ones too
+    keys = bits.astype(np.int64) << 32 | np.arange(len(logits))
+    keys.sort()
+    return keys & 0xFFFFFFFF

@@ -19,6 +19,10 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
         (["search.py", "-n", "8", "--repeat", "1"], r"4 beams +[\d.]+ +[\d.]+-[\d.]+ +[\d.]+"),
         (["sampling.py", "--repeat", "1", "--no-peer"], r"mirostat 5 +\d+ +\d+ to \d+ +[\d.]+%"),
         (
+            ["sampling.py", "-m", "../bloomq/demo", "--repeat", "1", "--no-peer"],
+            r"drawn between steps\n.*\ngreedy +\d+ +\d+ to \d+ +[\d.]+%",
+        ),
+        (
             ["generation.py", "-n", "4", "--texts", "4", "--repeat", "1", "--prompt", "64"],
             r"from a file +[\d.]+ ms",
         ),

@@ -467,6 +467,3 @@ def test_a_device_out_of_memory_is_a_plain_error_and_the_cache_as_before(counts:
     assert not both.cache.recorded
     both.model.step._step = whole
     both.feed([0, 1], counts)
-
-
-# -- hidden states for ids -------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from numba import float32, types, void
 from numba.extending import intrinsic
 
 from bloomq.backends import reference
-from bloomq.backends.numba_cpu import layers
+from bloomq.backends.numba_cpu import layers, recorded
 from bloomq.backends.numba_cpu.jit import best_tier, compiled, cpu_features
 from bloomq.backends.numba_cpu.layers import (
     NumbaBackend,
@@ -643,7 +643,7 @@ def test_a_step_no_longer_kept_for_replay_gives_its_memory_back_at_once(
     finally:
         gc.enable()
     assert len(made) == 19
-    assert alive <= layers._PROGRAMS
+    assert alive <= recorded._PROGRAMS
 
 
 @pytest.mark.skipif("avx2" not in TIERS_HERE, reason="this processor has no AVX2")

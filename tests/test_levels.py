@@ -90,6 +90,21 @@ def test_every_possible_token_is_in_one_level(temperature):
     assert levels.tokens([1, 2, 5]).tolist() == some
 
 
+@pytest.mark.parametrize("tier", TIERS_HERE)
+def test_tokens_of_levels_come_best_first_of_equals_the_lower_id(tier, monkeypatch):
+    values = row(3 * PART + 77)
+    values[: 2 * PART] = np.rint(values[: 2 * PART])  # many equal, zeros of either sign
+    monkeypatch.setattr(BACKENDS[1], "tier", tier)
+    levels, plain = BACKENDS[1].levels(values[None], 0.8), levels_of(values, 0.8)
+    for wanted in ([0], [LEVELS - 1], [3, 4, 5, 90], range(LEVELS)):
+        ids, logits = levels.listed(values, wanted)
+        expected, scores = plain.listed(values, wanted)
+        assert ids.tolist() == expected.tolist()
+        assert logits.tolist() == scores.tolist()
+    possible = int((values > -np.inf).sum())
+    assert ids.tolist() == np.argsort(-values, kind="stable")[:possible].tolist()
+
+
 @pytest.mark.parametrize(
     "values",
     [[3e38, -3e38, 0.0], [1e-40, -1e-40, 0.0], [0.0, np.nan, 1.0], [np.inf, 0.0, 1.0], [-np.inf]],

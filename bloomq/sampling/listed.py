@@ -35,9 +35,13 @@ class Listed:
         temperature: at which their sum is wanted first. Raises: UsageError where there are none."""
         ids, logits = row.best(size, temperature)
         check_possible(logits[0])
-        possible = int((-logits).searchsorted(np.float32(np.inf)))
+        possible = len(ids)
+        if not logits[-1] > -np.inf:
+            possible = int((-logits).searchsorted(np.float32(np.inf)))
         more = possible == len(ids) < row.vocab_size
-        return cls(row, ids[:possible], logits[:possible].astype(np.float64), more=more)
+        if possible < len(ids):
+            ids, logits = ids[:possible], logits[:possible]
+        return cls(row, ids, logits.astype(np.float64), more=more)
 
     @property
     def best(self) -> float:
@@ -53,7 +57,9 @@ class Listed:
         return self._range(0, min(count, len(self.ids)))
 
     def reaching(self, share: float) -> Candidates | None:
-        return self.first(int(self._shares().cumsum().searchsorted(share)) + 1)
+        total = np.exp(self.scores - self.scores[0]).cumsum()
+        whole = np.exp(self.logsumexp() - self.scores[0]) if self.more else total[-1]
+        return self.first(int(total.searchsorted(share * whole)) + 1)
 
     def at_least(self, score: float) -> Candidates | None:
         count = int((-self.scores).searchsorted(-score, side="right"))

@@ -216,6 +216,8 @@ class Ranked:
         """Of each level, what lies within the range. Where this goes from the best to somewhere in
         the last level, that counts as nothing: it would be 3e-9 at most, and at a low temperature
         most of the row would be listed for it."""
+        if self.start is None and self.stop is None:
+            return self._levels.masses
         first, last = self._ends
         masses = self._within_ends(self._levels.masses)
         if self.start is not None:

@@ -9,8 +9,7 @@ the addresses stay good.
 from __future__ import annotations
 
 import os
-import threading
-from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,18 +20,17 @@ from bloomq.backends.numba_cpu.cache import BOUND, NumbaCache
 from bloomq.backends.numba_cpu.ceilings import Ceilings
 from bloomq.backends.numba_cpu.embedding import look_up, take_rows
 from bloomq.backends.numba_cpu.jit import best_tier, cpu_features
-from bloomq.backends.numba_cpu.levels import PART as LEVEL_PART
-from bloomq.backends.numba_cpu.levels import SUMS, level_parts
 from bloomq.backends.numba_cpu.linear import Product
 from bloomq.backends.numba_cpu.pages import padded_head
 from bloomq.backends.numba_cpu.program import Buffer, Input, Program
 from bloomq.backends.numba_cpu.prologue import gate_rows, norm_rows
+from bloomq.backends.numba_cpu.recorded import Recorded
+from bloomq.backends.numba_cpu.row_programs import RowPrograms
 from bloomq.backends.numba_cpu.threads import Pool, physical_cores
-from bloomq.backends.numba_cpu.top import BLOCKS, PART, best_ids, top_merge, top_parts
 from bloomq.config import BloomConfig
 from bloomq.errors import UsageError
 from bloomq.layers import Activation, CacheDtype, Span, Step, Top, slopes
-from bloomq.levels import LEVELS, Levels, level_scale
+from bloomq.levels import Levels
 from bloomq.weights import Matrix, Norm
 
 F32 = NDArray[np.float32]
@@ -42,9 +40,6 @@ I64 = NDArray[np.int64]
 # wanted rows.
 _IDS, _WANTED, _INPUTS = BOUND, BOUND + 1, BOUND + 2
 _ATTENTION_CHUNKS = 64  # of a step: enough to share evenly, each worth its scratch memory
-# Programs kept for replay: decode in several shapes, a prompt's steps. Those with much memory, as a
-# prompt's on a large model, or one whose every logit was asked for, are kept as long as they fit.
-_PROGRAMS, _KEPT_BYTES = 16, 128 << 20
 _Shape = tuple[tuple[int, ...], int, int]  # of ids or hidden states; rows and results
 Given = Input | Buffer
 
@@ -66,8 +61,8 @@ class NumbaBackend:
         self.tier = best_tier(cpu_features())
         self.cache_dtype: CacheDtype = cache_dtype
         self.pool = Pool(self.threads)
-        top_parts(self.tier)
-        top_merge()
+        self._rows = RowPrograms(self.pool)
+        self._rows.compile(self.tier)
         take_rows()
         norm_rows()
         gate_rows()
@@ -137,38 +132,22 @@ class NumbaBackend:
         return out
 
     def top(self, logits: F32, k: int, temperature: float = 1.0) -> Top:
-        batch, vocab = logits.shape
-        parts = -(-vocab // PART)
-        program, factor = Program(), np.float32(1 / temperature)
-        maxima = np.empty((batch, parts * BLOCKS), np.float32)
-        peaks, sums = np.empty((2, batch, parts))
-        ids, logsumexp = np.empty((batch, 1), np.int64), np.empty(batch)
-        given = logits.ctypes.data, logits.strides[0], vocab, parts, factor
-        found = [array.ctypes.data for array in (maxima, peaks, sums)]
-        program.add(top_parts(self.tier), batch * parts, 4, *given, *found, touched=logits.nbytes)
-        program.add(top_merge(), batch, 1, *given, *found, ids.ctypes.data, logsumexp.ctypes.data)
-        program.keep(logits, maxima, peaks, sums, ids, logsumexp)
-        self.pool.run(program)
-        if k > 1:
-            rows = zip(logits, maxima, strict=True)
-            ids = np.stack([best_ids(row, largest, min(k, vocab)) for row, largest in rows])
-        return Top(ids, logits[np.arange(batch)[:, None], ids], logsumexp)
+        return self._rows.top(self.tier, logits, k, temperature)
 
     def levels(self, logits: F32, temperature: float = 1.0) -> Levels:
-        vocab = logits.shape[1]
-        parts = -(-vocab // LEVEL_PART)
-        best, scale = logits.max(), level_scale(temperature)
-        levels, masses = np.empty(vocab, np.uint16), np.empty((parts, LEVELS))
-        sums, program = np.empty((parts, SUMS)), Program()
-        given = logits.ctypes.data, vocab, best, np.float32(1 / temperature), scale
-        found = [array.ctypes.data for array in (levels, masses, sums)]
-        program.add(level_parts(self.tier), parts, 1, *given, *found, touched=3 * logits.nbytes)
-        program.keep(logits, levels, masses, sums)
-        self.pool.run(program)
-        return Levels(best, temperature, levels, masses.sum(axis=0), *sums.sum(axis=0).tolist())
+        return self._rows.levels(self.tier, logits, temperature)
 
     def numpy(self, x: F32) -> F32:
         return x
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Recording:
+    """A step's program, where it finds its ids or hidden states, and a view of its result."""
+
+    program: Program
+    given: Given
+    result: F32
 
 
 class _Replay:
@@ -176,15 +155,12 @@ class _Replay:
 
     def __init__(self, pool: Pool, step: Step) -> None:
         self._pool, self._step = pool, step
-        self._recorded: OrderedDict[_Shape, tuple[Program, Given, F32]] = OrderedDict()
-        self._keeping = threading.Lock()
+        self._recorded: Recorded[_Recording] = Recorded()
 
     def __call__(self, ids: NDArray[Any], cache: NumbaCache, span: Span, wanted: I64) -> F32:
         shape = (ids.shape, len(span.rows), len(wanted))
-        # Taken out while it runs: another thread's step of this shape gets a program of its own.
-        with self._keeping:
-            kept = self._recorded.pop(shape, None)
-        program, given, result = self._record(shape, cache, span) if kept is None else kept
+        recording = self._recorded.take(shape, lambda: self._record(shape, cache, span))
+        program, given = recording.program, recording.given
         wanted = np.ascontiguousarray(wanted, np.int64)
         if isinstance(given, Input):
             ids = np.ascontiguousarray(ids, np.int64)
@@ -195,28 +171,18 @@ class _Replay:
         program.inputs[_WANTED] = wanted.ctypes.data
         self._pool.run(program)
         program.held = None
-        mine = result.copy()
-        with self._keeping:
-            self._recorded[shape] = (program, given, result)
-            self._forget()
+        mine = recording.result.copy()
+        self._recorded.put_back(shape, recording)
         return mine
 
-    def _forget(self) -> None:
-        """Drop the programs used longest ago until the others are few and small enough."""
-        total = sum(program.nbytes for program, _, _ in self._recorded.values())
-        while self._recorded and (len(self._recorded) > _PROGRAMS or total > _KEPT_BYTES):
-            program, _, _ = self._recorded.popitem(last=False)[1]
-            total -= program.nbytes
-
-    def _record(self, shape: _Shape, cache: NumbaCache, span: Span) -> tuple[Program, Given, F32]:
-        """A program, where it finds its ids or hidden states, and a view of its result."""
+    def _record(self, shape: _Shape, cache: NumbaCache, span: Span) -> _Recording:
         program = Program(_INPUTS)
         (tokens, *columns), _, results = shape
         given: Given = Input(program, tokens, _IDS)
         if columns:
             given = program.buffer(tokens, columns[0], np.float32)
         wanted = Input(program, results, _WANTED)
-        return program, given, self._step(given, cache, span, wanted).values()
+        return _Recording(program, given, self._step(given, cache, span, wanted).values())
 
 
 def _held(program: Program, array: F32) -> Buffer:

@@ -79,4 +79,4 @@ def _view(dtype: Any) -> Any:
 
 floats, doubles = _view(types.float32), _view(types.float64)
 codes, octets, longs = _view(types.int8), _view(types.uint8), _view(types.int64)
-shorts = _view(types.uint16)
+shorts, ints = _view(types.uint16), _view(types.int32)

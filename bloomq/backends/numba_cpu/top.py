@@ -16,14 +16,13 @@ import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numpy.typing import NDArray
 
+from bloomq.backends.numba_cpu.best import BLOCK
 from bloomq.backends.numba_cpu.jit import kernel
 from bloomq.backends.numba_cpu.memory import address, as_float, doubles, fields, floats, keep, longs
 from bloomq.backends.numba_cpu.simd import F32, I64, LANES, V16F, Vectors
 
 PART = 8192  # logits of a part: 32 KB, a level-1 cache
-BLOCK = 64  # logits of a block: 3,920 of them in BLOOM's vocabulary, far more than the usual k
 BLOCKS = PART // BLOCK  # of a part
 
 
@@ -48,7 +47,7 @@ def _emit_sum_exp(
     b.store(v.constant(V16F, 0.0), total)
     with cgutils.for_range(b, blocks, intp=I64) as loop:
         value = v.load(v.at(x, b.mul(loop.index, I64(4 * LANES))), V16F)
-        term = v.exp(b.fmul(b.fsub(value, peak), factor))
+        term = v.exp_from(-87.0, b.fmul(b.fsub(value, peak), factor))
         b.store(b.fadd(b.load(total, typ=V16F), term), total)
     v.store(b.load(total, typ=V16F), out)
 
@@ -80,14 +79,15 @@ def _emit_block_maxima(v: Vectors, x: ir.Value, blocks: ir.Value, out: ir.Value)
 def top_parts(tier: str) -> Any:
     """The largest logits of each part of each row. Units: rows times parts.
 
-    Arguments: logits, stride of logits in bytes, V, parts, factor (1 / temperature), maxima, peaks,
-    sums. maxima float32 [B, parts, BLOCKS]: of each block, -infinity beyond V; peaks and sums
-    float64 [B, parts]: the part's largest logit, the sum of exp((logit - peak) * factor).
+    Arguments: address of (logits, stride of logits in bytes, factor: 1 / temperature), V, parts,
+    maxima, peaks, sums. maxima float32 [B, parts, BLOCKS]: of each block, -infinity beyond V; peaks
+    and sums float64 [B, parts]: the part's largest logit, the sum of exp((logit - peak) * factor).
     """
 
     @kernel
     def top_parts(arguments, first, last):  # type: ignore[no-untyped-def]
-        logits, stride, v, parts, factor, to_maxima, to_peaks, to_sums = fields(arguments, 8)
+        given, v, parts, to_maxima, to_peaks, to_sums = fields(arguments, 6)
+        logits, stride, factor = fields(given, 3)
         shift, ends = np.zeros(2, np.float32), np.empty(BLOCK, np.float32)
         sums, rest = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
         for unit in range(first, last):
@@ -126,16 +126,16 @@ def top_parts(tier: str) -> Any:
 def top_merge() -> Any:
     """Each row's best token and its logsumexp, from its parts. Units: rows.
 
-    Arguments: logits, stride of logits in bytes, V, parts, factor, maxima, peaks, sums, ids,
-    logsumexp. ids int64 [B], of equals the lowest; logsumexp float64 [B], NaN where a logit is.
+    Arguments: as of `top_parts`, then ids, best logits, logsumexp. ids int64 [B], of equals the
+    lowest; best logits float32 [B]; logsumexp float64 [B], NaN where a logit is.
     """
 
     @kernel
     def top_merge(arguments, first, last):  # type: ignore[no-untyped-def]
         (
-            logits, stride, v, parts, factor, from_maxima, from_peaks, from_sums, to_ids,
-            to_logsumexp,
-        ) = fields(arguments, 10)  # fmt: skip
+            given, v, parts, from_maxima, from_peaks, from_sums, to_ids, to_logits, to_logsumexp,
+        ) = fields(arguments, 9)  # fmt: skip
+        logits, stride, factor = fields(given, 3)
         scale = np.float64(as_float(factor))
         for row in range(first, last):
             peaks = doubles(from_peaks + 8 * row * parts, parts)
@@ -154,34 +154,8 @@ def top_merge() -> Any:
             x, token = floats(logits + row * stride, v), block * BLOCK
             while token < v - 1 and not x[token] >= peaks[best]:
                 token += 1
-            longs(to_ids, row + 1)[row] = min(token, v - 1)
+            token = min(token, v - 1)
+            longs(to_ids, row + 1)[row] = token
+            floats(to_logits, row + 1)[row] = x[token]
 
     return top_merge
-
-
-def best_ids(row: NDArray[np.float32], maxima: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """The ids of the best k of a row's logits [V], best first, of equals the lower: from the
-    largest of each block."""
-    if 2 * k <= len(maxima):
-        bound = np.partition(maxima, len(maxima) - k)[len(maxima) - k]
-        blocks = np.flatnonzero(maxima >= bound)
-        ids = (blocks[:, None] * BLOCK + np.arange(BLOCK)).ravel()
-        if ids[-1] >= len(row):
-            ids = ids[: np.searchsorted(ids, len(row))]
-        ids = ids[~(row[ids] < bound)]  # NaN too, so that there are at least k
-    else:  # most blocks have one of them
-        ids = np.flatnonzero(~(row < np.partition(row, len(row) - k)[len(row) - k]))
-    keys = _ranks(row[ids]) << 32 | ids  # no two are equal, so any sort gives this order
-    if len(keys) > 2 * k:
-        keys = np.partition(keys, k - 1)[:k]
-    return np.sort(keys)[:k] & 0xFFFFFFFF
-
-
-def _ranks(values: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Whole numbers that ascend where the values descend: -0 and 0 are equal, NaN comes last.
-
-    The bits of floats order like whole numbers, those of negative ones the other way round.
-    """
-    bits = (values + np.float32(0)).view(np.int32)
-    bits[np.isnan(values)] = np.float32(-np.inf).view(np.int32)
-    return ~(bits ^ (bits >> 31 & 0x7FFFFFFF)).astype(np.int64)

@@ -1,0 +1,163 @@
+"""The best k of a row's logits, from the largest of each block: by counting, without a heap.
+
+Invariant: keys order as logits do, best first, of equals the lower id; -0 and 0 are equal, NaN
+comes with -infinity. No two are equal, so the order is one.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from bloomq.backends.numba_cpu.jit import kernel
+from bloomq.backends.numba_cpu.memory import as_float, fields, floats, ints, longs
+
+BLOCK = 64  # logits of a block: 3,920 of them in BLOOM's vocabulary, far more than the usual k
+_ID_BITS = 31
+ID_MASK = (1 << _ID_BITS) - 1
+_INFINITY = 0x7F800000  # the bits of a float32
+_DIGIT = 8  # bits that a pass of the sort looks at
+
+
+def room_of(k: int) -> int:
+    """Keys that a row's search needs memory for: twice k, and a block more than k at least."""
+    return 2 * k + 2 * BLOCK
+
+
+@njit
+def _ordered(bits):  # type: ignore[no-untyped-def]
+    """The bits of a float32 as a whole number that orders as the float does."""
+    if bits & 0x7FFFFFFF > _INFINITY:  # NaN
+        return -_INFINITY
+    return bits if bits >= 0 else -(bits & 0x7FFFFFFF)
+
+
+@njit
+def key_of(bits, token):  # type: ignore[no-untyped-def]
+    """The key of a token, from the bits of its logit."""
+    return (0x7FFFFFFF - _ordered(bits)) << _ID_BITS | token
+
+
+@njit
+def _float(ordered):  # type: ignore[no-untyped-def]
+    """The float32 that `_ordered` gives this number for."""
+    return as_float(ordered) if ordered >= 0 else -as_float(-ordered)
+
+
+@njit
+def _bound(maxima, k):  # type: ignore[no-untyped-def]
+    """A number that at least k of the maxima reach, and not many more where these differ."""
+    low, high = -_INFINITY, _INFINITY
+    while high - low > 1:
+        middle = (low + high) >> 1
+        bound, reached = _float(middle), 0
+        for i in range(len(maxima)):
+            reached += maxima[i] >= bound
+        if reached < k:
+            high = middle
+        else:
+            low = middle
+            if reached <= k + k // 8:
+                break
+    return _float(low)
+
+
+@njit
+def _keep_least(keys, count, k):  # type: ignore[no-untyped-def]
+    """Move the least k of `count` keys to the front, in the order they are in; returns how many
+    these are."""
+    if count <= k:
+        return count
+    low, high = keys[0], keys[0]
+    for i in range(count):
+        low, high = min(low, keys[i]), max(high, keys[i])
+    low -= 1
+    while True:  # at most `low` are less than k, at most `high` at least k
+        middle = low + ((high - low) >> 1)
+        reached = 0
+        for i in range(count):
+            reached += keys[i] <= middle
+        if reached == k:
+            break
+        if reached < k:
+            low = middle
+        else:
+            high = middle
+    kept = 0
+    for i in range(count):
+        key = keys[i]
+        keys[kept] = key
+        kept += key <= middle
+    return kept
+
+
+@njit
+def sort_keys(keys, other, count):  # type: ignore[no-untyped-def]
+    """Sort `count` keys that are in the order of their ids: by the digits of their logits, the last
+    first. Returns what holds the result, `keys` or `other`."""
+    differing = 0
+    for i in range(count):
+        differing |= keys[i] ^ keys[0]
+    starts = np.empty(1 << _DIGIT, np.int64)
+    for shift in range(_ID_BITS, 63, _DIGIT):
+        if not differing >> shift & ((1 << _DIGIT) - 1):
+            continue
+        starts[:] = 0
+        for i in range(count):
+            starts[keys[i] >> shift & ((1 << _DIGIT) - 1)] += 1
+        total = 0
+        for digit in range(1 << _DIGIT):
+            total, starts[digit] = total + starts[digit], total
+        for i in range(count):
+            digit = keys[i] >> shift & ((1 << _DIGIT) - 1)
+            other[starts[digit]] = keys[i]
+            starts[digit] += 1
+        keys, other = other, keys
+    return keys
+
+
+@lru_cache(maxsize=1)
+def best_ids() -> Any:
+    """The best k of each row. Units: rows.
+
+    Arguments: address of (logits, stride of logits in bytes), V, blocks, k, maxima, keys, ids, best
+    logits. maxima float32 [B, blocks], of each BLOCK logits, NaN counting as -infinity; keys int64
+    [B, 2, room_of(k)]; ids int64 [B, k], best logits float32 [B, k].
+    """
+
+    @kernel
+    def best_ids(arguments, first, last):  # type: ignore[no-untyped-def]
+        given, v, blocks, k, from_maxima, to_keys, to_ids, to_logits = fields(arguments, 8)
+        logits, stride = fields(given, 2)
+        room = 2 * k + 2 * BLOCK
+        for row in range(first, last):
+            at = logits + row * stride
+            x, bits = floats(at, v), ints(at, v)
+            maxima = floats(from_maxima + 4 * row * blocks, blocks)
+            keys = longs(to_keys + 16 * row * room, room)
+            bound, count = _bound(maxima, k) if k < blocks else np.float32(-np.inf), 0
+            for block in range(blocks):
+                if maxima[block] < bound:
+                    continue
+                for token in range(BLOCK * block, min(BLOCK * block + BLOCK, v)):
+                    if not x[token] < bound:  # NaN too, so that there are at least k
+                        keys[count] = key_of(np.int64(bits[token]), token)
+                        count += 1
+                if count > room - BLOCK:
+                    count = _keep_least(keys, count, k)
+                    worst = 0
+                    for i in range(count):
+                        worst = max(worst, keys[i])
+                    # Others must be better: their ids are higher.
+                    bound = _float(0x7FFFFFFF - (worst >> _ID_BITS) + 1)
+            count = _keep_least(keys, count, k)
+            found = sort_keys(keys, longs(to_keys + 8 * (2 * row + 1) * room, room), count)
+            ids, best = longs(to_ids + 8 * row * k, k), floats(to_logits + 4 * row * k, k)
+            for i in range(k):
+                ids[i] = found[i] & ID_MASK
+                best[i] = x[ids[i]]
+
+    return best_ids

@@ -1,0 +1,56 @@
+"""Programs that are recorded once for each shape, then run again and again.
+
+Invariant: a recording belongs to whoever took it until it is put back; another thread that wants
+the same shape meanwhile gets one of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, Protocol, TypeVar
+
+from bloomq.backends.numba_cpu.program import Program
+
+# Kept: decode in several shapes, a prompt's steps. Those with much memory, as a prompt's on a large
+# model, or one whose every logit was asked for, are kept as long as they fit.
+_PROGRAMS, _KEPT_BYTES = 16, 128 << 20
+
+
+class Recording(Protocol):
+    """A program, and where it leaves its results."""
+
+    @property
+    def program(self) -> Program: ...
+
+
+R = TypeVar("R", bound=Recording)
+
+
+class Recorded(Generic[R]):
+    """Recordings by shape, of which those used longest ago are forgotten."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, R] = OrderedDict()
+        self._nbytes = 0  # of those kept
+        self._keeping = threading.Lock()
+
+    def take(self, shape: Hashable, record: Callable[[], R]) -> R:
+        """A recording of this shape, to be put back: a new one where none is kept."""
+        with self._keeping:
+            kept = self._kept.pop(shape, None)
+            if kept is not None:
+                self._nbytes -= kept.program.nbytes
+                return kept
+        return record()
+
+    def put_back(self, shape: Hashable, recording: R) -> None:
+        with self._keeping:
+            twin = self._kept.pop(shape, None)  # another thread's
+            if twin is not None:
+                self._nbytes -= twin.program.nbytes
+            self._kept[shape] = recording
+            self._nbytes += recording.program.nbytes
+            while self._kept and (len(self._kept) > _PROGRAMS or self._nbytes > _KEPT_BYTES):
+                self._nbytes -= self._kept.popitem(last=False)[1].program.nbytes
