@@ -276,3 +276,24 @@ def test_gelus_constants_are_blooms():
     exact = 0.5 * wide * (1 + torch.tanh(0.79788456 * wide * (1 + 0.044715 * wide * wide)))
     found = linear.Epilogue(None, "gelu")(x.clone(), None, None)
     assert float((found - exact).abs().max()) < 2e-6  # tanh near 1, times 0.5 * 12
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+def test_nothing_comes_from_the_host_within_a_step(scheme, kernels, monkeypatch):
+    """A CUDA graph cannot hold it: what layers need beside their inputs is there after a call."""
+    backend, source = CudaBackend("cpu", kernels=kernels), matrix(scheme, (45, 200))
+    layers = backend.linear(source, act="gelu"), backend.embedding(source)
+    given = inputs(2, 200), torch.tensor([3, 1])
+    before = [layer(x) for layer, x in zip(layers, given, strict=True)]
+
+    def from_host(*arguments, **options):
+        raise AssertionError("a copy from the host")
+
+    with monkeypatch.context() as patch:
+        for name in ("tensor", "from_numpy", "as_tensor"):
+            patch.setattr(torch, name, from_host)
+        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__"):
+            patch.setattr(torch.Tensor, name, from_host)
+        after = [layer(x) for layer, x in zip(layers, given, strict=True)]
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))

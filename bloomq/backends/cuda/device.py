@@ -12,28 +12,15 @@ import importlib.util
 import logging
 import re
 import sys
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from bloomq.errors import BackendError, UsageError
-
-if TYPE_CHECKING:
-    import torch
 
 NO_GPU = "no NVIDIA GPU with a driver is here"
 INSTALL = "pip install 'bloomq[cuda]'"
 UPGRADE = "pip install -U 'bloomq[cuda]'"
 # The first whose products of 16 bits can end in float32, and the first with `gemm_4bit`.
 LEAST_VERSIONS = {"torch": (2, 8), "bitsandbytes": (0, 50)}
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Of a device, in bytes."""
-
-    free: int
-    total: int
 
 
 @lru_cache(maxsize=1)
@@ -108,15 +95,6 @@ def one_device(devices: str) -> str:
     if int(name[5:]) >= count:
         raise UsageError(f"devices is {devices!r}, torch sees {count} GPUs: cuda:0 is the first")
     return name
-
-
-def memory(device: torch.device) -> Memory:
-    """Of a GPU, as its driver says: what torch holds in reserve is not free. All 0 for the CPU."""
-    if device.type == "cpu":
-        return Memory(0, 0)
-    import torch
-
-    return Memory(*torch.cuda.mem_get_info(device))
 
 
 def import_bitsandbytes() -> None:

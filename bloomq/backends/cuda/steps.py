@@ -198,6 +198,7 @@ class Recorder:
         except torch.cuda.OutOfMemoryError:
             pass  # outside, so that the traceback does not keep the step's work space
         cache.recorded.clear()
+        torch.cuda.empty_cache()  # what torch holds in reserve; nothing where there is no GPU
         raise CapacityError(
             f"no memory on {self._device} for a step of {len(x)} tokens: use fewer rows, a "
             "shorter prompt or a smaller cache"

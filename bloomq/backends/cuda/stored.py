@@ -18,6 +18,7 @@ import mmap
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -85,8 +86,14 @@ def codes_of(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     pairs = torch.stack([codes >> 4, codes & 15], dim=2).view(len(codes), -1)
     if name == "int4":
         return pairs.to(dtype) - 8
-    book = torch.tensor(NF4_CODEBOOK, device=codes.device).to(dtype)
-    return F.embedding(pairs.int(), book[:, None])[..., 0]
+    return F.embedding(pairs.int(), _book(codes.device, dtype))[..., 0]
+
+
+@cache
+def _book(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """NF4's code book there, [16, 1]: made when it is first asked for, so before a step that asks
+    for it is recorded, in which nothing may come from the host."""
+    return torch.tensor(NF4_CODEBOOK, device=device).to(dtype)[:, None]
 
 
 def _scaled(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
