@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from bloomq.backends.cuda.device import memory
-
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -23,6 +21,6 @@ def gpus() -> list[Gpu]:
     """Every GPU that torch sees. Asking makes a CUDA context on each."""
     names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     return [
-        Gpu(name, torch.cuda.get_device_name(name), memory(torch.device(name)).free)
-        for name in names
+        Gpu(name, torch.cuda.get_device_name(name), torch.cuda.mem_get_info(i)[0])
+        for i, name in enumerate(names)
     ]
