@@ -15,7 +15,7 @@ from bloomq.cli.chat_commands import Session, restore, run_command
 from bloomq.cli.colours import Painter, colours_shown, legend
 from bloomq.cli.generation_options import Asked, Ready, generation_options, ids_with
 from bloomq.cli.lines import Lines, as_entry, history
-from bloomq.cli.options import is_given, load, model_options
+from bloomq.cli.options import Loading, is_given, load, model_options
 from bloomq.console import INTERRUPTED
 from bloomq.errors import BloomqError, UsageError
 from bloomq.sampling import Sampling
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     "-q", "--quiet", is_flag=True, help="Nothing on stderr but errors and what commands say."
 )
 def chat(
-    model: Path | None, backend: str, threads: int | None, context: int | None, cache_dtype: str,
+    model: Path | None, loading: Loading,
     asked: Asked, system: str | None, template: str | None, saved: Path | None, show_probs: bool,
     quiet: bool,
 ) -> int:  # fmt: skip
@@ -70,8 +70,8 @@ def chat(
     if asked.window is not None:
         raise UsageError("a chat keeps within the context by its oldest turns: no --window")
     quiet = quiet or not console.is_terminal(sys.stderr)
-    loaded = load(model, backend, threads, context, cache_dtype, quiet)
-    ready = asked.ready(loaded, backend, threads)
+    loaded = load(model, loading, quiet)
+    ready = asked.ready(loaded, loading)
     new_tokens = asked.max_new_tokens if is_given("max_new_tokens") else None
     talk = Conversation(
         loaded, template=template, system=system, sampling=ready.sampling,

@@ -11,7 +11,7 @@ import click
 
 from bloomq import console
 from bloomq.cli.colours import coloured, colours_shown
-from bloomq.cli.options import load, model_options
+from bloomq.cli.options import Loading, load, model_options
 from bloomq.cli.text import prompt_text
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ _TOKEN, _ALTERNATIVE = 16, 12  # columns on a terminal
 @click.option("--json", "as_json", is_flag=True, help="Print tokens and alternatives as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 def explore(
-    prompt: str | None, model: Path | None, backend: str, threads: int | None, context: int | None,
-    cache_dtype: str, max_new_tokens: int, top: int, temperature: float, seed: int | None,
+    prompt: str | None, model: Path | None, loading: Loading,
+    max_new_tokens: int, top: int, temperature: float, seed: int | None,
     out: Path | None, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Show what a model makes of PROMPT (or standard input) and of its own continuation.
@@ -65,7 +65,7 @@ def explore(
 
     text = prompt_text(prompt)
     sampling = Sampling(temperature=temperature, seed=seed)
-    loaded = load(model, backend, threads, context, cache_dtype, quiet)
+    loaded = load(model, loading, quiet)
     found = explored(loaded, text, max_new_tokens=max_new_tokens, top=top, sampling=sampling)
     if out is not None:
         found.save(out)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from bloomq import console
-from bloomq.cli.options import is_given, load_adapters, load_draft, lora_option
+from bloomq.cli.options import Loading, is_given, load_adapters, load_draft, lora_option
 from bloomq.cli.task_options import weights_of
 from bloomq.errors import UsageError
 from bloomq.sampling import Sampling
@@ -92,15 +92,13 @@ class Asked:
             **{name: given.pop(name) for name in ("max_new_tokens", "stop", "draft", "lora")},
         )  # fmt: skip
 
-    def ready(
-        self, model: LanguageModel, backend: str, threads: int | None, top_logprobs: int = 0
-    ) -> Ready:
+    def ready(self, model: LanguageModel, loading: Loading, top_logprobs: int = 0) -> Ready:
         """All of it for a model: adapters and the draft are loaded, texts are token ids.
 
         Raises: UsageError for values that cannot be.
         """
         return Ready(
-            model, self, self._sampling(model), load_draft(self.draft, backend, threads),
+            model, self, self._sampling(model), load_draft(self.draft, loading),
             load_adapters(model, self.lora), top_logprobs,
         )  # fmt: skip
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,15 +38,52 @@ engine_options = option_group(
     click.option("--cache-dtype", default="auto", show_default=True,
                  help="Of keys and values: auto, f16, f32 or int8 (half of f16's memory)."),
 )  # fmt: skip
-model_options = option_group(
-    click.option("-m", "--model", type=Path, help="Pack to load.  [default: the embedded demo]"),
-    engine_options,
-    click.option("-c", "--context", type=int,
-                 help="Most tokens of prompt and output.  [default: as trained]"),
+place_options = option_group(
+    click.option("--devices", default="auto", show_default=True,
+                 help="auto (the GPUs that the model needs, or the CPU), cpu, or several over "
+                      "which layers lie one after another: cuda:0,1 or cuda:0,cpu."),
+    click.option("--max-memory", metavar="0:70GiB,cpu:64GiB",
+                 help="What may be used of each device."),
 )  # fmt: skip
 lora_option = option_group(
     click.option("--lora", multiple=True, metavar="DIR[=SCALE]",
                  help="Use a LoRA adapter that PEFT saved; may be repeated: they add up."),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How a model is to be loaded: see `bloomq.load`."""
+
+    backend: str
+    threads: int | None
+    cache_dtype: str
+    devices: str = "auto"
+    max_memory: str | None = None
+    context: int | None = None
+
+
+def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of `Loading`, as its argument `loading`; the context's is its
+    own."""
+
+    @wraps(command)
+    def collected(
+        *, backend: str, threads: int | None, cache_dtype: str, devices: str,
+        max_memory: str | None, context: int | None = None, **rest: Any,
+    ) -> Any:  # fmt: skip
+        loading = Loading(backend, threads, cache_dtype, devices, max_memory, context)
+        return command(loading=loading, **rest)
+
+    decorated: Callable[..., Any] = engine_options(place_options(collected))
+    return decorated
+
+
+model_options = option_group(
+    click.option("-m", "--model", type=Path, help="Pack to load.  [default: the embedded demo]"),
+    click.option("-c", "--context", type=int,
+                 help="Most tokens of prompt and output.  [default: as trained]"),
+    loading_options,
 )  # fmt: skip
 
 
@@ -54,10 +93,7 @@ def is_given(option: str) -> bool:
     return source is not None and source is not ParameterSource.DEFAULT
 
 
-def load(
-    model: Path | None, backend: str, threads: int | None, context: int | None, cache_dtype: str,
-    quiet: bool,
-) -> LanguageModel:  # fmt: skip
+def load(model: Path | None, how: Loading, quiet: bool) -> LanguageModel:
     """The model that a command works with; says on stderr what was loaded."""
     from bloomq import loading  # imports engines, which --help does without
 
@@ -68,7 +104,8 @@ def load(
         _refuse_files()
     with warnings.catch_warnings(record=True) as told:
         loaded = loading.load(
-            model, backend=backend, threads=threads, context=context, cache_dtype=cache_dtype,
+            model, backend=how.backend, threads=how.threads, context=how.context,
+            cache_dtype=how.cache_dtype, devices=how.devices, max_memory=how.max_memory,
             workers=workers,
         )  # fmt: skip
     for warning in told:
@@ -107,12 +144,10 @@ def load_adapters(
     return scales
 
 
-def load_draft(
-    draft: str | None, backend: str, threads: int | None
-) -> LanguageModel | Literal["lookup"] | None:
+def load_draft(draft: str | None, how: Loading) -> LanguageModel | Literal["lookup"] | None:
     """Who guesses: a model to load, what the text repeats, or nobody."""
     from bloomq import loading
 
     if draft is None or draft == "lookup":
         return draft  # type: ignore[return-value]  # mypy does not narrow by ==
-    return loading.load(Path(draft), backend=backend, threads=threads)
+    return loading.load(Path(draft), backend=how.backend, threads=how.threads)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from bloomq import console
-from bloomq.cli.options import load, load_adapters, lora_option, model_options
+from bloomq.cli.options import Loading, load, load_adapters, lora_option, model_options
 from bloomq.cli.records import text_of
 from bloomq.cli.running import without_nan
 from bloomq.console import INTERRUPTED
@@ -48,8 +48,8 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors.")
 def perplexity(
-    file: Path, model: Path | None, backend: str, threads: int | None, context: int | None,
-    cache_dtype: str, lora: tuple[str, ...], base: Path | None, protocol: WindowProtocol,
+    file: Path, model: Path | None, loading: Loading,
+    lora: tuple[str, ...], base: Path | None, protocol: WindowProtocol,
     window: int | None, stride: int | None, most_tokens: int | None, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Measure how well a model predicts the text of FILE (-: standard input), in windows.
@@ -62,9 +62,9 @@ def perplexity(
     if most_tokens is not None and most_tokens < 1:
         raise UsageError(f"--tokens is {most_tokens}, expected 1 or more of the text")
     text = console.read_all() if str(file) == "-" else text_of(file)
-    loaded = load(model, backend, threads, context, cache_dtype, quiet)
+    loaded = load(model, loading, quiet)
     adapters = load_adapters(loaded, lora)
-    other = None if base is None else load(base, backend, threads, context, cache_dtype, quiet)
+    other = None if base is None else load(base, loading, quiet)
     with console.estimate_progress("perplexity", quiet) as progress:
 
         def show(read: int, total: int, so_far: Perplexity | None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bloomq.cli.options import engine_options, load, load_adapters, lora_option
+from bloomq.cli.options import Loading, load, load_adapters, loading_options, lora_option
 from bloomq.cli.records import Record, read_texts
 from bloomq.cli.running import Output, Task, run, without_nan
 from bloomq.cli.task_options import output_options, text_options, weights_of
@@ -43,7 +43,7 @@ class _Given:
 )
 @click.option("-m", "--model", type=Path, help="Pack to load.  [default: the embedded demo]")
 @lora_option
-@engine_options
+@loading_options
 @click.option(
     "--batch-tokens",
     type=int,
@@ -54,8 +54,8 @@ class _Given:
 @output_options
 def score(
     texts: tuple[str, ...], file: Path | None, field: str, max_tokens: int | None, truncate: bool,
-    before: str, each_token: bool, top: int, model: Path | None, backend: str,
-    threads: int | None, cache_dtype: str, lora: tuple[str, ...], batch_tokens: int,
+    before: str, each_token: bool, top: int, model: Path | None, loading: Loading,
+    lora: tuple[str, ...], batch_tokens: int,
     out: Path | None, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Say how likely TEXTs, or a file's, or the lines of standard input, are to a model.
@@ -69,7 +69,7 @@ def score(
 
     check_most(max_tokens)
     records = read_texts(texts, file, field)
-    loaded = load(model, backend, threads, None, cache_dtype, quiet)
+    loaded = load(model, loading, quiet)
     adapters = load_adapters(loaded, lora)
     tokenizer = BloomTokenizer.of_pack(loaded.pack)
     prefix = tokenizer.encode(before)

@@ -16,7 +16,7 @@ from bloomq import console
 from bloomq.cli.batch import generate_all, prompts_of
 from bloomq.cli.colours import Painter, colours_shown, legend
 from bloomq.cli.generation_options import Asked, Ready, generation_options
-from bloomq.cli.options import is_given, load, model_options, option_group
+from bloomq.cli.options import Loading, is_given, load, model_options, option_group
 from bloomq.cli.search_options import search_options
 from bloomq.cli.sections import Sectioned
 from bloomq.errors import OutputError, UsageError
@@ -60,8 +60,8 @@ _output_options = option_group(
 @_batch_options
 @_output_options
 def generate(
-    prompt: str | None, model: Path | None, backend: str, threads: int | None, context: int | None,
-    cache_dtype: str, asked: Asked, search: AnySearch | None, num_return_sequences: int,
+    prompt: str | None, model: Path | None, loading: Loading, asked: Asked,
+    search: AnySearch | None, num_return_sequences: int,
     batch_file: Path | None, field: str, out: Path | None, parallel: int, best_of: int,
     top_logprobs: int, prompt_cache: Path | None, show_probs: bool, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
@@ -79,8 +79,8 @@ def generate(
                 "--show-probs"
             )
         records = prompts_of(batch_file, field)
-        loaded = load(model, backend, threads, context, cache_dtype, quiet)
-        ready = asked.ready(loaded, backend, threads, top_logprobs)
+        loaded = load(model, loading, quiet)
+        ready = asked.ready(loaded, loading, top_logprobs)
         return generate_all(ready, records, out, parallel, quiet)
     _check_alone(asked, several, prompt_cache, show_probs, as_json)
     text = prompt_text(prompt)
@@ -88,8 +88,8 @@ def generate(
         raise UsageError("the prompt is empty: BLOOM needs at least one token to continue from")
     if prompt_cache is not None and not prompt_cache.absolute().parent.is_dir():
         raise OutputError(f"{prompt_cache}: cannot be written: there is no such folder")
-    loaded = load(model, backend, threads, context, cache_dtype, quiet)
-    ready = _fitted(asked.ready(loaded, backend, threads, top_logprobs), text)
+    loaded = load(model, loading, quiet)
+    ready = _fitted(asked.ready(loaded, loading, top_logprobs), text)
     known = None if prompt_cache is None else _warm(loaded, prompt_cache, quiet)
     if several:
         found = _print_found(ready, text, search, best_of, num_return_sequences, as_json, quiet)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bloomq import __version__, console
-from bloomq.cli.options import engine_options, load
+from bloomq.cli.options import Loading, engine_options, load
 from bloomq.errors import UsageError
 from bloomq.files import shown
 
@@ -162,7 +162,7 @@ def bench(
     from bloomq.bench import Bench, peak_rss_mb, plan
 
     tests = plan(prompt, generated, depth, batch)
-    loaded = load(model, "numba", threads, None, cache_dtype, quiet=as_json)
+    loaded = load(model, Loading("numba", threads, cache_dtype), quiet=as_json)
     run = Bench(loaded.head, loaded.pack)
     facts = {
         "model": loaded.pack.path.name if model else "demo", "pack_mb": loaded.pack.nbytes / 1e6,
