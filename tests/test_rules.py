@@ -28,6 +28,7 @@ LEVELS = {
     "layers": 2, "lora": 2, "pack": 2, "pack_writer": 2, "shards": 2,
     "weight_files": 2, "chat.template": 2,
     "backends.reference": 3, "backends.numba_cpu": 3, "backends.jax": 3,
+    "backends.cuda": 3,
     "model": 3, "heads": 3, "inputs": 3, "tracing": 3, "forward": 3, "tokenizer": 3,
     "sampling": 4, "search": 4, "speculation": 4, "text": 4, "generation": 4, "scoring": 4,
     "sharing": 4, "divergence": 4, "windows": 4, "token_texts": 4, "prompts": 4, "writing": 5,
