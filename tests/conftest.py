@@ -25,6 +25,10 @@ if (
 ):  # a shell's background job: tests press Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Without a GPU Triton's kernels run in its interpreter, which is chosen when it is first imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 DEMO = Path(__file__).parent / "data" / "bloom-demo"
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
 Tensors = dict[str, tuple[str, np.ndarray]]  # foreign name -> (dtype, array; bf16 as uint16)

@@ -35,20 +35,22 @@ DTYPES = (torch.float32, torch.float16, torch.int8)
 
 @triton.jit
 def _stored(vector, codes, scales, at, place, component, written, writes):
-    """A new key or value as the cache holds it, stored at offset `at` and, int8's scale, at `place`;
-    -> what will be read of it."""
+    """A new key or value as the cache holds it, stored at offset `at` and, int8's scale, at
+    `place`; -> what will be read of it."""
     if scales is None:
-        kept = vector.to(codes.dtype.element_ty)
-        tl.store(codes + at + component, kept, mask=written)
-        return kept.to(tl.float32)
-    peak = tl.max(tl.abs(vector), axis=0)
-    faint = peak < 1e-30  # 127 / peak would be infinite
-    inverse = tl.where(faint, 0.0, tl.div_rn(127.0, tl.where(faint, 1.0, peak)))
-    scale = tl.where(faint, 0.0, tl.div_rn(peak, 127.0))
-    code = rounded_to_even(vector * inverse)
-    tl.store(codes + at + component, code.to(tl.int8), mask=written)
-    tl.store(scales + place, scale, mask=writes)
-    return code * scale
+        code = vector.to(codes.dtype.element_ty)
+        read = code.to(tl.float32)
+    else:
+        peak = tl.max(tl.abs(vector), axis=0)
+        faint = peak < 1e-30  # 127 / peak would be infinite
+        inverse = tl.where(faint, 0.0, tl.div_rn(127.0, tl.where(faint, 1.0, peak)))
+        scale = tl.where(faint, 0.0, tl.div_rn(peak, 127.0))
+        whole = rounded_to_even(vector * inverse)
+        code = whole.to(tl.int8)
+        read = whole * scale
+        tl.store(scales + place, scale, mask=writes)
+    tl.store(codes + at + component, code, mask=written)
+    return read
 
 
 @triton.jit
@@ -221,7 +223,8 @@ def plain_decode_attention(
         if not length:
             continue
         slot = row * capacity + length - 1
-        for part, new in enumerate((split[r, :, 1], split[r, :, 2])):  # [H, D]
+        for part in (0, 1):
+            new = split[r, :, 1 + part]  # [H, D]
             if scales is not None and scales.numel():
                 peak = new.abs().amax(dim=1, keepdim=True)
                 faint = peak < 1e-30

@@ -24,7 +24,7 @@ import llvmlite.ir as ir
 import numpy as np
 from numba import int64, types, void
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
 from numpy.typing import NDArray
 
 from bloomq.backends.numba_cpu.jit import compiled
@@ -282,32 +282,37 @@ def pause(typingctx: Any, offer: Any) -> Any:
     return types.void(types.int64), codegen
 
 
+@register_jitable
+def work_through(table, first_operation, last_operation, counters, offer):  # type: ignore[no-untyped-def]
+    """One thread's way through some operations of a program; offer: the address that offers a core
+    to others."""
+    _add(counters + 8 * _WORKING, 1)
+    for i in range(first_operation, last_operation):
+        operation = table + 8 * _OPERATION * i
+        function, arguments = read(operation), read(operation + 8)
+        units, chunk = read(operation + 16), read(operation + 24)
+        taken = counters + 8 * COUNTERS * (i + 1)
+        done = taken + LINE
+        while read(taken) < units and not read(counters):
+            first = _add(taken, chunk)
+            if first >= units:
+                break
+            last = min(first + chunk, units)
+            _call(function, arguments, first, last)
+            _add(done, last - first)
+        looks = 0
+        while read(done) < units and not read(counters):
+            looks += 1
+            pause(offer if looks > _SPINS else 0)
+    _add(counters + 8 * _WORKING, -1)
+
+
 @lru_cache(maxsize=1)
 def runner() -> Any:
-    """One thread's way through some operations of a program:
-    runner(table, first, last, counters, offer_core)."""
-    working = 8 * _WORKING
+    """`work_through` for Python: runner(table, first, last, counters, offer)."""
 
     @compiled(void(int64, int64, int64, int64, int64))
     def run_program(table, first_operation, last_operation, counters, offer):  # type: ignore[no-untyped-def]
-        _add(counters + working, 1)
-        for i in range(first_operation, last_operation):
-            operation = table + 8 * _OPERATION * i
-            function, arguments = read(operation), read(operation + 8)
-            units, chunk = read(operation + 16), read(operation + 24)
-            taken = counters + 8 * COUNTERS * (i + 1)
-            done = taken + LINE
-            while read(taken) < units and not read(counters):
-                first = _add(taken, chunk)
-                if first >= units:
-                    break
-                last = min(first + chunk, units)
-                _call(function, arguments, first, last)
-                _add(done, last - first)
-            looks = 0
-            while read(done) < units and not read(counters):
-                looks += 1
-                pause(offer if looks > _SPINS else 0)
-        _add(counters + working, -1)
+        work_through(table, first_operation, last_operation, counters, offer)
 
     return run_program

@@ -30,6 +30,7 @@ from bloomq.backends.numba_cpu.program import (
     read,
     runner,
     show,
+    work_through,
 )
 
 # A program that reads less than this is done before a sleeping helper is awake (about 50 us).
@@ -54,7 +55,6 @@ def _begin() -> Any:
     late helper still looks at what the job was before. Returns how many helpers sleep, the job put
     up and no more, if these are to be woken and some do. Else 0: the first slice is done.
     """
-    run = runner()
 
     @compiled(int64(int64, int64, int64, int64, int64))
     def begin(board, helpers, card, share, wake):  # type: ignore[no-untyped-def]
@@ -74,7 +74,7 @@ def _begin() -> Any:
             show(board + 8 * _JOBS, read(board + 8 * _JOBS) + 1)
             if wake and asleep:
                 return asleep
-        run(read(card), 0, min(operations, SLICE), counters, read(card + 24))
+        work_through(read(card), 0, min(operations, SLICE), counters, read(card + 24))
         return 0
 
     return begin
@@ -90,7 +90,7 @@ def _help_out() -> Any:
     there first, then looks whether it is still up; who frees or begins, takes it down first, then
     reads the lines.
     """
-    run, sleeps = runner(), 8 * _SLEEPS
+    sleeps = 8 * _SLEEPS
 
     @compiled(boolean(int64, int64, int64))
     def help_out(board, mine, looks):  # type: ignore[no-untyped-def]
@@ -116,7 +116,7 @@ def _help_out() -> Any:
                 continue
             show(mine, card)
             if read(board + 8 * _CARD) == card:
-                run(read(card), 0, read(card + 8), read(card + 16), read(card + 24))
+                work_through(read(card), 0, read(card + 8), read(card + 16), read(card + 24))
             show(mine, _NOTHING)
 
     return help_out
@@ -134,6 +134,7 @@ class Pool:
         self._starting = threading.Lock()
         self._begin = _begin()  # compiled now, not at the first call
         _help_out()
+        runner()
 
     def run(self, program: Program) -> None:
         """Run a program to its end."""

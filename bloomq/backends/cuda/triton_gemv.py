@@ -1,0 +1,167 @@
+"""Products of one to four tokens with stored weights, in Triton, by multiplications and additions.
+
+A product of a token is a read of its weights, so a kernel is as good as the share of the memory
+bandwidth that it reaches. Every thread loads 16 bytes of codes at a time, three such loads ahead
+where the compiler can keep them in shared memory, and adds up in float32.
+
+Instructions a weight at one token, as the compiled loops have them (sm_90), against what an H200
+can start, 132 multiprocessors x 128 x 1.75 GHz = 3.0e13 a second, and what 4.8 TB/s bring:
+
+    int4    3.2: mask, less 2^23, add; 1/8 shift, 1 for x    9.0e12 weights/s (0.53 B)   80 to 100 %
+    nf4     6: shift, mask, address 2, table, add            8.5e12 (0.56 B)                    58 %
+    int8    3: extend, convert (half rate), add              4.8e12 (1 B)                      150 %
+    f16     2: widen, add                                    2.4e12 (2 B)                      600 %
+
+so int8 and floats should be bound by memory alone (80 to 90 % of it), int4 by both (55 to 75 %),
+nf4 by its table (45 to 55 %: a load from 64 bytes of the first-level cache for each weight). Three
+more tokens cost an int4 weight three additions more. None of this has been measured.
+
+Invariant: each output is added up in one order, whatever the other rows are: no atomics. Offsets
+into the weights are int64: 250,880 x 14,336 is beyond 2^31.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gelu(x):
+    """BLOOM's tanh approximation; tanh(u) = 1 - 2 / (1 + exp(2 u)), right at both infinities."""
+    inner = 0.79788456 * x * (1.0 + 0.044715 * x * x)
+    return 0.5 * x * (2.0 - 2.0 / (1.0 + tl.exp(2.0 * inner)))
+
+
+@triton.jit
+def finished(y, at, columns, held, scales, bias, delta, add, ACT: tl.constexpr):
+    """The epilogue, in float32: y at offsets `at` of [M, N], whose columns are `columns`."""
+    if scales is not None:
+        y *= tl.load(scales + columns, mask=held, other=0.0)
+    if bias is not None:
+        y += tl.load(bias + columns, mask=held, other=0.0)
+    if delta is not None:
+        y += tl.load(delta + at, mask=held, other=0.0).to(tl.float32)
+    if ACT == "gelu":
+        y = gelu(y)
+    if add is not None:
+        y += tl.load(add + at, mask=held, other=0.0).to(tl.float32)
+    return y
+
+
+@triton.jit
+def _eight(x, first, inside, PIECES: tl.constexpr):
+    """Activations for PIECES x 4 words of eight 4-bit codes: those of code j of each word, j 0..7,
+    each [PIECES, 4]."""
+    at = first + tl.arange(0, 32 * PIECES)
+    flat = tl.load(x + at, mask=at < inside, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(flat, (PIECES, 4, 2, 2, 2)))
+    x04, x26 = tl.split(even)  # [PIECES, 4, 2]
+    x15, x37 = tl.split(odd)
+    x0, x4 = tl.split(x04)
+    x1, x5 = tl.split(x15)
+    x2, x6 = tl.split(x26)
+    x3, x7 = tl.split(x37)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _level(words, BIT: tl.constexpr):
+    """(code - 8) * 2**BIT of the 4 bits from BIT on, BIT at most 16, without a conversion: set in
+    the fraction of 2**23, which is then taken away; exact."""
+    bits = (words & (15 << BIT)) | 0x4B000000
+    return bits.to(tl.float32, bitcast=True) - (8388608.0 + 8.0 * (1 << BIT))
+
+
+@triton.jit
+def _int4_products(words, x, first, inside, PIECES: tl.constexpr):
+    """words [BN, PIECES, 4] of eight codes, the first of each byte in its high half -> code * x,
+    summed over each piece, [BN, PIECES]. The power of two that a code carries is taken from x."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = _eight(x, first, inside, PIECES)
+    high = words >> 12  # columns 4, 6 and 7 lie beyond the fraction's bits
+    y = _level(words, 0) * x1[None]
+    y += _level(words, 4) * (x0 * 0.0625)[None]
+    y += _level(words, 8) * (x3 * 0.00390625)[None]
+    y += _level(words, 12) * (x2 * 0.000244140625)[None]
+    y += _level(words, 16) * (x5 * 0.0000152587890625)[None]
+    y += _level(high, 8) * (x4 * 0.00390625)[None]
+    y += _level(high, 12) * (x7 * 0.000244140625)[None]
+    y += _level(high, 16) * (x6 * 0.0000152587890625)[None]
+    return tl.sum(y, axis=2)
+
+
+@triton.jit
+def _nf4_products(words, book, x, first, inside, PIECES: tl.constexpr):
+    """As `_int4_products`, of the code book's entries."""
+    x0, x1, x2, x3, x4, x5, x6, x7 = _eight(x, first, inside, PIECES)
+    y = tl.load(book + (words & 15)) * x1[None]
+    y += tl.load(book + ((words >> 4) & 15)) * x0[None]
+    y += tl.load(book + ((words >> 8) & 15)) * x3[None]
+    y += tl.load(book + ((words >> 12) & 15)) * x2[None]
+    y += tl.load(book + ((words >> 16) & 15)) * x5[None]
+    y += tl.load(book + ((words >> 20) & 15)) * x4[None]
+    y += tl.load(book + ((words >> 24) & 15)) * x7[None]
+    y += tl.load(book + ((words >> 28) & 15)) * x6[None]
+    return tl.sum(y, axis=2)
+
+
+@triton.jit
+def gemv(
+    out, x, codes, scales, book, bias, delta, add, n,
+    K: tl.constexpr, X: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
+    ACT: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """out [M, N] = act(x [M, X] @ W.T * scales + bias + delta) + add; K: X as the codes are padded.
+
+    codes: [N, K / WIDTH, 16 bytes], of 4-bit codes as int32. GROUP: columns that share a scale, 0
+    for one a row (or none, scales None). Bytes: the codes and scales once, x once a program (from
+    the second-level cache). A warp reads 512 bytes of a row at a time; sums stay in registers, a
+    float32 for each piece of each row, until the end.
+    """
+    PAIRS: tl.constexpr = WIDTH == 32
+    SLOTS: tl.constexpr = 4 if PAIRS else WIDTH  # elements of a piece
+    LENGTH: tl.constexpr = K // WIDTH  # pieces of a row
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    held = rows < n
+    row = tl.minimum(rows, n - 1).to(tl.int64)  # the last one again, rather than a masked load
+    starts = codes + (row * (LENGTH * SLOTS))[:, None, None] + tl.arange(0, SLOTS)[None, None, :]
+    # Of pairs one sum a piece, of others one an element: a multiplication and an addition are one.
+    zeros = tl.zeros((BN, PIECES) if PAIRS else (BN, PIECES, WIDTH), tl.float32)
+    sums = (zeros,) * M
+    for start in tl.range(0, LENGTH, PIECES, num_stages=STAGES):
+        piece = start + tl.arange(0, PIECES)
+        there = starts + (piece * SLOTS)[None, :, None]
+        if LENGTH % PIECES == 0:
+            loaded = tl.load(there, eviction_policy="evict_first")
+        else:  # beyond the row x is 0, and a code is a number
+            loaded = tl.load(there, mask=(piece < LENGTH)[None, :, None], other=0)
+        scale = 1.0
+        if GROUP > 0:
+            group = tl.minimum(piece, LENGTH - 1) * WIDTH // GROUP
+            scale = tl.load(scales + (row * (K // GROUP))[:, None] + group[None, :]).to(tl.float32)
+        more = ()
+        for token in tl.static_range(M):
+            mine = x + token * X
+            if KIND == "int4":
+                words = loaded.to(tl.uint32, bitcast=True)
+                part = _int4_products(words, mine, start * 32, X, PIECES) * scale
+            elif KIND == "nf4":
+                words = loaded.to(tl.uint32, bitcast=True)
+                part = _nf4_products(words, book, mine, start * 32, X, PIECES) * scale
+            else:
+                at = (piece * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
+                taken = tl.load(mine + at, mask=at < X, other=0.0).to(tl.float32)[None]
+                if GROUP > 0:
+                    taken = taken * scale[:, :, None]
+                part = loaded.to(tl.float32) * taken
+            more = more + (sums[token] + part,)
+        sums = more
+    for token in tl.static_range(M):
+        of_pieces = sums[token]
+        if not PAIRS:
+            of_pieces = tl.sum(of_pieces, axis=2)
+        y = tl.sum(of_pieces, axis=1)
+        at = token * n.to(tl.int64) + rows
+        y = finished(y, at, rows, held, None if GROUP > 0 else scales, bias, delta, add, ACT)
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=held)
