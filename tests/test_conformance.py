@@ -34,6 +34,10 @@ CLOSE = {
     "numba": 0.0, "placed": 0.0, "reference": 1e-5, "jax": 1e-5, "cuda-cpu": 1e-4,
     "placed-cuda": 1e-4, "cuda": 1e-3,
 }  # fmt: skip
+# Of int8 packs the CUDA backend rounds activations to int8, where a last unit of a sum may tip one
+# to the next code, and that tips others behind it. At worst all are rounded anew: by 0.7 % of each
+# of eight products (NMSE 5e-5, see below), together 2 % (measured over six texts: up to 6.3e-3).
+CLOSE_ROUNDED = 2e-2
 IDS = np.random.default_rng(3).integers(0, TINY.vocab_size, 64)
 
 Build = Callable[..., Head]
@@ -87,11 +91,12 @@ def run(lm: Head, cache, rows: list[int], pieces: list[np.ndarray]) -> list[np.n
     return np.split(np.array(logits), span.starts[1:-1])
 
 
-def close(found: np.ndarray, expected: np.ndarray, name: str) -> bool:
+def close(found: np.ndarray, expected: np.ndarray, name: str, scheme: str = "int4") -> bool:
     """Equal up to what the backend may differ by; 0: the same bits."""
-    if not CLOSE.get(name, 1e-4):
+    most = CLOSE_ROUNDED if "cuda" in name and scheme == "int8" else CLOSE.get(name, 1e-4)
+    if not most:
         return found.tobytes() == expected.tobytes()
-    return bool(np.abs(found - expected).max() <= CLOSE.get(name, 1e-4) * np.abs(expected).max())
+    return bool(np.abs(found - expected).max() <= most * np.abs(expected).max())
 
 
 def held(cache) -> list[list[bytes]]:
@@ -183,7 +188,7 @@ def test_continuing_a_cache_equals_recomputing(build: Build, name: str, scheme: 
         for count in cuts:
             parts += run(lm, cache, [0], [IDS[at : at + count]])
             at += count
-        assert close(np.concatenate(parts), whole, name), cuts
+        assert close(np.concatenate(parts), whole, name, scheme), cuts
 
 
 @pytest.mark.parametrize("scheme", ["int4", "int8", "f32"])
@@ -195,11 +200,11 @@ def test_rows_of_different_length_are_independent(build: Build, name: str, schem
     together = run(lm, cache, [0, 1, 2, 3], prompts)
     after = run(lm, cache, [3, 1], [IDS[:1], IDS[:2]])
     for prompt, found in zip(prompts, together, strict=True):
-        assert close(found, run(lm, lm.cache(1, 64), [0], [prompt])[0], name)
+        assert close(found, run(lm, lm.cache(1, 64), [0], [prompt])[0], name, scheme)
     for row, found in ((3, after[0]), (1, after[1])):
         alone = np.concatenate([prompts[row], IDS[: len(found)]])
         expected = run(lm, lm.cache(1, 64), [0], [alone])[0][-len(found) :]
-        assert close(found, expected, name)
+        assert close(found, expected, name, scheme)
 
 
 def test_nan_in_one_row_does_not_reach_another(build: Build):

@@ -170,7 +170,7 @@ def test_gpus_are_told_with_their_free_memory(monkeypatch: pytest.MonkeyPatch):
     names = ["NVIDIA H100 80GB HBM3", "Some GPU"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda name: names[int(name[5:])])
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 80 << 30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index], 80 << 30))
     monkeypatch.setattr(backends, "why_not", lambda name: None)
     first, second, cpu = placing.found(("auto",))
     assert (first.name, first.label, first.gb_s) == ("cuda:0", names[0], 3350)
