@@ -2,6 +2,7 @@
 
     python benchmarks/calibration.py [--checkpoint DIR] [--text DIR] [--calibrate DIR]
         [--tokens 8000] [--calibration-tokens 81920] [--window 256] [--only WORD]
+    python benchmarks/calibration.py --time CHECKPOINT      seconds a block, on random tokens
 
 Held-out text and windows as of benchmarks/quality.py, and never calibrated on; the interval is two
 standard errors of the difference in loss. Runs through the Numba backend, rounding of activations
@@ -13,13 +14,16 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
 from bloomq.converters.calibration.conversion import plan_calibrated
-from bloomq.converters.calibration.producer import Settings
+from bloomq.converters.calibration.producer import Settings, calibrated
+from bloomq.converters.calibration.text import TOKENS
 from bloomq.converters.convert import convert, run
+from bloomq.converters.plan import make_plan
+from bloomq.converters.reading import read_checkpoint
 from quality import Row, line, log_softmax, mean_loss, read_windows
 
 import bloomq
@@ -55,7 +59,11 @@ def main() -> None:
     parser.add_argument("--calibration-tokens", type=int, default=81920)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--only", default="", help="variants whose name has this in it")
+    parser.add_argument("--time", type=Path, metavar="CHECKPOINT", help="time its blocks, no more")
     args = parser.parse_args()
+    if args.time is not None:
+        time_blocks(args.time)
+        return
     for text in (args.text, args.calibrate):
         if not text.exists():
             parser.error(f"{text}: no such text: name a file or folder")
@@ -72,6 +80,28 @@ def main() -> None:
             seconds = perf_counter() - started
             row = measure(name, bloomq.load(target), base, windows)
             print(line(row), f"{seconds:7.1f} s", flush=True)
+
+
+def time_blocks(path: Path) -> None:
+    """Prints how long the pieces before the blocks take, and each block, of as many random tokens
+    as a calibration takes by itself: what a checkpoint of a few layers (make_checkpoint.py
+    --layers) says of one with all."""
+    vocab_size = read_checkpoint(path).config.vocab_size
+    ids = np.random.default_rng(0).integers(0, vocab_size, (TOKENS // 2048, 2048))
+    times = [(perf_counter(), process_time())]
+
+    def block_done(done: int, total: int) -> None:
+        times.append((perf_counter(), process_time()))
+        seconds, cpu = (after - before for before, after in zip(times[-2], times[-1], strict=True))
+        print(f"block {done} of {total}: {seconds:.0f} s, {cpu:.0f} s of the CPU", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        plan = make_plan(path, Path(folder) / "pack")
+        produce = calibrated(ids, Path(folder) / "activations", progress=block_done)
+        for piece in produce(plan.checkpoint, plan.schemes, set()):
+            if piece.weight == "emb_ln":
+                times.append((perf_counter(), process_time()))
+                print(f"embedding: {times[-1][0] - times[0][0]:.0f} s", flush=True)
 
 
 def make(
