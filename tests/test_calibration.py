@@ -476,7 +476,7 @@ def test_a_calibrated_demo_is_nearer_to_the_checkpoint(tmp_path, pack_of):
     import bloomq
 
     root = Path(__file__).parent.parent
-    options = {"head_scheme": "int4", "calibration_tokens": 4096}
+    options = {"head_scheme": "int4", "calibration_tokens": 2048}
     convert(DEMO, tmp_path / "pack", calibrate=root / "docs/architecture.md", **options)  # type: ignore[arg-type]
     Pack.open(tmp_path / "pack").verify()
     provenance = Pack.open(tmp_path / "pack").manifest["provenance"]

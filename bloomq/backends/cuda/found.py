@@ -21,6 +21,6 @@ def gpus() -> list[Gpu]:
     """Every GPU that torch sees. Asking makes a CUDA context on each."""
     names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     return [
-        Gpu(name, torch.cuda.get_device_name(name), torch.cuda.mem_get_info(torch.device(name))[0])
-        for name in names
+        Gpu(name, torch.cuda.get_device_name(name), torch.cuda.mem_get_info(i)[0])
+        for i, name in enumerate(names)
     ]
