@@ -33,9 +33,7 @@ print(out.round(3).tolist())
 """
 RESULT = "[[-1.0, 1.0], [0.0, 0.0]]"
 COMPILED = "bloomq.compile INFO compiled norm_rows ("
-HELPERS = tuple(
-    f"bloomq.compile INFO compiled {name} (" for name in ("run_program", "begin", "help_out")
-)
+HELPERS = tuple(f"bloomq.compile INFO compiled {name} (" for name in ("run_program", "look_out"))
 
 
 def run(cache: Path | str | None, *, before: str = "", **environment: str) -> list[str]:
@@ -52,11 +50,6 @@ def run(cache: Path | str | None, *, before: str = "", **environment: str) -> li
     assert done.returncode == 0, done.stderr
     *log, result = done.stdout.splitlines()
     assert result == RESULT
-    return log
-
-
-def of_kernel(log: list[str]) -> list[str]:
-    """The log less that of what runs kernels."""
     return [line for line in log if not line.startswith(HELPERS)]
 
 
@@ -76,7 +69,7 @@ def refused(folder: Path | str) -> str:
 
 
 def test_a_kernel_is_compiled_once_and_then_found(tmp_path: Path):
-    first = of_kernel(run(tmp_path))
+    first = run(tmp_path)
     assert len(first) == 1
     assert first[0].startswith(COMPILED)
     assert kernels(tmp_path).stat().st_mode & 0o077 == 0
@@ -109,7 +102,7 @@ def test_numbas_own_cache_setting_is_left_as_it_was(tmp_path: Path):
 def test_a_folder_that_others_may_write_is_not_read(tmp_path: Path, mode: int):
     run(tmp_path)
     kernels(tmp_path).chmod(mode)
-    log = of_kernel(run(tmp_path))
+    log = run(tmp_path)
     assert log[0] == refused(kernels(tmp_path))
     assert log[1].startswith(COMPILED)
     assert len(log) == 2
@@ -119,7 +112,7 @@ def test_a_folder_that_others_may_write_is_not_read(tmp_path: Path, mode: int):
 def test_a_folder_of_somebody_else_is_not_read(tmp_path: Path):
     kernels(tmp_path).mkdir(mode=0o700)
     os.chown(kernels(tmp_path), 65534, 65534)
-    assert of_kernel(run(tmp_path))[0] == refused(kernels(tmp_path))
+    assert run(tmp_path)[0] == refused(kernels(tmp_path))
 
 
 def test_a_folder_that_we_may_not_write_is_not_used(tmp_path: Path, monkeypatch):
@@ -130,7 +123,7 @@ def test_a_folder_that_we_may_not_write_is_not_used(tmp_path: Path, monkeypatch)
 
 def test_a_file_in_place_of_the_folder_is_not_used(tmp_path: Path):
     (tmp_path / "cache").write_text("mine")
-    log = of_kernel(run(tmp_path / "cache"))
+    log = run(tmp_path / "cache")
     assert log[0] == refused(kernels(tmp_path / "cache"))
     assert log[1].startswith(COMPILED)
     assert (tmp_path / "cache").read_text() == "mine"
@@ -138,9 +131,7 @@ def test_a_file_in_place_of_the_folder_is_not_used(tmp_path: Path):
 
 def test_a_home_that_is_no_absolute_path_is_not_used(tmp_path: Path):
     """As under a service without a home folder; nothing may appear where it happens to run."""
-    log = of_kernel(
-        run(None, HOME="nowhere", XDG_CACHE_HOME="", PWD=str(tmp_path), PYTHONPATH=os.getcwd())
-    )
+    log = run(None, HOME="nowhere", XDG_CACHE_HOME="", PWD=str(tmp_path), PYTHONPATH=os.getcwd())
     assert log[0] == refused(f"nowhere/.cache/bloomq/{jit.cache_dir().name}")
     assert log[1].startswith(COMPILED)
     assert list(tmp_path.iterdir()) == []
@@ -198,7 +189,7 @@ def test_a_kernel_of_the_model_cut_short_is_compiled_again(tmp_path: Path):
     run(tmp_path)
     for file in kernels(tmp_path).rglob("*.nb*"):
         file.write_bytes(file.read_bytes()[:50])
-    log = of_kernel(run(tmp_path))
+    log = run(tmp_path)
     assert log[0].startswith(f"bloomq.compile WARNING {kernels(tmp_path)} is damaged or full (")
     assert log[1].startswith(COMPILED)
     assert len(log) == 2
@@ -213,10 +204,10 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX limits")
 def test_a_cache_on_a_full_disk_costs_time_not_the_run(tmp_path: Path):
     """A limit on the size of files stands for the disk: mounting one is not allowed everywhere."""
-    log = of_kernel(run(tmp_path, before=FULL))
+    log = run(tmp_path, before=FULL)
     assert log[0].startswith(f"bloomq.compile WARNING {kernels(tmp_path)} is damaged or full (")
     assert log[0].endswith("): delete it")
     assert log[1].startswith(COMPILED)
     assert len(log) == 2
-    assert of_kernel(run(tmp_path))[-1].startswith(COMPILED)  # and a disk with room again is used
+    assert run(tmp_path)[-1].startswith(COMPILED)  # and a disk with room again is used
     assert run(tmp_path) == []

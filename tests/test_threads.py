@@ -81,7 +81,7 @@ def test_a_program_of_nothing_ends():
 
 
 def test_helpers_that_never_come_are_not_waited_for(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(numba_threads._Helpers, "_help", lambda self, bell, mine: None)
+    monkeypatch.setattr(numba_threads._Helpers, "_help", lambda self, bell: None)
     program, numbers = counting()
     Pool(3).run(program)
     assert (numbers == 20).all()
@@ -94,35 +94,6 @@ def test_a_helper_that_comes_after_the_end_changes_nothing():
     Pool(1).run(program)  # in between, the program has run again
     job.work()
     assert (numbers == 40).all()
-
-
-def test_a_run_leaves_alone_what_a_late_helper_still_looks_at(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(numba_threads._Helpers, "_help", lambda self, bell, mine: None)
-    program, numbers = counting()
-    pool = Pool(2)
-    pool.run(program)
-    helpers, job = pool._helpers, program.job()
-    program.done(job)
-    helpers._lines[0, 0] = job.card  # as of a helper that was preempted there
-    for run in range(2, 400):
-        pool.run(program)
-        assert (numbers == 20 * run).all()
-    again = program.job()
-    assert again is not job
-    assert again is not program.job()
-    assert job in helpers._recent
-    assert len(helpers._recent) <= 2 * numba_threads._RECENT
-
-
-def test_a_run_takes_the_counters_of_the_run_before(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(numba_threads._Helpers, "_help", lambda self, bell, mine: None)
-    program, _ = counting()
-    pool = Pool(2)
-    pool.run(program)
-    job = program.job()
-    program.done(job)
-    pool.run(program)
-    assert program.job() is job
 
 
 def test_small_programs_are_done_by_the_caller_alone():
@@ -155,13 +126,14 @@ def test_many_callers_at_once_each_get_their_own_result():
 def test_ctrl_c_before_the_work_leaves_no_helper_at_it(monkeypatch: pytest.MonkeyPatch):
     pool = Pool(2)
     program, numbers = counting()
-    begin = pool._begin
+    publish = numba_threads._Helpers.publish
 
-    def interrupted(*job):
-        begin(*job)
-        raise KeyboardInterrupt
+    def interrupted(self, job):
+        publish(self, job)
+        if job is not numba_threads._END:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(pool, "_begin", interrupted)
+    monkeypatch.setattr(numba_threads._Helpers, "publish", interrupted)
     for _ in range(20):
         with pytest.raises(KeyboardInterrupt):
             pool.run(program)

@@ -24,7 +24,7 @@ import llvmlite.ir as ir
 import numpy as np
 from numba import int64, types, void
 from numba.core import cgutils
-from numba.extending import intrinsic, register_jitable
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from bloomq.backends.numba_cpu.jit import compiled
@@ -36,9 +36,9 @@ LINE = 64  # bytes of a cache line; what kernels align their vectors to
 _ROWS = 8  # buffers of several rows have whole blocks of tokens
 _ROW = 2 * LINE  # rows of a buffer are padded to this: a pair of weight tiles writes as much
 _OPERATION = 4  # int64 of an operation: kernel, arguments, units, units of a chunk
-COUNTERS = 2 * LINE // 8  # int64 of an operation's counters, a cache line each: taken, done
+_COUNTERS = 2 * LINE // 8  # int64 of an operation's counters, a cache line each: taken, done
 _STOP, _WORKING = 0, LINE // 8  # in the first pair of lines: shall all stop? how many are at work?
-SLICE = 16  # operations between two looks at signals: 0.4 s of a prompt's step on bloom-7b1
+_SLICE = 16  # operations between two looks at signals: 0.4 s of a prompt's step on bloom-7b1
 _SPINS = 2_000  # looks at a counter before the core is offered to others: some 50 us
 I64 = ir.IntType(64)
 
@@ -96,7 +96,6 @@ class Program:
         self.nbytes = 0  # of buffers
         self._operations: list[tuple[int, int, int, int]] = []
         self._table: Array | None = None
-        self._idle: list[Job] = []
         self._free: dict[int, list[Array]] = defaultdict(list)
         self._alive: list[object] = []  # what addresses in the arguments point into
 
@@ -127,59 +126,44 @@ class Program:
         weights that it reads, by which `Pool` decides whether to wake helpers."""
         if units == 0:
             return
-        block = np.array([bits_of(argument) for argument in arguments], np.int64)
+        block = np.array([_bits(argument) for argument in arguments], np.int64)
         self._alive += [kernel, block]
         self._operations.append((kernel.address, block.ctypes.data, units, max(1, chunk)))
         self.bytes_touched += touched
-        self._table, self._idle = None, []
+        self._table = None
 
     def keep(self, *owners: object) -> None:
         """Hold what addresses among the arguments point into."""
         self._alive += owners
 
     def job(self) -> Job:
-        """What runs the program, and is nobody else's until it is given to `done`."""
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return self.new_job()
-
-    def new_job(self) -> Job:
+        """One run, not yet begun."""
         if self._table is None:
             self._table = np.array(self._operations, np.int64).reshape(-1, _OPERATION)
-        return Job(self._table)
-
-    def done(self, job: Job) -> None:
-        """A run has ended by itself."""
-        self._idle.append(job)
+        return Job(self, self._table)
 
 
 class Job:
-    """A run of a program, with counters of its own: a helper that comes after the end finds
-    everything taken, even if the program is already running again.
+    """One run of a program, with counters of its own: a helper that comes after the end finds
+    everything taken, even if the program is already running again."""
 
-    `card` is where a helper finds operations, how many, counters and what offers the core; it holds
-    nothing that a late one does not look at.
-    """
+    __slots__ = ("_counters", "_operations", "_owners", "_table")
 
-    __slots__ = ("_card", "_counters", "_operations", "_table", "card")
-
-    def __init__(self, table: Array) -> None:
+    def __init__(self, program: Program, table: Array) -> None:
         self._operations = len(table)
-        memory = np.zeros((self._operations + 1) * COUNTERS + LINE // 8, np.int64)
+        memory = np.zeros((self._operations + 1) * _COUNTERS + LINE // 8, np.int64)
         first = -memory.ctypes.data % LINE // 8
-        self._counters = memory[first : first + (self._operations + 1) * COUNTERS]
-        self._table = table
-        card = table.ctypes.data, self._operations, self._counters.ctypes.data, offer_core()
-        self._card = np.array(card, np.int64)
-        self.card = int(self._card.ctypes.data)
+        self._counters = memory[first : first + (self._operations + 1) * _COUNTERS]
+        self._table = table.ctypes.data
+        self._owners = (program, program.held, table)  # what kernels of late helpers may still use
 
-    def work(self, first: int = 0) -> None:
-        """Take chunks until all are taken, from operation `first` on; returns when all are done, or
-        when the run is stopped. Between slices Python looks at signals."""
-        run, (table, _, counters, offer) = runner(), self._card.tolist()
-        for start in range(first, self._operations, SLICE):
-            run(table, start, min(start + SLICE, self._operations), counters, offer)
+    def work(self) -> None:
+        """Take chunks until all are taken; returns when all are done, or when the run is stopped.
+        Between slices Python looks at signals."""
+        run, counters = runner(), self._counters.ctypes.data
+        for first in range(0, self._operations, _SLICE):
+            last = min(first + _SLICE, self._operations)
+            run(self._table, first, last, counters, offer_core())
 
     def stop(self) -> None:
         """Let nobody take another chunk; returns when those who are at one have finished it."""
@@ -188,7 +172,7 @@ class Job:
             sleep(1e-4)
 
 
-def bits_of(value: Number) -> int:
+def _bits(value: Number) -> int:
     """An argument as an int64: whole numbers as they are, others as float32 in the low half."""
     if isinstance(value, float | np.floating):
         return int(struct.unpack("<i", struct.pack("<f", value))[0])
@@ -224,19 +208,6 @@ def _add(typingctx: Any, at: Any, amount: Any) -> Any:
         return builder.atomic_rmw("add", pointer, args[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def show(typingctx: Any, at: Any, value: Any) -> Any:
-    """Write an int64 at an address, for others to see before anything is read from here on."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], I64.as_pointer())
-        builder.store_atomic(args[1], pointer, "release", 8)
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic
@@ -282,37 +253,32 @@ def pause(typingctx: Any, offer: Any) -> Any:
     return types.void(types.int64), codegen
 
 
-@register_jitable
-def work_through(table, first_operation, last_operation, counters, offer):  # type: ignore[no-untyped-def]
-    """One thread's way through some operations of a program; offer: the address that offers a core
-    to others."""
-    _add(counters + 8 * _WORKING, 1)
-    for i in range(first_operation, last_operation):
-        operation = table + 8 * _OPERATION * i
-        function, arguments = read(operation), read(operation + 8)
-        units, chunk = read(operation + 16), read(operation + 24)
-        taken = counters + 8 * COUNTERS * (i + 1)
-        done = taken + LINE
-        while read(taken) < units and not read(counters):
-            first = _add(taken, chunk)
-            if first >= units:
-                break
-            last = min(first + chunk, units)
-            _call(function, arguments, first, last)
-            _add(done, last - first)
-        looks = 0
-        while read(done) < units and not read(counters):
-            looks += 1
-            pause(offer if looks > _SPINS else 0)
-    _add(counters + 8 * _WORKING, -1)
-
-
 @lru_cache(maxsize=1)
 def runner() -> Any:
-    """`work_through` for Python: runner(table, first, last, counters, offer)."""
+    """One thread's way through some operations of a program:
+    runner(table, first, last, counters, offer_core)."""
+    working = 8 * _WORKING
 
     @compiled(void(int64, int64, int64, int64, int64))
     def run_program(table, first_operation, last_operation, counters, offer):  # type: ignore[no-untyped-def]
-        work_through(table, first_operation, last_operation, counters, offer)
+        _add(counters + working, 1)
+        for i in range(first_operation, last_operation):
+            operation = table + 8 * _OPERATION * i
+            function, arguments = read(operation), read(operation + 8)
+            units, chunk = read(operation + 16), read(operation + 24)
+            taken = counters + 8 * _COUNTERS * (i + 1)
+            done = taken + LINE
+            while read(taken) < units and not read(counters):
+                first = _add(taken, chunk)
+                if first >= units:
+                    break
+                last = min(first + chunk, units)
+                _call(function, arguments, first, last)
+                _add(done, last - first)
+            looks = 0
+            while read(done) < units and not read(counters):
+                looks += 1
+                pause(offer if looks > _SPINS else 0)
+        _add(counters + working, -1)
 
     return run_program

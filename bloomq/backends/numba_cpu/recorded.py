@@ -33,24 +33,19 @@ class Recorded(Generic[R]):
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, R] = OrderedDict()
-        self._nbytes = 0  # of those kept
         self._keeping = threading.Lock()
 
     def take(self, shape: Hashable, record: Callable[[], R]) -> R:
         """A recording of this shape, to be put back: a new one where none is kept."""
         with self._keeping:
             kept = self._kept.pop(shape, None)
-            if kept is not None:
-                self._nbytes -= kept.program.nbytes
-                return kept
-        return record()
+        return record() if kept is None else kept
 
     def put_back(self, shape: Hashable, recording: R) -> None:
+        """Counted anew each time: a signal between two lines must leave no sum that drifts."""
         with self._keeping:
-            twin = self._kept.pop(shape, None)  # another thread's
-            if twin is not None:
-                self._nbytes -= twin.program.nbytes
-            self._kept[shape] = recording
-            self._nbytes += recording.program.nbytes
-            while self._kept and (len(self._kept) > _PROGRAMS or self._nbytes > _KEPT_BYTES):
-                self._nbytes -= self._kept.popitem(last=False)[1].program.nbytes
+            self._kept[shape] = recording  # another thread's, if there is one, goes
+            self._kept.move_to_end(shape)
+            total = sum(kept.program.nbytes for kept in self._kept.values())
+            while self._kept and (len(self._kept) > _PROGRAMS or total > _KEPT_BYTES):
+                total -= self._kept.popitem(last=False)[1].program.nbytes

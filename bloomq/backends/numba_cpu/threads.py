@@ -16,110 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import boolean, int64
+from numba import int64, void
 
 from bloomq.backends.numba_cpu.jit import compiled
-from bloomq.backends.numba_cpu.memory import longs
-from bloomq.backends.numba_cpu.program import (
-    COUNTERS,
-    LINE,
-    SLICE,
-    Job,
-    Program,
-    pause,
-    read,
-    runner,
-    show,
-    work_through,
-)
+from bloomq.backends.numba_cpu.program import Program, pause, read, runner
 
 # A program that reads less than this is done before a sleeping helper is awake (about 50 us).
 _ALONE_BYTES = 1 << 20
-# One that reads less than this is done before a helper that looks out for it has begun.
-_SHARED_BYTES = 1 << 17
 # How long a helper looks out for the next program before it sleeps: the host's work between two
-# steps (drawing a token, showing it) is some 200 us, and waking costs as much as half of that.
+# steps (drawing a token, showing it) is some 100 us, and waking costs as much again.
 _LOOKS = 6_000
-# On the board: how many jobs were put up, and where the latest one's card is; then a line for each
-# helper: the card that it looks at, and whether it sleeps.
-_JOBS, _CARD, _LINE, _SLEEPS = 0, 1, LINE // 8, 1
-_NOTHING, _END = 0, 1  # instead of a card: there is none; helpers shall end
-_RECENT = 64  # jobs held for helpers that may still look at them, before it is seen which do
 
 
 @lru_cache(maxsize=1)
-def _begin() -> Any:
-    """begin(board, helpers, card, share, wake): begins a run of the job with this card.
+def _look_out() -> Any:
+    """look_out(address, seen, looks): returns when the number there is another, or at the end."""
 
-    board: 0 where there is none; share: put the job up there. Returns -1, nothing done, where a
-    late helper still looks at what the job was before. Returns how many helpers sleep, the job put
-    up and no more, if these are to be woken and some do. Else 0: the first slice is done.
-    """
+    @compiled(void(int64, int64, int64))
+    def look_out(at, seen, looks):  # type: ignore[no-untyped-def]
+        for _ in range(looks):
+            if read(at) != seen:
+                return
+            pause(0)
 
-    @compiled(int64(int64, int64, int64, int64, int64))
-    def begin(board, helpers, card, share, wake):  # type: ignore[no-untyped-def]
-        asleep = 0
-        if board:
-            if read(board + 8 * _CARD) == card:  # take it down, then see who has seen it
-                show(board + 8 * _CARD, _NOTHING)
-            for helper in range(helpers):
-                mine = board + 8 * _LINE * (helper + 1)
-                if read(mine) == card:
-                    return -1
-                asleep += read(mine + 8 * _SLEEPS)
-        operations, counters = read(card + 8), read(card + 16)
-        longs(counters, (operations + 1) * COUNTERS)[:] = 0
-        if share:
-            show(board + 8 * _CARD, card)
-            show(board + 8 * _JOBS, read(board + 8 * _JOBS) + 1)
-            if wake and asleep:
-                return asleep
-        work_through(read(card), 0, min(operations, SLICE), counters, read(card + 24))
-        return 0
-
-    return begin
-
-
-@lru_cache(maxsize=1)
-def _help_out() -> Any:
-    """help_out(board, mine, looks): works on the jobs of the board until there was none for so many
-    looks; did it not end for good? `mine` is the address of the helper's line.
-
-    All of it without Python: to get the GIL back takes as long as a small program. Invariant: a job
-    whose card is in a helper's line is neither freed nor begun anew. The helper writes the card
-    there first, then looks whether it is still up; who frees or begins, takes it down first, then
-    reads the lines.
-    """
-    sleeps = 8 * _SLEEPS
-
-    @compiled(boolean(int64, int64, int64))
-    def help_out(board, mine, looks):  # type: ignore[no-untyped-def]
-        show(mine + sleeps, 0)
-        seen, looked = 0, 0  # at least one job is new to one who was woken
-        while True:
-            jobs = read(board + 8 * _JOBS)
-            if jobs == seen:
-                looked += 1
-                pause(0)
-                if looked < looks:
-                    continue
-                show(mine + sleeps, 1)
-                if read(board + 8 * _JOBS) == seen:
-                    return True
-                show(mine + sleeps, 0)
-                continue
-            seen, looked = jobs, 0
-            card = read(board + 8 * _CARD)
-            if card == _END:
-                return False
-            if card == _NOTHING:
-                continue
-            show(mine, card)
-            if read(board + 8 * _CARD) == card:
-                work_through(read(card), 0, read(card + 8), read(card + 16), read(card + 24))
-            show(mine, _NOTHING)
-
-    return help_out
+    return look_out
 
 
 class Pool:
@@ -132,39 +52,20 @@ class Pool:
         self.threads = threads
         self._helpers: _Helpers | None = None
         self._starting = threading.Lock()
-        self._begin = _begin()  # compiled now, not at the first call
-        _help_out()
-        runner()
+        runner()  # compiled now, not at the first call
+        _look_out()
 
     def run(self, program: Program) -> None:
         """Run a program to its end."""
-        touched = program.bytes_touched + program.cache_bytes
-        share = self.threads > 1 and touched >= _SHARED_BYTES
-        helpers = self._running() if share else self._helpers
         job = program.job()
         try:
-            asleep = self._begun(helpers, job, share, touched)
-            if asleep < 0:
-                job = program.new_job()
-                asleep = self._begun(helpers, job, share, touched)
-            if asleep and helpers is not None:
-                helpers.wake()
-            job.work(0 if asleep else SLICE)
+            touched = program.bytes_touched + program.cache_bytes
+            if self.threads > 1 and touched >= _ALONE_BYTES:
+                self._running().publish(job)
+            job.work()
         except BaseException:  # Ctrl-C: no helper may outlive the call
             job.stop()
             raise
-        program.done(job)
-
-    def _begun(self, helpers: _Helpers | None, job: Job, share: bool, touched: int) -> int:
-        """What `begin` gives."""
-        if helpers is None:
-            asleep = self._begin(0, 0, job.card, False, False)
-        else:
-            if share:
-                helpers.hold(job)
-            count, wake = self.threads - 1, touched >= _ALONE_BYTES
-            asleep = self._begin(helpers.board, count, job.card, share, wake)
-        return int(asleep)
 
     def _running(self) -> _Helpers:
         """The helpers; new ones in a forked child, which has none of its parent's threads."""
@@ -178,54 +79,47 @@ class Pool:
         return helpers
 
 
+_END = object()  # instead of a job: helpers shall end
+
+
 class _Helpers:
-    """Threads that look out for jobs on a board, and sleep when there were none for a while."""
+    """Threads that sleep until a job is published."""
 
     def __init__(self, count: int) -> None:
         self.process = os.getpid()
-        self._board: Any = np.zeros((count + 2) * _LINE, np.int64)
-        first = -self._board.ctypes.data % LINE // 8
-        self.board = int(self._board[first:].ctypes.data)
-        self._head = self._board[first:][:_LINE]
-        self._lines = self._board[first + _LINE :][: count * _LINE].reshape(count, _LINE)
-        self._lines[:, _SLEEPS] = 1
-        self._recent: list[Job] = []  # those of the last runs, and those that helpers look at
+        self._epoch: Any = np.zeros(1, np.int64)  # counts publications
+        self._job: Any = None  # a Job, or _END
         self._bells = [threading.Lock() for _ in range(count)]
-        self._waking = threading.Lock()
-        for helper, bell in enumerate(self._bells):
+        self._publishing = threading.Lock()
+        for bell in self._bells:
             bell.acquire()
-            mine = self.board + 8 * _LINE * (helper + 1)
-            thread = threading.Thread(
-                target=self._help, args=(bell, mine), name="bloomq", daemon=True
-            )
+            thread = threading.Thread(target=self._help, args=(bell,), name="bloomq", daemon=True)
             with suppress(RuntimeError):  # the system gives no more threads: fewer help
                 thread.start()
 
-    def hold(self, job: Job) -> None:
-        """Keep what a late helper may look at of a job that is about to begin."""
-        self._recent.append(job)
-        if len(self._recent) > 2 * _RECENT:
-            old, looked_at = self._recent[:_RECENT], self._lines[:, 0].tolist()
-            self._recent[:_RECENT] = [late for late in old if late.card in looked_at]
-
-    def wake(self) -> None:
-        """Wake those who sleep."""
-        with self._waking:
-            for bell, sleeps in zip(self._bells, self._lines[:, _SLEEPS].tolist(), strict=True):
-                if sleeps and bell.locked():
+    def publish(self, job: Any) -> None:
+        with self._publishing:
+            self._job = job
+            self._epoch[0] += 1
+            for bell in self._bells:
+                if bell.locked():
                     bell.release()
 
     def stop(self) -> None:
         """Let the threads end."""
         if self.process == os.getpid():
-            self._head[[_CARD, _JOBS]] = _END, self._head[_JOBS] + 1
-            self.wake()
+            self.publish(_END)
 
-    def _help(self, bell: threading.Lock, mine: int) -> None:
-        help_out = _help_out()
-        bell.acquire()
-        while help_out(self.board, mine, _LOOKS):
+    def _help(self, bell: threading.Lock) -> None:
+        at, look_out = self._epoch.ctypes.data, _look_out()
+        while True:
             bell.acquire()
+            seen, job = int(self._epoch[0]), self._job
+            if job is _END:
+                return
+            job.work()
+            del job  # a sleeping helper keeps no program alive
+            look_out(at, seen, _LOOKS)
 
 
 def physical_cores() -> int:
