@@ -9,7 +9,7 @@ seen in vain changes more: the least weight among some 300 keys is 1e-3.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -54,7 +54,8 @@ class Both:
     def __init__(self, n_head: int, head_dim: int, dtype: str, device: str = "cpu") -> None:
         self._shape, self._dtype = (n_head, 3, head_dim), dtype
         config, there = config_of(n_head, head_dim), torch.device(device)
-        self.cache = CudaCache(config, ROWS, 400, 0, dtype, there)
+        on_gpu = there.type == "cuda"
+        self.cache = CudaCache(config, ROWS, 400, 0, dtype, there, by_triton=on_gpu)
         self._expected = ReferenceCache(config, ROWS, 400, 0)
         self._layer = attention(1, n_head, head_dim, there)
         self._reference = ReferenceAttention(1, n_head, head_dim)
@@ -182,15 +183,27 @@ def test_no_kernel_is_taken_on_the_cpu():
 
 
 @pytest.mark.parametrize(("head_dim", "taken"), [(64, True), (128, True), (20, False)])
-def test_on_a_gpu_a_kernel_is_taken_for_the_heads_that_it_can_read(head_dim: int, taken: bool):
+def test_a_kernel_is_taken_for_the_heads_that_it_can_read(head_dim: int, taken: bool):
     pytest.importorskip("triton")
-    codes = SimpleNamespace(is_cuda=True, shape=(2, 17, 3, head_dim), dtype=torch.float16)
-    assert module.reads_own_keys(SimpleNamespace(codes=codes)) == taken
+    cache = CudaCache(config_of(3, head_dim), 1, 16, 0, "f16", CPU, by_triton=True)
+    assert module.reads_own_keys(cache.layers[0]) == taken
+    cache.grow(32)
+    assert module.reads_own_keys(cache.layers[0]) == taken
 
 
-def test_without_triton_no_kernel_is_taken(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    assert not module.reads_own_keys(SimpleNamespace(codes=SimpleNamespace(is_cuda=True)))
+def test_a_kernel_runs_on_the_device_of_what_it_is_given(
+    monkeypatch: pytest.MonkeyPatch, kernel: list[int]
+):
+    """Triton's launches go to the current device, whatever they are given."""
+    entered: list[torch.device] = []
+
+    def on_device_of(x: torch.Tensor):
+        entered.append(x.device)
+        return nullcontext()
+
+    monkeypatch.setattr(module, "on_device_of", on_device_of)
+    Both(3, 8, "f16").step([0], [1])
+    assert kernel == [1] and entered == [CPU]
 
 
 # -- memory ----------------------------------------------------------------------------------------

@@ -118,6 +118,42 @@ def test_what_was_chosen_is_said(opened: Pack):
     assert len(said) == 6
 
 
+def gpu(monkeypatch, capability: tuple[int, int] = (9, 0)):
+    """A CudaBackend for GPUs that are not here; nothing of it may run."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    return CudaBackend
+
+
+def test_gpus_of_a_kind_are_alike(monkeypatch):
+    made = [gpu(monkeypatch)(f"cuda:{i}") for i in (0, 1)]
+    assert made[0].arithmetic == made[1].arithmetic
+    assert "NVIDIA H200" in made[0].arithmetic and "cuda:1" in made[1].description
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    assert "NVIDIA A100" in made[0].arithmetic
+
+
+def test_torchs_own_products_go_with_torchs_own_attention(monkeypatch):
+    """It is also the way out where Triton cannot compile."""
+    pytest.importorskip("triton")
+    backend = gpu(monkeypatch)
+    asked = {way: backend("cuda:0", kernels=way)._how for way in ("auto", "triton", "torch")}
+    assert {way: how.attends_by_triton for way, how in asked.items()} == {
+        "auto": True, "triton": True, "torch": False,
+    }  # fmt: skip
+    assert not gpu(monkeypatch, (7, 5))("cuda:0")._how.attends_by_triton
+    assert not CudaBackend("cpu", kernels="triton")._how.attends_by_triton
+
+
+def test_what_comes_to_the_cpu_is_waited_for(monkeypatch):
+    """A copy that is not would be read before it is done."""
+    asked = []
+    given = SimpleNamespace(to=lambda device, non_blocking: asked.append(non_blocking))
+    for backend in (CudaBackend("cpu"), gpu(monkeypatch)("cuda:1")):
+        backend.receive(given)  # type: ignore[arg-type]
+    assert asked == [False, True]
+
+
 def test_llm_int8_is_not_recorded(monkeypatch):
     """It waits for the host within a step."""
     from bloomq.backends.cuda import layers

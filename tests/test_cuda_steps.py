@@ -75,6 +75,7 @@ class Taped:
     def __init__(self) -> None:
         self.recorded: list[Any] = []  # the pool of each graph
         self.trouble: RuntimeError | None = None
+        self.has_blas = False
 
     def Stream(self, device: Any) -> str:
         return f"a stream of {device}"
@@ -90,8 +91,13 @@ class Taped:
     def graph_pool_handle(self) -> object:
         return object()
 
+    def current_blas_handle(self) -> int:
+        self.has_blas = True
+        return 1
+
     @contextmanager
     def graph(self, tape: Tape, *, pool, stream, capture_error_mode) -> Iterator[None]:
+        assert self.has_blas, "a recording may not make cuBLAS' handle"
         assert (stream, capture_error_mode) == ("a stream of cpu", "thread_local")
         if self.trouble is not None:
             raise self.trouble

@@ -85,9 +85,10 @@ def test_a_product_is_its_twins(scheme: str, group_size: int, m: int) -> None:
     weights = plain_weights(codes, scales, scheme, group_size)
     x = tokens(m, 250, dtype)
     splits = 2 if m > 4 else 1
+    pieces = 4 if scheme == "f32" else 2  # the matrix unit wants 16 columns
     y = product(
         x, codes, scales, scheme=scheme, group_size=group_size,
-        blocks=Blocks(16, 2, warps=4, stages=2, splits=splits),
+        blocks=Blocks(16, pieces, warps=4, stages=2, splits=splits),
     )  # fmt: skip
     wanted = plain_product(x, weights)
     rounded = dtype if m > 4 else torch.float32
@@ -148,6 +149,14 @@ def test_blocks_are_powers_of_two_and_all_of_a_gpu_has_work(scheme: str, m: int)
         assert -(-n // cut.rows) * cut.splits >= min(132, 32 * k // 1024)
 
 
+def test_int8_tokens_are_the_matrix_units_however_few() -> None:
+    """Their tile is 128 columns, so a program's rows decide what is in flight."""
+    for m in (1, 4):
+        assert blocks_for("int8", m, 4096, 4096, torch.int8).rows == 32
+        assert blocks_for("int8", m, 4096, 4096, torch.int8).splits == 3
+        assert blocks_for("int8", m, 4096, 4096, torch.float32).rows <= 8
+
+
 def test_it_says_what_it_takes() -> None:
     assert takes(1, 4096, scheme="int4", group_size=32)
     assert takes(64, 4096, scheme="int8", group_size=128, dtype=torch.int8)
@@ -177,11 +186,40 @@ print(made.asm["ptx"])
 """
 
 
-def test_it_compiles_for_an_h200_and_loads_16_bytes_at_a_time() -> None:
+COMPILE_ONES = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from bloomq.backends.cuda import triton_gemv, triton_products
+types = {"out": "*fp32", "sums": "*fp32", "x": "*fp32", "codes": "*fp32", "m": "i32", "n": "i32"}
+fixed = {"K": 64, "X": 64, "KIND": "float", "WIDTH": 4, "GROUP": 0, "ACT": None, "BN": 4,
+         "PIECES": 16, "STAGES": 3, "M": 4, "SPLITS": 2, "BLOCK": 1024}
+for kernel, ones in ((triton_gemv.gemv, "n"), (triton_products.finish, "m"),
+                     (triton_products.finish, "n")):
+    names = kernel.arg_names
+    read = {name: types.get(name, "constexpr") for name in names} | {ones: "constexpr"}
+    given = {name: fixed.get(name) for name in names if read[name] == "constexpr"} | {ones: 1}
+    source = ASTSource(fn=kernel, signature=read, constexprs=given)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    print(kernel.__name__, ones)
+"""
+
+
+def compiled(program: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
     )
+
+
+def test_a_size_of_1_is_no_tensor_and_compiles() -> None:
+    """Triton makes a constant of it, as an adapter of one rank has, or a step of one token."""
+    done = compiled(COMPILE_ONES)
+    assert done.stdout.split("\n") == ["gemv n", "finish m", "finish n", ""], done.stderr
+
+
+def test_it_compiles_for_an_h200_and_loads_16_bytes_at_a_time() -> None:
+    done = compiled(COMPILE)
     assert ".target sm_90" in done.stdout, done.stderr
     assert "cp.async.cg.shared.global" in done.stdout and ", 0x10" in done.stdout
     assert ".local" not in done.stdout  # no register lies in memory

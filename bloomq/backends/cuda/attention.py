@@ -11,7 +11,6 @@ queries (`prefill`), whose softmax is float32 whatever it multiplies in.
 from __future__ import annotations
 
 import math
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bloomq.backends.cuda.cache import Held, Layer, by_row
 from bloomq.backends.cuda.places import Ones, Piece, Places
+from bloomq.backends.cuda.products import on_device_of
 from bloomq.layers import Attention, Span, slopes
 from bloomq.schemes import round_up
 
@@ -66,10 +66,11 @@ def one_each(
     if reads_own_keys(held):
         from bloomq.backends.cuda.triton_attention import decode_attention
 
-        out: torch.Tensor = decode_attention(
-            split.reshape(len(split), -1), held.codes, held.scales, ones.rows, ones.lengths, slope,
-            capacity=places.capacity, out_dtype=split.dtype,
-        ).view_as(split[:, :, 0])  # fmt: skip
+        with on_device_of(split):
+            out: torch.Tensor = decode_attention(
+                split.reshape(len(split), -1), held.codes, held.scales, ones.rows, ones.lengths,
+                slope, capacity=places.capacity, out_dtype=split.dtype,
+            ).view_as(split[:, :, 0])  # fmt: skip
         return out
     held.store(places.slots if ones.at is None else places.slots[ones.at], both_of(split))
     return decode(query_of(split), held, places, ones, slope).to(split.dtype)
@@ -96,7 +97,7 @@ def both_of(split: torch.Tensor) -> torch.Tensor:
 def reads_own_keys(held: Layer) -> bool:
     """Is there a kernel that reads of each row its own keys and no others? Then no length, and not
     which rows they are, is any part of a recorded step."""
-    if not held.codes.is_cuda or find_spec("triton") is None:
+    if not held.by_triton:
         return False
     from bloomq.backends.cuda.triton_attention import takes_heads
 

@@ -37,11 +37,13 @@ class Layer:
     last slot is nobody's, for what padding writes.
 
     codes: [2, slots, H, D], keys and then values, float32, float16 or int8; scales: float32
-    [2, slots, H], what int8 codes are multiplied with, of size 0 for others.
+    [2, slots, H], what int8 codes are multiplied with, of size 0 for others. by_triton: may
+    Triton's kernel read them?
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
+    by_triton: bool = False
 
     def store(self, slots: torch.Tensor, vectors: torch.Tensor) -> None:
         """Keys and values [2, M, H, D] into slots [M]; int8 rounded half to even, with the scale
@@ -85,9 +87,9 @@ class CudaCache:
 
     def __init__(
         self, config: BloomConfig, batch: int, capacity: int, ranks: int, dtype: CacheDtype,
-        device: torch.device,
+        device: torch.device, *, by_triton: bool = False,
     ) -> None:  # fmt: skip
-        self.batch, self.capacity = batch, capacity
+        self.batch, self.capacity, self._by_triton = batch, capacity, by_triton
         self.dtype, self.device = dtype, device
         self.lengths: I64 = np.zeros(batch, np.int64)
         self.gates: F32 = np.zeros((batch, ranks), np.float32)
@@ -124,7 +126,7 @@ class CudaCache:
             shape = (2, batch * capacity + 1, *self._head)
             scales = shape[:3] if self.dtype == "int8" else (0,)
             return [
-                Layer(self._empty(shape, self.dtype), self._empty(scales, "f32"))
+                Layer(self._empty(shape, self.dtype), self._empty(scales, "f32"), self._by_triton)
                 for _ in range(n_layer)
             ]
         except (torch.cuda.OutOfMemoryError, MemoryError, CapacityError):

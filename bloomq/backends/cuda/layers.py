@@ -75,13 +75,20 @@ class CudaBackend:
 
     @property
     def description(self) -> str:
-        of = "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        where = f"torch {torch.__version__}, {self.device} ({of})"
-        return f"{where}, {self._how}, {self.cache_dtype} cache"
+        return self._described(f"{self.device} ({self._kind})")
 
     @property
     def arithmetic(self) -> str:
-        return f"cuda: {self.description}"
+        """Of the kind of GPU, whichever of them it is."""
+        return f"cuda: {self._described(self._kind)}"
+
+    @property
+    def _kind(self) -> str:
+        cpu = self.device.type == "cpu"
+        return "CPU" if cpu else torch.cuda.get_device_name(self.device)
+
+    def _described(self, where: str) -> str:
+        return f"torch {torch.__version__}, {where}, {self._how}, {self.cache_dtype} cache"
 
     def embedding(self, table: Matrix) -> Embedding:
         look_up = CudaEmbedding(self._loader.load(table))
@@ -119,7 +126,10 @@ class CudaBackend:
         return attention(layer, n_head, head_dim, self.device, slope=slope)
 
     def cache(self, config: BloomConfig, batch: int, capacity: int, ranks: int = 0) -> CudaCache:
-        return CudaCache(config, batch, capacity, ranks, self.cache_dtype, self.device)
+        return CudaCache(
+            config, batch, capacity, ranks, self.cache_dtype, self.device,
+            by_triton=self._how.attends_by_triton,
+        )  # fmt: skip
 
     def gate(self, x: Any, cache: Any, span: Span) -> Tensor:
         gated: Tensor = self._there(x) * cache.token_gates(span)
@@ -144,8 +154,9 @@ class CudaBackend:
         return np.asarray(x.cpu() if isinstance(x, Tensor) else x, np.float32)
 
     def receive(self, x: Tensor) -> Tensor:
-        """A tensor of another device on this one; between GPUs without waiting for it."""
-        return x.to(self.device, non_blocking=True)
+        """A tensor of another device on this one; between GPUs without waiting for it. On the CPU
+        it is waited for: nothing there says when the bytes have come."""
+        return x.to(self.device, non_blocking=self.device.type == "cuda")
 
     def _norm(self, norm: Norm) -> DeviceNorm:
         gain, bias = self._there(norm.gain), self._there(norm.bias)

@@ -68,6 +68,16 @@ class Arithmetic:
         compute capability 8.0 on; on the CPU it interprets them, where it is asked to."""
         if self.kernels != "auto" or self.device.type == "cpu":
             return self.kernels == "triton"
+        return self._compiles
+
+    @property
+    def attends_by_triton(self) -> bool:
+        """Does attention to a cache go through them, where a row gets one token? On a GPU alone,
+        and where "torch" does not ask for torch's own."""
+        return self.device.type == "cuda" and self.kernels != "torch" and self._compiles
+
+    @property
+    def _compiles(self) -> bool:
         there = importlib.util.find_spec("triton") is not None
         return there and torch.cuda.get_device_capability(self.device) >= (8, 0)
 

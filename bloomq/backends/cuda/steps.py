@@ -242,6 +242,8 @@ class Recorder:
             self._stream = CUDA.Stream(self._device)
         if known.pool is None:
             known.pool = CUDA.graph_pool_handle()
+        # This thread's, which need not be that of the step before: a recording may not make one.
+        CUDA.current_blas_handle()
         graph = CUDA.CUDAGraph()
         # If recording fails, torch leaves its stream the current one: the outer `with` does not.
         # thread_local: what other threads do on the device meanwhile is no part of it.

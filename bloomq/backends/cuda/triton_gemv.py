@@ -162,6 +162,6 @@ def gemv(
         if not PAIRS:
             of_pieces = tl.sum(of_pieces, axis=2)
         y = tl.sum(of_pieces, axis=1)
-        at = token * n.to(tl.int64) + rows
+        at = token * n + rows  # n is no tensor where it is 1; four times 2^29 rows are int32 still
         y = finished(y, at, rows, held, None if GROUP > 0 else scales, bias, delta, add, ACT)
         tl.store(out + at, y.to(out.dtype.element_ty), mask=held)

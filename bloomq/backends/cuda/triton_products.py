@@ -53,27 +53,31 @@ def _kind(scheme: str) -> Kind:
     )
 
 
-def blocks_for(scheme: str, m: int, n: int, k: int) -> Blocks:
-    """The cut of a product [m, k] x [n, k], by reasoning alone.
+def blocks_for(scheme: str, m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Blocks:
+    """The cut of a product [m, k] x [n, k] of activations of `dtype`, by reasoning alone.
 
     Up to four tokens: 32 pieces of 16 bytes are one load of a warp, 512 bytes of a row. Four warps
     of a row or two, three loads ahead: 6 to 12 KB in flight a program, of 25 KB that a
     multiprocessor needs (4.8 TB/s x 700 ns / 132), where six programs fit. Fewer rows a program
     leave more programs, so that K is never cut: BLOOM's least n is 1,024. nf4 looks ahead by its
-    programs alone, else its table's loads would be sent through shared memory too. More tokens: 32
-    rows of 128 bytes, and K cut until there are two programs for each multiprocessor.
+    programs alone, else its table's loads would be sent through shared memory too. More tokens, and
+    int8 ones of any number: 32 rows of 128 bytes, and K cut until there are two programs for each
+    multiprocessor. Beyond 32 tokens, and in float32, the activations' tiles take more of the shared
+    memory than the weights': one fewer ahead and half as many columns leave int4's within the 99 KB
+    of the GPUs that have least.
     """
     pieces = k // IN_16_BYTES[scheme]
-    if m <= BY_HAND:
+    if m <= BY_HAND and dtype != torch.int8:
         spare = scheme in ("int4", "nf4") or m == 1  # registers for a second row of each warp
         rows = 8 if spare and n >= 8 * PROGRAMS else 4
         wide = min(32, triton.next_power_of_2(pieces))
         return Blocks(rows, wide, warps=4, stages=1 if scheme == "nf4" else 3)
-    rows = 32 if m <= 32 else 64
-    wide = min(8, triton.next_power_of_2(pieces))
+    rows = 64 if m > 32 and dtype != torch.float32 else 32
+    wide = min(4 if dtype == torch.float32 else 8, triton.next_power_of_2(pieces))
     most = max(1, pieces // (2 * wide))  # two tiles a program at least
     splits = min(most, -(-PROGRAMS // -(-n // rows)), 16)
-    return Blocks(rows, wide, warps=4, stages=1 if scheme == "nf4" else 3, splits=splits)
+    stages = 1 if scheme == "nf4" else 3 if m <= 32 else 2
+    return Blocks(rows, wide, warps=4, stages=stages, splits=splits)
 
 
 @triton.jit
@@ -181,8 +185,10 @@ def finish(
     held = columns < n
     at = tl.program_id(1).to(tl.int64) * n + columns
     y = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        y += tl.load(sums + split * m.to(tl.int64) * n + at, mask=held, other=0.0)
+    piece = sums + at
+    for _ in tl.static_range(SPLITS):
+        y += tl.load(piece, mask=held, other=0.0)
+        piece += m * n  # m is no tensor where it is 1; 64 x 2^24 rows are int32 still
     y = finished(y, at, columns, held, scales, bias, delta, add, ACT)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=held)
 
@@ -231,7 +237,7 @@ def product(
     m, n = x.shape[0], codes.shape[0]
     kind = _kind(scheme)
     k = codes.shape[1] * (2 if kind in ("int4", "nf4") else 1)
-    cut = blocks or blocks_for(scheme, m, n, k)
+    cut = blocks or blocks_for(scheme, m, n, k, x.dtype)
     group = group_size if scheme in ("int4", "int6", "nf4") else 0
     scale = None if kind == "float" else scales
     book = _book(x.device) if kind == "nf4" else None
