@@ -20,7 +20,7 @@ import resource
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
@@ -31,9 +31,10 @@ from bloomq.converters.names import expected_tensors
 from bloomq.converters.pieces import Block, blocks, round_to_nearest
 from bloomq.converters.plan import Plan, make_plan
 from bloomq.converters.source import Checkpoint, SourceTensor
-from make_checkpoint import SHAPES, random_block
+from make_checkpoint import random_block
 
-from bloomq.config import BloomConfig, weight_specs
+from bloomq.config import weight_specs
+from bloomq.placement.models import PUBLISHED, published
 from bloomq.schemes import f32_to_bf16
 
 DEMO = Path(__file__).resolve().parent.parent / "tests" / "data" / "bloom-demo"
@@ -53,7 +54,7 @@ class Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=DEMO)
-    parser.add_argument("--shape", choices=SHAPES, help="made up: the embedding and --layers")
+    parser.add_argument("--shape", choices=PUBLISHED, help="made up: the embedding and --layers")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--scheme", default="int4")
     parser.add_argument("-t", "--threads", type=int)
@@ -80,8 +81,7 @@ def main() -> None:
 
 def made_up(shape: str, layers: int) -> Checkpoint:
     """A checkpoint of a published shape whose rows are copied from one block of random values."""
-    hidden, _, heads = SHAPES[shape]
-    config = BloomConfig(hidden_size=hidden, n_layer=layers, n_head=heads, vocab_size=250_880)
+    config = replace(published(shape), n_layer=layers)
     values = f32_to_bf16(random_block(np.random.default_rng(0)))
 
     def tensor(name: str, shape: tuple[int, ...]) -> SourceTensor:

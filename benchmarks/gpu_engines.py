@@ -57,8 +57,9 @@ class DrawnLoader:
 
 
 class Bloomq:
-    """A model of SHAPES in one scheme. drawn: on the device; else its weights come from the host,
-    as a pack's do, which takes as long as loading one. step_tokens: of a prompt in one step."""
+    """A published model, or "tiny", in one scheme. drawn: on the device; else its weights come from
+    the host, as a pack's do, which takes as long as loading one. step_tokens: of a prompt in one
+    step."""
 
     is_peer = False
 

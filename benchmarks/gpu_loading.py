@@ -16,10 +16,11 @@ from time import perf_counter
 import torch
 from gpu_engines import Bloomq, prompts
 from gpu_run import Run
-from gpu_weights import RandomWeights, config_of, schemes_of, write_pack
+from gpu_weights import RandomWeights, config_of, write_pack
 
 from bloomq.forward import STEP_TOKENS
 from bloomq.layers import CacheDtype
+from bloomq.placement.models import schemes_of
 
 BLOCK_BYTES = 16 << 20  # of one read
 # In a process of its own, whose peak memory is the system's figure. What CUDA takes at its first

@@ -18,18 +18,10 @@ from numpy.typing import NDArray
 from bloomq.config import BloomConfig, WeightSpec, weight_specs
 from bloomq.pack import stored_arrays
 from bloomq.pack_writer import writing_pack
-from bloomq.schemes import Array, Part, Scheme, f32_to_bf16, get_scheme
+from bloomq.placement.models import published, schemes_of
+from bloomq.schemes import Array, Part, Scheme, f32_to_bf16
 from bloomq.weights import Matrix, Norm
 
-# hidden_size, n_layer, n_head, vocab_size.
-SHAPES = {
-    "tiny": (256, 2, 4, 512),
-    "bloom-560m": (1024, 24, 16, 250880),
-    "bloom-1b7": (2048, 24, 16, 250880),
-    "bloom-7b1": (4096, 30, 32, 250880),
-    "bloom-176b": (14336, 70, 112, 250880),
-}
-HEAD_OF = {"int4": "int6", "nf4": "int6"}  # of the table and the head, as `bloomq convert` does
 DEVIATION = 0.02  # of the weights, about BLOOM's
 # The deviation of codes drawn evenly: -127..127, -32..31, -8..7, and of the values of nf4's book.
 CODE_DEVIATION = {"int8": 73.6, "int6": 18.5, "int4": 4.6, "nf4": 0.56}
@@ -38,18 +30,10 @@ NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8,
 
 
 def config_of(model: str) -> BloomConfig:
-    """The configuration of a model of SHAPES."""
-    hidden, layers, heads, vocab = SHAPES[model]
-    return BloomConfig(hidden_size=hidden, n_layer=layers, n_head=heads, vocab_size=vocab)
-
-
-def schemes_of(config: BloomConfig, scheme: str) -> dict[str, Scheme]:
-    """The scheme of each matrix in a pack of `scheme`."""
-    body, head = get_scheme(scheme), get_scheme(HEAD_OF.get(scheme, scheme))
-    return {
-        spec.name: head if spec.kind in ("embedding", "head") else body
-        for spec in weight_specs(config) if spec.is_matrix
-    }  # fmt: skip
+    """The configuration of a published model, or of "tiny"."""
+    if model == "tiny":
+        return BloomConfig(hidden_size=256, n_layer=2, n_head=4, vocab_size=512)
+    return published(model)
 
 
 class RandomWeights:

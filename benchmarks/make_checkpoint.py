@@ -18,33 +18,24 @@ import numpy as np
 from bloomq.converters.names import expected_tensors, huggingface_name
 
 from bloomq.config import Architecture, BloomConfig, weight_specs
+from bloomq.placement.models import PUBLISHED, published
 from bloomq.schemes import f32_to_bf16
 
-# hidden_size, n_layer, n_head of the published models; all have 250,880 tokens.
-SHAPES = {
-    "bloom-560m": (1024, 24, 16),
-    "bloom-1b1": (1536, 24, 16),
-    "bloom-1b7": (2048, 24, 16),
-    "bloom-3b": (2560, 30, 32),
-    "bloom-7b1": (4096, 30, 32),
-    "bloom-176b": (14336, 70, 112),
-}
 SHARD_BYTES = 5 << 30
 BLOCK_VALUES = 1 << 22
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=SHAPES)
+    parser.add_argument("model", choices=PUBLISHED)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, help="fewer layers than the real model has")
     parser.add_argument("--labels", type=int, help="a sequence classifier of so many labels")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    hidden, layers, heads = SHAPES[args.model]
-    config = BloomConfig(
-        hidden_size=hidden, n_layer=args.layers or layers, n_head=heads, vocab_size=250880
-    )
+    config = published(args.model)
+    if args.layers:
+        config = replace(config, n_layer=args.layers)
     if args.labels:
         labels = tuple(f"LABEL_{i}" for i in range(args.labels))
         kind: Architecture = "BloomForSequenceClassification"

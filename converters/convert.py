@@ -20,10 +20,10 @@ from bloomq.taken_folder import size_text
 from bloomq.weight_files import PackWriter
 
 from .pieces import Producer, round_to_nearest
-from .plan import Plan, choose_schemes, make_plan
+from .plan import Plan, make_plan
 from .source import Checkpoint
 
-__all__ = ["Conversion", "choose_schemes", "convert", "run"]
+__all__ = ["Conversion", "convert", "run"]
 
 Progress = Callable[[int, int], None]  # (source bytes done, source bytes in all)
 

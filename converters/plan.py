@@ -19,10 +19,11 @@ from time import perf_counter
 from typing import Any
 
 from bloomq import __version__
-from bloomq.config import BloomConfig, weight_specs
+from bloomq.config import weight_specs
 from bloomq.errors import UsageError
 from bloomq.pack import VERSION, stored_arrays
-from bloomq.schemes import Scheme, get_scheme
+from bloomq.scheme_choice import body_and_head, choose_schemes
+from bloomq.schemes import Scheme
 from bloomq.shards import Shard, array_bytes
 from bloomq.taken_folder import size_text
 from bloomq.weight_files import layout
@@ -38,9 +39,6 @@ from .watch import Watch
 # version is not continued, and `verify --deep` can say why a pack differs.
 CONVERTER_VERSION = 1
 _DEFAULT_WORKERS, _MOST_WORKERS = 8, 64
-# The embedding, which is also the head, suffers most from few bits; in int6 it loses next to
-# nothing (docs/experiments.md).
-_HEAD_OF = {"int4": "int6", "nf4": "int6"}
 _MANIFEST_BYTES = 320  # of each array, at most: its key twice, digest and shape
 # Measured by benchmarks/conversion.py: Python, NumPy, Numba with its kernels; and what a worker
 # has at hand for a block: as read, as float32, as stored, twice for the queue.
@@ -246,7 +244,7 @@ def make_plan(
     from .reading import read_checkpoint
 
     workers = worker_count(threads)
-    body, head = _body_and_head("int4" if scheme is None else scheme, group_size, head_scheme)
+    body, head = body_and_head("int4" if scheme is None else scheme, group_size, head_scheme)
     watch = Watch.of(Path(source))
     if checkpoint is None:
         checkpoint = read_checkpoint(source, revision=revision, stream=stream)
@@ -255,7 +253,7 @@ def make_plan(
     own: dict[str, Scheme] = {}
     if kept is not None and scheme is None and group_size is None:
         own = _own_schemes(checkpoint, head_scheme)
-        body, head = kept, _body_and_head(kept.name, None, head_scheme)[1]
+        body, head = kept, body_and_head(kept.name, None, head_scheme)[1]
         table = checkpoint.tensors["wte.weight"].stored
         if table is not None and head_scheme is None:
             head = table.scheme
@@ -267,19 +265,6 @@ def make_plan(
         checkpoint = replace(checkpoint, notes=notes)
     check_pack(checkpoint, source, target, schemes)
     return Plan(str(source), Path(target), checkpoint, schemes, options, workers, watch)
-
-
-def _body_and_head(
-    scheme: str, group_size: int | None, head_scheme: str | None
-) -> tuple[Scheme, Scheme]:
-    """Both schemes; the group size belongs to whichever is int4."""
-    head_scheme = _HEAD_OF.get(scheme, scheme) if head_scheme is None else head_scheme
-    if "int4" not in (scheme, head_scheme):
-        return get_scheme(scheme, group_size), get_scheme(head_scheme, group_size)
-    return (
-        get_scheme(scheme, group_size if scheme == "int4" else None),
-        get_scheme(head_scheme, group_size if head_scheme == "int4" else None),
-    )
 
 
 def _own_schemes(checkpoint: Checkpoint, head_scheme: str | None) -> dict[str, Scheme]:
@@ -306,15 +291,6 @@ def worker_count(threads: int | None) -> int:
     ):
         raise UsageError(f"threads is {threads!r}, expected 1 to {_MOST_WORKERS}")
     return threads
-
-
-def choose_schemes(config: BloomConfig, body: Scheme, head: Scheme) -> dict[str, Scheme]:
-    """The scheme of every matrix: `head` for the embedding and the language model's head; a
-    classifier's few rows stay as they are."""
-    scheme_of = {
-        "embedding": head, "head": head, "linear": body, "classifier": get_scheme("f32")
-    }  # fmt: skip
-    return {s.name: scheme_of[s.kind] for s in weight_specs(config) if s.is_matrix}
 
 
 def estimate_seconds(plan: Plan) -> float:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bloomq.converters import whole
-from bloomq.converters.convert import choose_schemes, convert
+from bloomq.converters.convert import convert
 from bloomq.converters.names import expected_tensors, huggingface_name
 from bloomq.converters.plan import CONVERTER_VERSION
 from bloomq.converters.reading import read_checkpoint
@@ -34,6 +34,7 @@ from bloomq.errors import (
     UsageError,
 )
 from bloomq.pack import Pack
+from bloomq.scheme_choice import choose_schemes
 from bloomq.schemes import bf16_to_f32, get_scheme
 from bloomq.tensorfile import TensorFile
 from bloomq.tokenizer_config import Settings

@@ -26,7 +26,7 @@ LEVELS = {
     "chat.sandbox": 1, "levels": 1,
     "journal": 1, "taken_folder": 1,
     "layers": 2, "lora": 2, "pack": 2, "pack_writer": 2, "shards": 2,
-    "weight_files": 2, "chat.template": 2,
+    "weight_files": 2, "scheme_choice": 2, "chat.template": 2,
     "backends.reference": 3, "backends.numba_cpu": 3, "backends.jax": 3,
     "backends.cuda": 3, "backends.placed": 3,
     "parallel": 3, "model": 3, "heads": 3, "inputs": 3, "tracing": 3, "forward": 3, "tokenizer": 3,

@@ -14,9 +14,10 @@ import click
 
 from bloomq import console
 from bloomq.cli.compare import write_report
+from bloomq.cli.options import grid_options
 from bloomq.errors import UsageError
 from bloomq.files import exists
-from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
+from bloomq.schemes import SCHEME_NAMES
 
 if TYPE_CHECKING:
     from bloomq.converters.plan import Plan
@@ -32,16 +33,7 @@ _LARGE_BYTES = 1 << 30  # of a pack: whoever writes so much is told so before, o
     type=click.Choice(SCHEME_NAMES),
     help="How matrices are stored.  [default: int4; for GPTQ and AWQ their own]",
 )
-@click.option(
-    "--group-size",
-    type=click.Choice([str(g) for g in GROUP_SIZES]),
-    help="Columns that share a scale, for int4.  [default: 32]",
-)
-@click.option(
-    "--head-scheme",
-    type=click.Choice(SCHEME_NAMES),
-    help="For the embedding and the head.  [default: int6 for int4 and nf4, else as --scheme]",
-)
+@grid_options
 @click.option(
     "--lora",
     "adapters",

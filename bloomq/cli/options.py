@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from bloomq import console
 from bloomq.errors import UsageError
 from bloomq.files import exists
+from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
 
 if TYPE_CHECKING:
     from bloomq.language_model import LanguageModel
@@ -31,6 +32,13 @@ def option_group(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+grid_options = option_group(
+    click.option("--group-size", type=click.Choice([str(g) for g in GROUP_SIZES]),
+                 help="Columns that share a scale, for int4.  [default: 32]"),
+    click.option("--head-scheme", type=click.Choice(SCHEME_NAMES),
+                 help="For the embedding and the head.  [default: int6 for int4 and nf4, else as "
+                      "--scheme]"),
+)  # fmt: skip
 engine_options = option_group(
     click.option("--backend", default="auto", show_default=True,
                  help="auto, numba, cuda, jax or reference."),

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal, cast
 
 import click
 
+from bloomq.cli.options import grid_options
 from bloomq.errors import CapacityError, UsageError
-from bloomq.schemes import GROUP_SIZES, SCHEME_NAMES
+from bloomq.schemes import SCHEME_NAMES
 
 if TYPE_CHECKING:
     from bloomq.config import BloomConfig
@@ -28,16 +29,7 @@ _SPLITS = ("layers", "tensor")
     type=click.Choice(SCHEME_NAMES),
     help="How matrices are stored; not with --pack.  [default: the best that fits]",
 )
-@click.option(
-    "--group-size",
-    type=click.Choice([str(g) for g in GROUP_SIZES]),
-    help="Columns that share a scale, for int4.  [default: 32]",
-)
-@click.option(
-    "--head-scheme",
-    type=click.Choice(SCHEME_NAMES),
-    help="For the embedding and the head.  [default: int6 for int4 and nf4, else as --scheme]",
-)
+@grid_options
 @click.option(
     "--gpus",
     metavar="LIST",

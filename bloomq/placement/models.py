@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bloomq.config import BloomConfig, weight_specs
+from bloomq.config import BloomConfig
 from bloomq.errors import UsageError
-from bloomq.schemes import Scheme, get_scheme
+from bloomq.scheme_choice import body_and_head, choose_schemes
+from bloomq.schemes import Scheme
 
 # hidden_size, n_layer, n_head; all have 250,880 tokens and were trained on 2,048.
 # Source: the config.json of each at huggingface.co/bigscience.
@@ -25,8 +26,6 @@ _SHAPES = {
 }  # fmt: skip
 PUBLISHED = tuple(_SHAPES)
 
-# What a conversion gives the embedding where nobody says more: see converters/plan.py.
-_HEAD_OF = {"int4": "int6", "nf4": "int6"}
 # Best first, by perplexity on the demo (README): what is tried where no scheme is asked for. Not
 # int6, which the CUDA backend holds in bytes; larger groups of int4 behind nf4, which is there as
 # large as int4 in groups of 32.
@@ -55,14 +54,7 @@ def schemes_of(
 
     Raises: UsageError for a scheme or a group size that cannot be.
     """
-    head_name = _HEAD_OF.get(scheme, scheme) if head_scheme is None else head_scheme
-    if "int4" not in (scheme, head_name):
-        body, head = get_scheme(scheme, group_size), get_scheme(head_name, group_size)
-    else:
-        body = get_scheme(scheme, group_size if scheme == "int4" else None)
-        head = get_scheme(head_name, group_size if head_name == "int4" else None)
-    of = {"embedding": head, "head": head, "linear": body, "classifier": get_scheme("f32")}
-    return {s.name: of[s.kind] for s in weight_specs(config) if s.is_matrix}
+    return choose_schemes(config, *body_and_head(scheme, group_size, head_scheme))
 
 
 def label_of(schemes: Mapping[str, Scheme]) -> str:

@@ -92,7 +92,9 @@ class RowPrograms:
         shape = tier, len(levels)
         work = self._finds.take(shape, partial(_find, *shape))
         self._bind_find(work.program.inputs, levels, low, high - low, values)
+        work.program.held = levels, values
         self._pool.run(work.program)
+        work.program.held = None
         ids, logits, count = work.results
         found = int(count[0])
         best = ids[:found].copy(), logits[:found].copy()
