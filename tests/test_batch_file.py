@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+import warm
 from test_cli import error_line, run
 
 PROMPTS = ["Once upon a time", "def f(x):\n    return", "El rey", "Il était une fois", "The sea"]
@@ -54,35 +52,42 @@ def test_without_out_the_lines_are_printed(prompts: Path) -> None:
     assert done.stderr == ""
 
 
+# The command, which sends itself a signal (argv[1]) behind its so manieth line (argv[2]).
+ENDED = """
+import os, sys
+from bloomq.cli import main, partial
+number, left = int(sys.argv[1]), int(sys.argv[2])
+append = partial.Partial.append
+def counted(self, data, units):
+    global left
+    append(self, data, units)
+    left -= 1
+    if not left:
+        os.kill(os.getpid(), number)
+partial.Partial.append = counted
+main(sys.argv[3:])
+"""
+
+
+def ended(number: int, count: int, *args: str) -> str:
+    """What `bloomq ARGS` said until a signal ended it behind its so manieth line."""
+    done = warm.python("-c", ENDED, int(number), count, *args)
+    assert done.returncode == (130 if number == signal.SIGINT else -number), done.stderr
+    return done.stderr
+
+
 def test_a_run_that_was_killed_goes_on_with_the_same_draws(tmp_path: Path) -> None:
     path, whole, out = (tmp_path / name for name in ("in.txt", "whole.jsonl", "out.jsonl"))
-    path.write_text("".join(f"Chapter {i} of the book\n" for i in range(120)))
-    options = ("-n", "60", "--temperature", "0.9", "--seed", "3", "--parallel", "3")
+    path.write_text("".join(f"Chapter {i} of the book\n" for i in range(24)))
+    options = ("-n", "20", "--temperature", "0.9", "--seed", "3", "--parallel", "3")
     run("generate", "--batch-file", str(path), "-o", str(whole), *options)
     expected = [untimed(line) for line in lines(whole)]
-    command = [
-        sys.executable,
-        "-m",
-        "bloomq",
-        "generate",
-        "--batch-file",
-        str(path),
-        "-o",
-        str(out),
-    ]
-    for how in (signal.SIGKILL, signal.SIGINT):
-        process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE)
-        before = len(out.read_text().splitlines()) if out.exists() else 0
-        while process.poll() is None:
-            if out.exists() and len(out.read_text().splitlines()) > before + 3:
-                process.send_signal(how)
-                break
-            time.sleep(0.005)
-        _, stderr = process.communicate(timeout=60)
-        assert process.returncode in (-how, 130, 0)
-        if process.returncode == 130:
-            assert b"the same command goes on" in stderr
-    run(*command[3:], *options)
+    command = ("generate", "--batch-file", str(path), "-o", str(out), *options)
+    ended(signal.SIGKILL, 5, *command)
+    assert len(lines(out)) == 5
+    assert "the same command goes on" in ended(signal.SIGINT, 7, *command)
+    assert len(lines(out)) == 12
+    run(*command)
     assert [untimed(line) for line in lines(out)] == expected
 
 
@@ -107,19 +112,7 @@ def half_done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": p, "other": p[::-1]} for p in PROMPTS]
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = folder / "out.jsonl"
-    code = (
-        "import sys\nfrom bloomq.cli import batch, main\n"
-        "line, count = batch.Lines, [0]\n"
-        "from bloomq.cli import partial\nappend = partial.Partial.append\n"
-        "def some(self, data, units):\n"
-        "    append(self, data, units)\n"
-        "    count[0] += 1\n"
-        "    if count[0] == 2: raise KeyboardInterrupt\n"
-        "partial.Partial.append = some\n"
-        f"main(['generate', '--batch-file', {str(folder / 'in.jsonl')!r}, '-o', {str(out)!r}])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 130, done.stderr
+    ended(signal.SIGINT, 2, "generate", "--batch-file", str(folder / "in.jsonl"), "-o", str(out))
     assert len(lines(out)) == 2
     return folder
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -30,8 +29,6 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
     ],
 )
 def test_a_benchmark_runs(command: list[str], expected: str):
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=FOLDER, timeout=120
-    )
+    done = warm.python(*command, cwd=FOLDER)
     assert done.returncode == 0, done.stderr
     assert re.search(expected, done.stdout)

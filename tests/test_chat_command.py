@@ -15,7 +15,8 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
-from test_cli import LONG_S, Terminal
+from test_cli import Terminal
+from warm import LONG_S
 
 import bloomq
 from bloomq import console

@@ -16,21 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import edit_manifest
+from warm import LONG_S
 
 COMMANDS = ("generate", "chat", "explore", "convert", "info", "verify", "warmup")
-LONG_S = 120
 
 
-def run(*args: str, stdin: str | bytes = "", check: int | None = 0) -> subprocess.CompletedProcess:
+def run(*args: str, stdin: str | bytes = "", check: int = 0) -> subprocess.CompletedProcess[str]:
     """Run `bloomq ARGS`; stdin is a pipe."""
     data = stdin.encode() if isinstance(stdin, str) else stdin
-    done = subprocess.run(
-        [sys.executable, "-m", "bloomq", *args], input=data, capture_output=True, timeout=LONG_S
-    )
-    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
-    if check is not None:
-        assert done.returncode == check, done.stderr
+    done = warm.python("-m", "bloomq", *args, stdin=data)
+    assert done.returncode == check, done.stderr
     return done
 
 
@@ -203,7 +200,7 @@ def test_the_converter_runs_as_a_script(tmp_path: Path, demo_checkpoint: Path) -
 
 
 def test_warmup_says_that_it_is_ready() -> None:
-    assert run("warmup").stdout.startswith("ready: numba")
+    assert shell("BLOOMQ warmup").stdout.startswith("ready: numba")
 
 
 def test_chat_answers_each_line_and_ends_with_its_input() -> None:

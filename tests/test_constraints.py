@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from constrained import END, Writer, drawn
 from tokenizers import Tokenizer, decoders, models
 
@@ -224,7 +223,7 @@ def test_the_code_of_the_page_runs(tmp_path: Path):
     (tmp_path / "page.py").write_text(
         "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
     )
-    done = subprocess.run([sys.executable, tmp_path / "page.py"], capture_output=True, text=True)
+    done = warm.python(tmp_path / "page.py")
     assert done.returncode == 0, done.stderr
     person, answer, total = done.stdout.splitlines()
     assert "'age':" in person and answer in ("yes", "no")
@@ -232,10 +231,8 @@ def test_the_code_of_the_page_runs(tmp_path: Path):
 
 
 def test_the_benchmark_runs():
-    done = subprocess.run(
-        [sys.executable, "constraints.py", "--repeat", "1", "--tokens", "9000"],
-        capture_output=True, text=True, cwd=HERE.parent / "benchmarks", timeout=120,
-    )  # fmt: skip
+    options = ("--repeat", "1", "--tokens", "9000")
+    done = warm.python("constraints.py", *options, cwd=HERE.parent / "benchmarks")
     assert done.returncode == 0, done.stderr
     assert re.search(r"9000 tokens: compiled in [\d.]+ s", done.stdout)
     assert re.search(r"any object +[\d.]+ +\d+ +\d+", done.stdout)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 import bloomq
 
@@ -18,9 +17,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def run(*command: object, cwd: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, cwd=cwd
-    )
+    done = warm.python(*command, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

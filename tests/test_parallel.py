@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm
 from models import Tiny, pack
 from parallel_threads import ThreadGroup, on_ranks
 
@@ -539,9 +540,7 @@ def test_a_command_on_two_processes_prints_once_and_ends_with_one_that_is_killed
 def test_the_page_about_parallelism_says_what_its_code_prints():
     page = (Path(__file__).parent.parent / "docs" / "parallel.md").read_text()
     sizes, program = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-c", sizes + program], capture_output=True, text=True, timeout=120
-    )
+    done = warm.python("-c", sizes + program)
     assert done.returncode == 0, done.stderr
     printed = done.stdout.splitlines()
     assert "\n".join(printed[:6]) in page and len(printed) > 6

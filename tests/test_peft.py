@@ -9,7 +9,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import transformers
+import warm
 from adapters import CONFIG, random_lora, written
 from bloomq.converters.peft import LoraConfig, read_adapter
 from conftest import Tensors, to_dtype
@@ -394,10 +394,8 @@ def test_the_worst_expressions_allowed_end_soon():
 
 
 def bloomq_command(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "bloomq", *args], input=stdin, capture_output=True, text=True,
-        timeout=120, env={**os.environ, "COLUMNS": "200"},
-    )  # fmt: skip
+    environment = {**os.environ, "COLUMNS": "200"}
+    return warm.python("-m", "bloomq", *args, stdin=stdin.encode(), env=environment)
 
 
 @pytest.fixture

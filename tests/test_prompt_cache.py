@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Tiny, pack
@@ -240,7 +239,7 @@ def test_a_full_disk_leaves_the_old_file(base, saved, tmp_path):
         f"try: prompt_cache.save(model, prompt, {str(target)!r})\n"
         "except bloomq.OutputError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = warm.python("-c", code)
     assert "cannot be written" in done.stdout, done.stderr
     assert Path(target).read_bytes() == before
     assert os.listdir(tmp_path) == ["p"]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import heads
 import pytest
+import warm
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,11 +30,7 @@ def workplace(tmp_path: Path, demo_checkpoint: Path, monkeypatch: pytest.MonkeyP
 def test_every_command_runs(workplace: Path) -> None:
     assert len(COMMANDS) >= 3
     for command in COMMANDS:
-        arguments = shlex.split(command)[1:]
-        done = subprocess.run(
-            [sys.executable, "-m", "bloomq", *arguments], capture_output=True, text=True,
-            timeout=120, input="",
-        )  # fmt: skip
+        done = warm.python("-m", "bloomq", *shlex.split(command)[1:])
         assert done.returncode == 0, f"{command}: {done.stderr}"
 
 

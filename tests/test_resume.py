@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm
 from bloomq.converters.convert import convert, run
 from bloomq.converters.pieces import Piece, round_to_nearest
 from bloomq.converters.plan import make_plan
@@ -198,8 +199,7 @@ main(["convert", *sys.argv[2:]])
 
 
 def command(*args: object) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", COMMAND, *map(str, args)]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    return warm.python("-c", COMMAND, *args)
 
 
 def test_command_says_in_a_line_how_to_go_on_and_how_to_drop_the_work(source, expected, tmp_path):
@@ -500,8 +500,8 @@ except OSError as error:
 
 
 def test_file_that_may_not_grow_is_named_and_the_work_is_kept(source, expected, tmp_path):
-    words = [sys.executable, "-c", LIMITED, source, tmp_path / "pack", "60000"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+    done = warm.python("-c", LIMITED, source, tmp_path / "pack", 60_000)
+    assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path / 'pack'}: cannot be written: File too large\n"
     assert names(tmp_path) == [".pack.partial", "checkpoint"]
     assert convert(source, tmp_path / "pack").resumed_bytes > 0

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from adapters import written
 from models import Tiny, pack
-from test_cli import LONG_S, Terminal
+from test_cli import Terminal
 from test_tasks import Call, Done, Pipe
 
 import bloomq
@@ -246,8 +246,7 @@ def test_packs_of_different_models_are_not_compared(
 def test_ctrl_c_prints_the_estimate_so_far(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text(TEXT * 400)
-    command = [sys.executable, "-c", INTERRUPTING, "perplexity", str(path), "--window", "64"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG_S)
+    done = warm.python("-c", INTERRUPTING, "perplexity", path, "--window", 64)
     assert done.returncode == 130
     assert done.stdout.startswith("perplexity     ")
     assert "in 3 windows of 64 (fixed)" in done.stdout

@@ -21,7 +21,8 @@ import pytest
 from adapters import written
 from conftest import write_checkpoint
 from heads import assemble, heldout
-from test_cli import LONG_S, Terminal
+from test_cli import Terminal
+from warm import LONG_S
 
 import bloomq
 from bloomq import cli

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from models import Tiny, pack
 from test_cli import error_line, run
 
@@ -342,7 +341,7 @@ def test_breakers_need_a_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> 
         f"try: ids_with(('x',), bloomq.load({str(folder)!r}))\n"
         "except bloomq.UsageError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = warm.python("-c", code)
     assert "--dry-breaker needs a tokenizer, which this pack has not" in done.stdout
 
 
