@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/bloomq generate "Once upon a time" -n 80 --temperature 0.7 --top-p 0.9 --seed 7
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .

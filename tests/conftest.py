@@ -31,7 +31,22 @@ if not Path("/dev/nvidiactl").exists():
 
 DEMO = Path(__file__).parent / "data" / "bloom-demo"
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+# The files of tests that take longest, in the order in which workers get them (see the Makefile), so
+# that none is left with a long one at the end. With no kernel in the cache the first two compile
+# nearly all of them, each its own, so nothing is compiled on two workers at once.
+LONGEST = (
+    "kernels", "attention", "jax", "conformance", "calibration", "heads", "transformers", "docs",
+    "parallel", "cli", "compile_cache", "gpu_figures", "evaluation", "lora", "cuda_steps",
+    "chat_command", "cuda_backend", "placed", "cache", "pipelines", "search", "prequantized",
+    "tasks", "durability", "resume", "convert", "modeling_parity", "levels",
+)  # fmt: skip
 Tensors = dict[str, tuple[str, np.ndarray]]  # foreign name -> (dtype, array; bf16 as uint16)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; else in their usual order."""
+    rank = {f"test_{name}": at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(scope="session")

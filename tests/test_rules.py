@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ NO_ENGINE = (
 )  # fmt: skip
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Every module of ours, by its dotted name below `bloomq`."""
     found = {}
@@ -85,6 +87,11 @@ def modules() -> dict[str, Path]:
             parts = path.relative_to(base).with_suffix("").parts
             found[prefix + ".".join(part for part in parts if part != "__init__")] = path
     return found
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def package_of(path: Path, level: int) -> str:
@@ -98,7 +105,7 @@ def package_of(path: Path, level: int) -> str:
 
 def imports(path: Path, *, top_level: bool = False) -> set[str]:
     """Modules that a file imports: anywhere in it, or when it is imported itself."""
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     nodes = tree.body if top_level else list(ast.walk(tree))
     names = set()
     for node in nodes:
@@ -178,7 +185,7 @@ def test_nothing_catches_every_exception(module: str) -> None:
     """A backend's panic is a BaseException, so one place catches that, and re-raises what is
     not.
     """
-    for node in ast.walk(ast.parse(modules()[module].read_text())):
+    for node in ast.walk(tree_of(modules()[module])):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"{module}:{node.lineno} has a bare except"
             assert ast.unparse(node.type) != "Exception" or module == "tokenizer"
@@ -194,14 +201,14 @@ def test_nothing_unpickles(module: str) -> None:
 
 def test_every_module_says_what_it_is() -> None:
     for module, path in modules().items():
-        source = path.read_text()
-        assert not source.strip() or ast.get_docstring(ast.parse(source)), module
+        tree = tree_of(path)
+        assert not tree.body or ast.get_docstring(tree), module
 
 
 def test_error_messages_are_one_lower_case_line_without_a_full_stop() -> None:
     """Of every `raise SomethingError("...")` with a literal start."""
     for module, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
                 continue
             texts = [ast.unparse(arg) for arg in node.exc.args]
