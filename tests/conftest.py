@@ -31,8 +31,8 @@ if not Path("/dev/nvidiactl").exists():
 
 DEMO = Path(__file__).parent / "data" / "bloom-demo"
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
-# The files of tests that take longest, in the order in which workers get them (see the Makefile), so
-# that none is left with a long one at the end. With no kernel in the cache the first two compile
+# The files of tests that take longest, in the order in which workers get them (`make test` keeps
+# it): none is left with a long one at the end. With no kernel in the cache the first two compile
 # nearly all of them, each its own, so nothing is compiled on two workers at once.
 LONGEST = (
     "kernels", "attention", "jax", "conformance", "calibration", "heads", "transformers", "docs",

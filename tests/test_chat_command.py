@@ -407,7 +407,7 @@ class Chat(Terminal):
         self.type(typed)
         self.wait_for(typed)
         self.shown = b""
-        time.sleep(0.2)
+        self.wait_until_it_waits()
         self.interrupt()
         self.wait_for(b"Ctrl-C again, or Ctrl-D, leaves")
         self.wait_for_a_prompt()
@@ -460,7 +460,7 @@ def test_ctrl_c_takes_a_block_and_a_line_that_goes_on_away() -> None:
     for begun in (b'"""', b"a line\\"):
         chat.type(begun + b"\n")
         chat.wait_for(b"\n. ")
-        time.sleep(0.5)  # as in wait_for_a_prompt
+        chat.wait_until_it_waits()
         chat.take_away(b"")
     chat.say("/show")
     assert b"user:" not in chat.shown
@@ -482,7 +482,7 @@ def test_editing_keeps_lines_and_ctrl_c_leaves_all_as_it_was() -> None:
     chat.type(b"/edit\n")
     chat.wait_for(b"leaves it\x1b[0m")
     chat.wait_for(b'two"""')
-    time.sleep(0.5)  # until readline waits for keys behind what it has filled in
+    chat.wait_until_it_waits()  # behind what readline has filled in
     chat.type(b"\x7f\x7f\x7f and more\n")  # without the quotes at the end: the block goes on
     chat.wait_for(b"\n. ")
     chat.say('three"""')

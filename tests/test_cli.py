@@ -332,7 +332,18 @@ class Terminal:
     def wait_for_a_prompt(self) -> None:
         while not self.shown.endswith(b"> "):
             assert self.read(), self.shown
-        time.sleep(0.5)  # input() misses a signal between its prompt and its waiting
+        self.wait_until_it_waits()
+
+    def wait_until_it_waits(self) -> None:
+        """Until its main thread has slept for a while, as it does while it waits for keys: input()
+        misses a signal between its prompt and its waiting."""
+        status, looks = Path(f"/proc/{self.process.pid}/stat"), 0
+        if not status.exists():
+            time.sleep(0.5)
+        while looks < 5 and status.exists():
+            time.sleep(0.01)
+            asleep = status.read_text().rpartition(")")[2].split()[0] == "S"
+            looks = looks + 1 if asleep else 0
 
     def read(self) -> bool:
         """Take what comes next; False at the end."""

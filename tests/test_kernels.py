@@ -64,13 +64,14 @@ ON_BEST = [pytest.param(scheme, id=scheme.label) for scheme in SCHEMES]
 SIZES = [(1, 1), (15, 31), (33, 65), (47, 129), (16, 32), (100, 200), (96, 256)]
 BATCHES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17]  # one, four and eight tokens' kernels, and their blocks
 # Columns that no group size divides, three shares of linear._COLUMNS; batches of more blocks than
-# linear._FEW_BLOCKS: 40 tokens of 8 (avx512-vnni), 17 of 4 (the other tiers).
+# linear._FEW_BLOCKS: 40 tokens of 8 (avx512-vnni), 17 of 4 (the other tiers). Sizes of groups are
+# no tier's matter: int4's others run on the best one.
 LONG, LONG_BATCHES = (47, 1100), (1, 2, 4, 5, 8, 9, 17, 40)
 LONG_CASES = [
     pytest.param(scheme, tier, id=f"{scheme.label}-{tier}")
     for tier in TIERS_HERE
     for scheme in SCHEMES
-    if tier == BEST or not scheme.is_float
+    if tier == BEST or scheme.label in ON_OTHER_TIERS["avx2"]
 ]
 # The head of the largest BLOOM: 3.6e9 weights, so its last row begins beyond 2^31 of them; in int8
 # beyond 2^31 bytes too, in f16 beyond 2^32.
