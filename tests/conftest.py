@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from bloomq.converters.convert import convert
 
+from bloomq.backends.numba_cpu.jit import cache_dir
 from bloomq.pack import Pack
 
 if (
@@ -28,6 +29,16 @@ if (
 # Without a GPU Triton's kernels run in its interpreter, which is chosen when it is first imported.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# XLA's programs are kept beside our own kernels: to compile them is half of the time of the tests
+# on JAX, and they are the same in the next run.
+for name, value in {
+    "JAX_COMPILATION_CACHE_DIR": str(cache_dir().parent / "xla-of-tests"),
+    "JAX_COMPILATION_CACHE_MAX_SIZE": "100000000",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}.items():
+    os.environ.setdefault(name, value)
 
 DEMO = Path(__file__).parent / "data" / "bloom-demo"
 NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
