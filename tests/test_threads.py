@@ -18,6 +18,7 @@ import pytest
 from bloomq.backends.numba_cpu import threads as numba_threads
 from bloomq.backends.numba_cpu.jit import kernel
 from bloomq.backends.numba_cpu.memory import fields, longs
+from bloomq.backends.numba_cpu.pages import Page
 from bloomq.backends.numba_cpu.program import Buffer, Program
 from bloomq.backends.numba_cpu.threads import Pool
 
@@ -78,6 +79,15 @@ def test_an_operation_without_units_is_none():
 
 def test_a_program_of_nothing_ends():
     Pool(2).run(Program())
+
+
+@pytest.mark.parametrize("kind", [Buffer, Page])
+def test_what_ctrl_c_cuts_off_while_it_is_made_ends_without_a_word(kind, monkeypatch):
+    said: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    half = kind.__new__(kind)
+    del half
+    assert not said
 
 
 def test_helpers_that_never_come_are_not_waited_for(monkeypatch: pytest.MonkeyPatch):

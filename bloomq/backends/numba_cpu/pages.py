@@ -211,7 +211,8 @@ class Page:
         self.data, self.scales, self.key_lengths = data, scales, key_lengths
 
     def __del__(self) -> None:
-        self._spare.give_back(self._memory)
+        if hasattr(self, "_memory"):  # Ctrl-C may cut off its making
+            self._spare.give_back(self._memory)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

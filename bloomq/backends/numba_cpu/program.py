@@ -57,7 +57,8 @@ class Buffer:
         self.program, self.array, self.rows, self.columns = program, array, rows, columns
 
     def __del__(self) -> None:
-        self.program.give_back(self.array)
+        if hasattr(self, "array"):  # Ctrl-C may cut off its making
+            self.program.give_back(self.array)
 
     @property
     def address(self) -> int:
