@@ -15,12 +15,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 import warm
 from conftest import edit_manifest
 from warm import LONG_S
 
-COMMANDS = ("generate", "chat", "explore", "convert", "info", "verify", "warmup")
+from bloomq.cli import commands
+
+COMMANDS = tuple(commands.commands)
 
 
 def run(*args: str, stdin: str | bytes = "", check: int = 0) -> subprocess.CompletedProcess[str]:
@@ -147,10 +150,10 @@ def test_a_terminal_without_a_prompt_is_told_to_give_one() -> None:
 def test_help_describes_every_option(command: str) -> None:
     text = run(command, "--help").stdout
     assert text.startswith(f"Usage: bloomq {command}")
-    for line in text.splitlines():
-        if line.startswith("  -"):
-            option_only = line.split("  ")[-1].startswith("-")
-            assert not option_only or "--" in line
+    for option in commands.commands[command].params:
+        if isinstance(option, click.Option):
+            assert option.help and option.help.split()[0] in text, option.name
+            assert max(option.opts, key=len) in text
 
 
 def test_convert_verify_info_and_generate_with_spaces_in_every_path(
@@ -276,7 +279,7 @@ def test_text_comes_out_with_other_streams_closed(closed: str) -> None:
 )
 @pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
 def test_a_closed_stdout_is_no_traceback(command: str, closed: str) -> None:
-    assert shell(f"BLOOMQ {command} {closed}").returncode in (0, 1)
+    assert shell(f"BLOOMQ {command} {closed}").returncode == 0
 
 
 def test_an_error_with_stderr_closed_still_has_its_exit_code() -> None:

@@ -82,8 +82,10 @@ def test_other_backends_have_it_too(base, tmp_path, backend):
 
 def test_what_is_held_is_not_read_again_to_be_saved(tiny, tmp_path, monkeypatch):
     tiny.generate(PROMPT, max_new_tokens=5)
-    monkeypatch.setattr(tiny.head, "step", None)
-    prompt_cache.save(tiny, PROMPT, tmp_path / "p")
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.head, "step", None)
+        prompt_cache.save(tiny, PROMPT, tmp_path / "p")
+    assert prompt_cache.load(tiny, tmp_path / "p") == PROMPT
 
 
 def test_a_file_is_replaced_as_a_whole(tiny, saved, tmp_path):

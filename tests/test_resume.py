@@ -468,6 +468,7 @@ def test_edit_that_the_file_system_does_not_tell_is_seen_in_the_values(source, t
 def test_log_beside_the_checkpoint_may_grow(source, tmp_path):
     with (source / "train.log").open("a") as log:
         convert(source, tmp_path / "pack", progress=lambda *now: print(*now, file=log, flush=True))
+    assert (source / "train.log").stat().st_size
     Pack.open(tmp_path / "pack").verify()
 
 
