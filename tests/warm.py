@@ -123,8 +123,9 @@ def run(words: list[str]) -> None:
         sys.path[0], sys.argv = "", ["-c", *words[2:]]
         exec(words[1], {"__name__": "__main__"})
     else:
-        sys.path[0], sys.argv = os.path.dirname(os.path.abspath(words[0])), words
-        runpy.run_path(words[0], run_name="__main__")
+        script = os.path.abspath(words[0])
+        sys.path[0], sys.argv = os.path.dirname(script), words
+        runpy.run_path(script, run_name="__main__")
 
 
 def main() -> None:
