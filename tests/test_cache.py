@@ -65,6 +65,10 @@ class Rows:
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self._next = 0
 
+    def fresh(self, capacity: int = 256) -> Rows:
+        """Empty ones of the same kind."""
+        return Rows(self.kind, capacity=capacity)
+
     def feed(self, *counts: tuple[int, int]) -> None:
         """(row, tokens) of one step, whose results must be those of each row alone."""
         rows, new = [row for row, _ in counts], []
@@ -260,7 +264,7 @@ def test_only_whole_pages_that_a_row_holds_are_dropped(rows: Rows, start, count)
 
 @pytest.mark.parametrize("count", [0, 1, 64, 131])
 def test_a_stored_row_goes_on_in_another_cache_with_the_same_bits(rows: Rows, count: int):
-    other = Rows(rows.kind)
+    other = rows.fresh()
     if count:
         rows.feed((1, count))
     other.feed((0, 7), (2, 250))
@@ -322,7 +326,7 @@ def test_stored_arrays_that_do_not_fit_are_refused_and_the_row_is_as_before(rows
 
 def test_more_stored_tokens_than_a_row_has_room_for_are_refused(rows: Rows):
     rows.feed((0, 250))
-    small = Rows(rows.kind, capacity=128)
+    small = rows.fresh(capacity=128)
     small.feed((0, 5))
     with pytest.raises(CapacityError, match=r"^250 stored tokens, the cache holds 128: grow it"):
         small.cache.restore(0, rows.cache.stored(0))

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_attention import as_int8
-from test_cache import CONFIG, QKV, STEPS, Rows, take
+from test_cache import (  # noqa: F401  # the tests among them are run here too, on `rows` below
+    CONFIG,
+    QKV,
+    STEPS,
+    Rows,
+    take,
+    test_a_copy_takes_the_gates_along_and_a_restored_row_keeps_its_own,
+    test_a_stored_row_goes_on_in_another_cache_with_the_same_bits,
+    test_a_window_slides_behind_its_first_tokens,
+    test_an_empty_row_copied_empties_its_target,
+)
 
 from bloomq.errors import CapacityError, UsageError
 from bloomq.layers import Span
@@ -57,6 +67,9 @@ class DeviceRows(Rows):
             CPU,
         )
 
+    def fresh(self, capacity: int = 256) -> DeviceRows:
+        return DeviceRows(self.dtype, capacity=capacity)
+
     def run(self, span: Span, ids: np.ndarray) -> np.ndarray:
         found = self._step(ids, self.cache, span, np.arange(len(ids)))
         return found.numpy().swapaxes(0, 1)
@@ -99,39 +112,10 @@ def test_copies_and_their_sources_go_their_own_ways(rows: DeviceRows):
     rows.check()
 
 
-def test_a_copy_takes_the_gates_along_and_a_restored_row_keeps_its_own(rows: DeviceRows):
-    rows.feed((0, 3))
+def test_a_token_has_the_gates_of_its_row(rows: DeviceRows):
     rows.cache.gates[:] = [[1, 2], [3, 4], [5, 6]]
-    rows.cache.copy(0, 1)
-    rows.cache.restore(2, rows.cache.stored(0))
-    assert rows.cache.gates.tolist() == [[1, 2], [1, 2], [5, 6]]
     gates = rows.cache.token_gates(Span.of([2, 0], [1, 2]))
     assert gates.tolist() == [[5, 6], [1, 2], [1, 2]]
-
-
-def test_a_window_slides_behind_its_first_tokens(rows: DeviceRows):
-    rows.feed((0, 64))
-    for _ in range(6):
-        rows.feed((0, 64))
-        if len(rows.tokens[0]) == 256:
-            rows.drop(0, 64, 64)
-    rows.check()
-
-
-@pytest.mark.parametrize("count", [0, 1, 131])
-def test_a_stored_row_goes_on_in_another_cache(rows: DeviceRows, count: int):
-    other = DeviceRows(rows.dtype)
-    if count:
-        rows.feed((1, count))
-    other.feed((0, 7), (2, 250))
-    stored = rows.cache.stored(1)
-    assert stored.length == count
-    for row in (0, 2):
-        other.cache.restore(row, stored)
-        other.tokens[row] = list(rows.tokens[1])
-    other.check()
-    other.feed((2, 1), (0, 70))
-    other.check()
 
 
 def test_what_a_cache_gave_does_not_change_with_it(rows: DeviceRows):
