@@ -56,7 +56,7 @@ def raises() -> list[Raise]:
     }  # fmt: skip
     trees = {path: ast.parse(path.read_text()) for path in sources()}
     for tree in trees.values():  # private ones, derived where they are used
-        for node in ast.walk(tree):
+        for node in statements(tree):
             if isinstance(node, ast.ClassDef) and known & {ast.unparse(b) for b in node.bases}:
                 known.add(node.name)
     for path, tree in trees.items():
@@ -71,9 +71,17 @@ def raises() -> list[Raise]:
     return found
 
 
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """A tree without its expressions, which are most of it."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+            yield from statements(child)
+
+
 def functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
     """Every function with its name, a method's with its class."""
-    for node in ast.walk(tree):
+    for node in statements(tree):
         owner = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
         if owner or isinstance(node, ast.Module | ast.FunctionDef):
             for child in node.body:
