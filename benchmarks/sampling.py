@@ -31,6 +31,7 @@ import numpy as np
 
 import bloomq
 from bloomq.backends.numba_cpu.layers import NumbaBackend
+from bloomq.backends.numba_cpu.surveyed import LogitRows
 from bloomq.layers import Span
 from bloomq.sampling import Logits, Sampler, Sampling
 
@@ -75,6 +76,7 @@ def main() -> None:
     else:
         rows = of_model(model, args.text)
     threads = getattr(backend, "threads", 1)
+    known = [backend.survey(row[None]) for row in rows]
     draws = [ours(backend, options, name, rows.shape[1]) for name, options in SETTINGS.items()]
     peers = [
         None if args.no_peer or "constraint" in name else theirs(options, rows.shape[1], threads)
@@ -82,9 +84,9 @@ def main() -> None:
     ]
     calls = [call for pair in zip(draws, peers, strict=True) for call in pair]
     if model is None:
-        step_ms, samples = STEP_MS, measure_alone(calls, rows, args.repeat)
+        step_ms, samples = STEP_MS, measure_alone(calls, known, args.repeat)
     else:
-        step_ms, samples = measure_between_steps(model, calls, rows, args.repeat)
+        step_ms, samples = measure_between_steps(model, calls, known, args.repeat)
     where = "one after another" if model is None else "between steps"
     print(f"{backend.description}; V {rows.shape[1]:,}; a step: {step_ms:.1f} ms; drawn {where}")
     print(f"{'setting':32}{'µs':>7}{'half of them':>15}{'of a step':>11}{'transformers':>14}")
@@ -155,7 +157,7 @@ def history(vocab_size: int) -> list[int]:
     return (vocab_size * rng.random(HISTORY) ** 3).astype(int).tolist()
 
 
-Draw = Callable[[np.ndarray], Any]  # from logits [1, V]
+Draw = Callable[[Any], Any]  # from logits [1, V], which know what a step found out about them
 
 
 def ours(backend: Any, options: dict[str, Any], name: str, vocab_size: int) -> Draw:
@@ -166,7 +168,13 @@ def ours(backend: Any, options: dict[str, Any], name: str, vocab_size: int) -> D
         constraint=Mask(vocab_size) if "constraint" in name else None,
     )  # fmt: skip
     produced = text[HISTORY // 2 :]
-    return lambda logits: sampler(Logits(backend, logits, 0), produced)
+
+    def draw(logits: Any) -> float:
+        """As the loop does: the best of all rows, then the token and its log probability."""
+        row = Logits(backend, logits, 0, backend.top(logits, sampler.wants))
+        return row.logit(sampler(row, produced)) - row.logsumexp()
+
+    return draw
 
 
 def theirs(options: dict[str, Any], vocab_size: int, threads: int) -> Draw | None:
@@ -183,8 +191,8 @@ def theirs(options: dict[str, Any], vocab_size: int, threads: int) -> Draw | Non
     made = list(processors(hf, options))
     ids = torch.tensor([history(vocab_size)])
 
-    def draw(logits: np.ndarray) -> Any:
-        found = torch.from_numpy(logits)
+    def draw(logits: LogitRows) -> Any:
+        found = torch.from_numpy(logits.values)
         for processor in made:
             found = processor(ids, found)
         if "temperature" not in options:
@@ -210,27 +218,38 @@ def processors(hf: Any, options: dict[str, Any]) -> Iterator[Any]:
             yield maker(options[name])
 
 
-def timed(call: Draw, logits: np.ndarray) -> float:
+def put(logits: LogitRows, row: LogitRows) -> None:
+    """One row, and what is known of it, in the place of another."""
+    for to, array in (
+        (logits.values, row.values), (logits.maxima, row.maxima), (logits.top.ids, row.top.ids),
+        (logits.top.logits, row.top.logits), (logits.top.logsumexp, row.top.logsumexp),
+    ):  # fmt: skip
+        to[:] = array
+
+
+def timed(call: Draw, logits: LogitRows) -> float:
     """Microseconds."""
     started = perf_counter()
     call(logits)
     return 1e6 * (perf_counter() - started)
 
 
-def measure_alone(calls: list[Draw | None], rows: np.ndarray, repeat: int) -> list[list[float]]:
+def measure_alone(
+    calls: list[Draw | None], rows: list[LogitRows], repeat: int
+) -> list[list[float]]:
     """Of each call: every row `repeat` times, one after another, ours and the peer's in turn."""
     found: list[list[float]] = [[] for _ in calls]
     for first in range(0, len(calls), 2):
         for turn in range(repeat + 1):  # the first is not measured
             for samples, call in zip(found[first : first + 2], calls[first:], strict=False):
-                for row in range(ROWS if call is not None else 0):
-                    sample = timed(call, rows[row : row + 1])  # type: ignore[arg-type]
+                for row in rows if call is not None else ():
+                    sample = timed(call, row)
                     samples.extend([sample] if turn else [])
     return found
 
 
 def measure_between_steps(
-    model: Any, calls: list[Draw | None], rows: np.ndarray, repeat: int
+    model: Any, calls: list[Draw | None], rows: list[LogitRows], repeat: int
 ) -> tuple[float, list[list[float]]]:
     """Milliseconds of a decode step, and of each call: every row `repeat` times, with the row in
     the place of the step's logits."""
@@ -246,7 +265,7 @@ def measure_between_steps(
                 started = perf_counter()
                 logits = head.step(np.array([5]), cache, Span.of([0], [1]), np.array([0]))
                 steps.append(1e3 * (perf_counter() - started))
-                logits[0] = row
+                put(logits, row)
                 sample = timed(call, logits)
                 samples.extend([sample] if turn else [])
     return median(steps), found

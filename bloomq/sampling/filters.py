@@ -118,7 +118,7 @@ def filtered(
     plain = names[:1] == ("temperature",) and not sampling.dynamic_temperature
     first, size = sampling.temperature if plain else 1.0, sampling.top_k or few
     if size:
-        found = _apply(sampling, turn, steps, Listed.of(row, size, first))
+        found = _apply(sampling, turn, steps, Listed.of(row, size))
         if found is not None:
             return found
     found = _apply(sampling, turn, steps, Ranked.of(row, first))

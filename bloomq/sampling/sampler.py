@@ -66,7 +66,7 @@ class Sampler:
         self._edits, self._active = sampling.edits, active(sampling)
         # Is the draw from a part of the tokens, even where XTC spares them all?
         self._cuts = bool(set(self._active) - {"temperature", "xtc"} or sampling.mirostat_tau)
-        self._few = FEW if self._cuts else 0  # tokens listed at first
+        self._few = FEW  # tokens listed at first
         self._surprise = 2 * sampling.mirostat_tau  # where mirostat begins, in bits
 
     @property
@@ -74,10 +74,9 @@ class Sampler:
         """How many of the best tokens, found by the caller for all rows at once, save this sampler
         a search of its own (see `Logits`); 1 where more would not."""
         sampling = self._sampling
-        if sampling.greedy or self._edits or self._constraint or not self._cuts:
+        if sampling.greedy or self._edits or self._constraint:
             return 1
-        more = self._few if sampling.temperature == 1.0 else 1  # the sum is of one temperature
-        return min(sampling.top_k or max(more, 1), self._vocab_size)
+        return min(sampling.top_k or max(self._few, 1), self._vocab_size)
 
     def __call__(self, logits: Logits, produced: Sequence[int]) -> int:
         """The next token behind `produced`. To be called once for each token, in order: it takes
@@ -134,9 +133,10 @@ class Sampler:
             row = row.edited(masked(row.values(), allowed))
         turn = Turn(exclude, self._surprise if sampling.mirostat_tau else None)
         kept = filtered(sampling, self._active, row, turn, self._few)
-        # Neighbouring places of a text differ, but most nuclei stay about as large.
-        self._few = FEW if self._cuts and kept.few(FEW) else 0
         token = kept.pick(u)
+        # Neighbouring places of a text differ, but most nuclei stay about as large.
+        listed = kept.few(FEW) if self._cuts else kept.rank(token) < FEW
+        self._few = FEW if listed else 0
         if sampling.mirostat_tau:
             self._note(kept, token)
         return token

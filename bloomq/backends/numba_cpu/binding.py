@@ -21,37 +21,25 @@ _LOGITS = types.Array(float32, 2, "A", readonly=True)
 
 @lru_cache(maxsize=1)
 def bind_top() -> Any:
-    """bind_top(inputs, logits, factor): inputs are logits, their stride in bytes, the float32."""
+    """bind_top(inputs, logits): inputs are logits, their stride in bytes."""
 
-    @compiled(void(_INPUTS, _LOGITS, float64))
-    def bind_top(inputs, logits, factor):  # type: ignore[no-untyped-def]
+    @compiled(void(_INPUTS, _LOGITS))
+    def bind_top(inputs, logits):  # type: ignore[no-untyped-def]
         inputs[0], inputs[1] = logits.ctypes.data, logits.strides[0]
-        floats(inputs.ctypes.data + 16, 1)[0] = factor
 
     return bind_top
 
 
 @lru_cache(maxsize=1)
 def bind_levels() -> Any:
-    """bind_levels(inputs, logits, factor, scale, levels): inputs are logits, the two as float32,
-    levels."""
+    """bind_levels(inputs, logits, best, factor, scale, levels): inputs are logits, the three as
+    float32, levels."""
 
-    @compiled(void(_INPUTS, _LOGITS, float64, float64, _LEVELS))
-    def bind_levels(inputs, logits, factor, scale, levels):  # type: ignore[no-untyped-def]
-        inputs[0], inputs[3] = logits.ctypes.data, levels.ctypes.data
-        floats(inputs.ctypes.data + 8, 1)[0] = factor
-        floats(inputs.ctypes.data + 16, 1)[0] = scale
+    @compiled(void(_INPUTS, _VALUES, float64, float64, float64, _LEVELS))
+    def bind_levels(inputs, logits, best, factor, scale, levels):  # type: ignore[no-untyped-def]
+        inputs[0], inputs[4] = logits.ctypes.data, levels.ctypes.data
+        floats(inputs.ctypes.data + 8, 1)[0] = best
+        floats(inputs.ctypes.data + 16, 1)[0] = factor
+        floats(inputs.ctypes.data + 24, 1)[0] = scale
 
     return bind_levels
-
-
-@lru_cache(maxsize=1)
-def bind_find() -> Any:
-    """bind_find(inputs, levels, low, more, values): inputs are levels, low, more, values."""
-
-    @compiled(void(_INPUTS, _LEVELS, int64, int64, _VALUES))
-    def bind_find(inputs, levels, low, more, values):  # type: ignore[no-untyped-def]
-        inputs[0], inputs[1], inputs[2] = levels.ctypes.data, low, more
-        inputs[3] = values.ctypes.data
-
-    return bind_find

@@ -59,6 +59,9 @@ class Buffer:
     def __del__(self) -> None:
         self.program.give_back(self.array)
 
+    def __len__(self) -> int:
+        return self.rows
+
     @property
     def address(self) -> int:
         return int(self.array.ctypes.data)

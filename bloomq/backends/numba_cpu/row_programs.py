@@ -1,36 +1,35 @@
-"""What samplers ask of rows of logits, as programs: recorded once for each shape, with the memory
-that they work in.
+"""What samplers ask of rows of logits.
 
-Between two steps all code and data are cold, which then takes longer than the work itself: so all
-that can be done in compiled code is, and results leave in as few arrays as there are.
+The passes over whole rows are programs, recorded once for each shape with the memory that they work
+in; the rest are calls of one thread. Between two steps all code and data are cold, which then takes
+longer than the work itself: so all that can be done in compiled code is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bloomq.backends.numba_cpu.best import best_ids, room_of
-from bloomq.backends.numba_cpu.binding import bind_find, bind_levels, bind_top
-from bloomq.backends.numba_cpu.levels import PART as LEVEL_PART
-from bloomq.backends.numba_cpu.levels import (
-    SUMS,
-    find_merge,
-    find_parts,
-    level_merge,
-    level_parts,
-    row_peaks,
-)
+from bloomq.backends.numba_cpu.best import BLOCK
+from bloomq.backends.numba_cpu.binding import bind_levels, bind_top
+from bloomq.backends.numba_cpu.levels import PART, SUMS, level_merge, level_parts
 from bloomq.backends.numba_cpu.program import Program
 from bloomq.backends.numba_cpu.recorded import Recorded
+from bloomq.backends.numba_cpu.row_calls import (
+    best_few,
+    find_tokens,
+    row_maxima,
+    row_peak,
+    row_sums,
+)
+from bloomq.backends.numba_cpu.surveyed import LogitRows, TopWork
 from bloomq.backends.numba_cpu.threads import Pool
-from bloomq.backends.numba_cpu.top import BLOCKS, PART, top_merge, top_parts
+from bloomq.backends.numba_cpu.top import top_merge, top_parts
 from bloomq.layers import Top
-from bloomq.levels import LEVELS, Levels, level_scale
+from bloomq.levels import LEVELS, Levels, Sums, level_scale
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -38,130 +37,131 @@ I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Work:
-    """A program and the arrays of its results."""
+class _TopWork:
+    program: Program
+    work: TopWork
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _LevelWork:
+    """masses [LEVELS], sums [SUMS]: results."""
 
     program: Program
-    results: tuple[NDArray[Any], ...]
+    masses: F64
+    sums: F64
 
 
 class RowPrograms:
-    """`top` and `levels` of the Numba backend."""
+    """`top`, `best`, `sums` and `levels` of the Numba backend."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._bind_top, self._bind_levels, self._bind_find = bind_top(), bind_levels(), bind_find()
-        self._tops: Recorded[Work] = Recorded()
-        self._levels: Recorded[Work] = Recorded()
-        self._finds: Recorded[Work] = Recorded()
+        self._bind_top, self._bind_levels, self._best_few = bind_top(), bind_levels(), best_few()
+        self._tops: Recorded[_TopWork] = Recorded()
+        self._levels: Recorded[_LevelWork] = Recorded()
 
     def compile(self, tier: str) -> None:
-        """Compile all kernels, or take them from the cache."""
-        for kernel in (top_parts, row_peaks, level_parts, find_parts):
-            kernel(tier)
-        for kernel in (top_merge, best_ids, level_merge, find_merge):
-            kernel()
+        """Compile all that is called, or take it from the cache."""
+        for made in (top_parts, row_maxima, row_peak, row_sums, level_parts, find_tokens):
+            made(tier)
+        for merge in (top_merge, level_merge):
+            merge()
 
-    def top(self, tier: str, logits: F32, k: int, temperature: float) -> Top:
+    def survey(self, tier: str, logits: F32) -> LogitRows:
+        """See `Backend.survey`."""
+        shape = (tier, *logits.shape)
+        recorded = self._tops.take(shape, partial(_top_work, *shape))
+        self._bind_top(recorded.program.inputs, logits)
+        self._run(recorded.program, logits)
+        rows = recorded.work.rows(logits)
+        self._tops.put_back(shape, recorded)
+        return rows
+
+    def top(self, tier: str, logits: F32 | LogitRows, k: int) -> Top:
         """See `Backend.top`."""
-        batch, vocab = logits.shape
-        shape = tier, batch, vocab, min(max(k, 1), vocab)
-        work = self._tops.take(shape, partial(_top, *shape))
-        self._bind_top(work.program.inputs, logits, 1 / temperature)
-        ids, best, logsumexp = self._run(work, logits)
-        self._tops.put_back(shape, work)
-        return Top(ids, best, logsumexp)
+        rows = logits if isinstance(logits, LogitRows) else self.survey(tier, logits)
+        if k <= 1:
+            return rows.top
+        ids, best = self._best(rows.values, rows.maxima, k)
+        return Top(ids, best, rows.top.logsumexp)
 
-    def levels(self, tier: str, logits: F32, temperature: float) -> Levels:
+    def best(self, tier: str, logits: F32 | LogitRows, k: int) -> tuple[I64, F32]:
+        """See `Backend.best`."""
+        if isinstance(logits, LogitRows):
+            top = self.top(tier, logits, k)
+            return top.ids[0], top.logits[0]
+        maxima = np.empty((1, -(-logits.shape[1] // BLOCK)), np.float32)
+        row_maxima(tier)(logits[0], maxima[0])
+        ids, best = self._best(logits, maxima, k)
+        return ids[0], best[0]
+
+    def sums(self, tier: str, logits: F32 | LogitRows, temperature: float) -> Sums:
+        """See `Backend.sums`."""
+        values, peak = _row(tier, logits)
+        found = row_sums(tier)(values, peak, 1 / temperature)
+        return Sums(float(peak), temperature, *found)
+
+    def levels(self, tier: str, logits: F32 | LogitRows, temperature: float) -> Levels:
         """See `Backend.levels`."""
-        vocab = logits.shape[1]
-        levels = np.empty(vocab, np.uint16)
-        work = self._levels.take((tier, vocab), partial(_levels, tier, vocab))
+        values, peak = _row(tier, logits)
+        vocab = len(values)
+        levels, shape = np.empty(vocab, np.uint16), (tier, vocab)
+        work = self._levels.take(shape, partial(_level_work, *shape))
         factor, scale = 1 / temperature, level_scale(temperature)
-        self._bind_levels(work.program.inputs, logits, factor, scale, levels)
-        masses, sums, best = self._run(work, (logits, levels))
-        self._levels.put_back((tier, vocab), work)
-        count, total, squares, moment = sums.tolist()
-        find = partial(self._find, tier)
-        return Levels(best[0], temperature, levels, masses, count, total, squares, moment, find)
+        self._bind_levels(work.program.inputs, values, peak, factor, scale, levels)
+        self._run(work.program, (values, levels))
+        masses, (count, total, squares, moment) = work.masses.copy(), work.sums.tolist()
+        self._levels.put_back(shape, work)
+        mass = float(masses.sum())
+        sums = Sums(float(peak), temperature, mass, count, total, squares, moment)
+        return Levels(levels, masses, sums, partial(_found, tier))
 
-    def _find(
-        self, tier: str, levels: NDArray[np.uint16], values: F32, low: int, high: int
-    ) -> tuple[I64, F64]:
-        """See `levels.find`."""
-        shape = tier, len(levels)
-        work = self._finds.take(shape, partial(_find, *shape))
-        self._bind_find(work.program.inputs, levels, low, high - low, values)
-        work.program.held = levels, values
-        self._pool.run(work.program)
-        work.program.held = None
-        ids, logits, count = work.results
-        found = int(count[0])
-        best = ids[:found].copy(), logits[:found].copy()
-        self._finds.put_back(shape, work)
-        return best
+    def _best(self, values: F32, maxima: F32, k: int) -> tuple[I64, F32]:
+        batch, vocab = values.shape
+        k = min(max(k, 1), vocab)
+        ids, best = np.empty((batch, k), np.int64), np.empty((batch, k), np.float32)
+        self._best_few(values, maxima, ids, best)
+        return ids, best
 
-    def _run(self, work: Work, given: object) -> list[Any]:
-        """Copies of the results. given: what the inputs point into."""
-        work.program.held = given
-        self._pool.run(work.program)
-        work.program.held = None
-        return [result.copy() for result in work.results]
+    def _run(self, program: Program, given: object) -> None:
+        """given: what the inputs point into."""
+        program.held = given
+        self._pool.run(program)
+        program.held = None
 
 
-def _top(tier: str, batch: int, vocab: int, k: int) -> Work:
-    """Inputs: logits, their stride in bytes, 1 / temperature."""
-    program, parts = Program(3), -(-vocab // PART)
-    maxima = np.empty((batch, parts * BLOCKS), np.float32)
-    peaks, sums = np.empty((2, batch, parts))
-    ids, logsumexp = np.empty((batch, k), np.int64), np.empty(batch)
-    best = np.empty((batch, k), np.float32)
-    keys = np.empty((batch, 2, room_of(k) if k > 1 else 0), np.int64)
-    given = program.inputs.ctypes.data, vocab
-    found = parts, *(array.ctypes.data for array in (maxima, peaks, sums))
-    to = ids.ctypes.data, best.ctypes.data
-    program.add(top_parts(tier), batch * parts, 2, *given, *found, touched=4 * batch * vocab)
-    program.add(top_merge(), batch, 1, *given, *found, *to, logsumexp.ctypes.data)
-    if k > 1:
-        blocks = parts * BLOCKS
-        program.add(
-            best_ids(), batch, 1, *given, blocks, k, maxima.ctypes.data, keys.ctypes.data, *to
-        )
-    return _holding(program, (maxima, peaks, sums, keys), (ids, best, logsumexp))
+def _row(tier: str, logits: F32 | LogitRows) -> tuple[F32, np.float32]:
+    """A row's logits [V], and the largest of them."""
+    if isinstance(logits, LogitRows):
+        return logits.values[0], logits.top.logits[0, 0]
+    return logits[0], row_peak(tier)(logits[0])
 
 
-def _levels(tier: str, vocab: int) -> Work:
-    """Inputs: logits, 1 / temperature, what gives a level, levels."""
-    program, parts = Program(4), -(-vocab // LEVEL_PART)
-    peaks, best = np.empty(parts, np.float32), np.empty(1, np.float32)
+def _found(
+    tier: str, levels: NDArray[np.uint16], values: F32, low: int, high: int
+) -> tuple[I64, F64]:
+    """See `levels.find`."""
+    ids, best = np.empty(len(levels), np.int64), np.empty(len(levels))
+    count = find_tokens(tier)(levels, values, low, high, ids, best)
+    return ids[:count].copy(), best[:count].copy()
+
+
+def _top_work(tier: str, batch: int, vocab: int) -> _TopWork:
+    """Inputs: logits, their stride in bytes."""
+    program = Program(2)
+    work = TopWork(program, tier, program.inputs, batch, vocab, touched=4 * batch * vocab)
+    return _TopWork(program, work)
+
+
+def _level_work(tier: str, vocab: int) -> _LevelWork:
+    """Inputs: logits, the best, 1 / temperature, what gives a level, levels."""
+    program, parts = Program(5), -(-vocab // PART)
     masses, sums = np.empty((parts, LEVELS)), np.empty((parts, SUMS))
-    results = np.empty(LEVELS), np.empty(SUMS), best
+    results = np.empty(LEVELS), np.empty(SUMS)
+    found = masses.ctypes.data, sums.ctypes.data
     given = program.inputs.ctypes.data, vocab
-    found = parts, *(array.ctypes.data for array in (peaks, masses, sums))
-    program.add(row_peaks(tier), parts, 1, *given, peaks.ctypes.data)
     program.add(level_parts(tier), parts, 1, *given, *found, touched=12 * vocab)
-    program.add(level_merge(), 1, 1, *found, *(to.ctypes.data for to in results))
-    return _holding(program, (peaks, masses, sums), results)
-
-
-def _find(tier: str, vocab: int) -> Work:
-    """Inputs: levels, the first that is wanted, how many more, logits."""
-    program, parts = Program(4), -(-vocab // LEVEL_PART)
-    ids, counts = np.empty((parts, LEVEL_PART), np.int64), np.empty(parts, np.int64)
-    keys = np.empty((2, vocab), np.int64)
-    results = np.empty(vocab, np.int64), np.empty(vocab), np.empty(1, np.int64)
-    given = program.inputs.ctypes.data
-    to = ids.ctypes.data, counts.ctypes.data
-    program.add(find_parts(tier), parts, 1, given, vocab, *to, touched=2 * vocab)
-    inner = *to, keys.ctypes.data
-    program.add(
-        find_merge(), 1, 1, given, parts, vocab, *inner, *(to.ctypes.data for to in results)
-    )
-    return _holding(program, (ids, counts, keys), results)
-
-
-def _holding(program: Program, inner: tuple[Any, ...], results: tuple[Any, ...]) -> Work:
-    """A program that owns the memory it works in."""
-    program.keep(*inner, *results)
-    program.nbytes += sum(array.nbytes for array in (*inner, *results))
-    return Work(program, results)
+    program.add(level_merge(), 1, 1, parts, *found, *(to.ctypes.data for to in results))
+    program.keep(masses, sums, *results)
+    program.nbytes += masses.nbytes + sums.nbytes
+    return _LevelWork(program, *results)
