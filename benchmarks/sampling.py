@@ -1,6 +1,6 @@
 """What choosing a token costs, by setting, beside transformers' processors on the same logits.
 
-    python benchmarks/sampling.py [-m PACK [--synthetic]] [--vocab 250880] [--spread 3]
+    python benchmarks/sampling.py [-m PACK [--synthetic]] [--vocab 250880] [--spread 3.0]
                                   [--text FILE] [--threads N] [--repeat 9] [--no-peer]
                                   [--json FILE]
 
@@ -8,9 +8,10 @@ With a pack, each token is drawn right behind a real decode step, in which the m
 through the caches: what generation pays. The settings take turns, a step before each. Logits are
 the model's own behind places of a text (default: this project's README; random tokens where the
 pack has no tokenizer). Without a pack, tokens are drawn one after another, all code and data warm,
-which takes half as long; logits are normal numbers of this spread, at 3 flatter than most places of
-a text, and a step is taken for 12.4 ms, bloom-560m's on the machine of the README. --synthetic
-draws from such numbers between the steps of a pack, for one whose weights were never trained.
+which takes half as long, and a step is taken for 12.4 ms, bloom-560m's on the README's machine.
+Logits are then those of the demo model behind places of the text, widened to a larger vocabulary,
+or normal numbers of this spread, at 3 flatter than nearly all places of a text. --synthetic draws
+from such logits between the steps of a pack, for one whose weights were never trained.
 Printed for each setting: the median microseconds of a token and the middle half of the samples, its
 share of a step, and what transformers takes (processors, softmax, one draw; PyTorch with as many
 threads), in turn with ours. Penalties, DRY and n-grams look at 2,048 tokens; of the penalties
@@ -113,7 +114,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-m", "--model", type=Path, help="a pack (default: synthetic logits)")
     parser.add_argument("--synthetic", action="store_true", help="logits, with a pack too")
     parser.add_argument("--vocab", type=int, default=250_880, help="of synthetic logits")
-    parser.add_argument("--spread", type=float, default=3.0, help="of synthetic logits")
+    parser.add_argument("--spread", type=float, help="synthetic logits are normal numbers")
     parser.add_argument("--text", type=Path, default=README)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeat", type=int, default=9)
@@ -122,9 +123,20 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def synthetic(vocab_size: int, spread: float) -> np.ndarray:
-    rows = spread * np.random.default_rng(0).standard_normal((ROWS, vocab_size))
-    return rows.astype(np.float32)
+def synthetic(vocab_size: int, spread: float | None) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    if spread is not None:
+        return (spread * rng.standard_normal((ROWS, vocab_size))).astype(np.float32)
+    return np.stack([widened(row, vocab_size, rng) for row in of_model(bloomq.load(), README)])
+
+
+def widened(row: np.ndarray, vocab_size: int, rng: np.random.Generator) -> np.ndarray:
+    """A row's logits in random places of a larger vocabulary. The other tokens are like the less
+    likely half of the row, and as likely together as that half is, so that the entropy stays."""
+    tail = np.sort(row)[: len(row) // 2]
+    others = rng.choice(tail, vocab_size - len(row)) + rng.normal(0, 0.1, vocab_size - len(row))
+    wide = np.concatenate([row, others - np.log(len(others) / len(tail))])
+    return rng.permutation(wide).astype(np.float32)
 
 
 def of_model(model: Any, text: Path) -> np.ndarray:

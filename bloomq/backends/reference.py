@@ -88,6 +88,9 @@ class ReferenceBackend:
         top = self.top(logits, k)
         return top.ids[0], top.logits[0]
 
+    def masked(self, logits: F32, allowed: NDArray[np.bool_]) -> F32:
+        return np.where(allowed, logits, np.float32(-np.inf))
+
     def sums(self, logits: F32, temperature: float = 1.0) -> Sums:
         return sums_of(logits[0], temperature)
 

@@ -177,6 +177,9 @@ class ParallelBackend:
         top = self.top(logits, k)
         return top.ids[0], top.logits[0]
 
+    def masked(self, logits: X, allowed: NDArray[np.bool_]) -> X:
+        return self.inner.masked(self._whole(logits), allowed)
+
     def sums(self, logits: X, temperature: float = 1.0) -> Sums:
         return self.inner.sums(self._whole(logits), temperature)
 

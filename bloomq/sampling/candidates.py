@@ -79,7 +79,7 @@ class Candidates(Protocol):
         ...
 
     def rank(self, token: int) -> int:
-        """How many candidates are likelier than this one of them, about."""
+        """How many candidates come before this one of them, at most and about."""
         ...
 
     def tokens(self) -> tuple[I64, F64]:

@@ -18,7 +18,7 @@ I64 = NDArray[np.int64]
 _MOST_SPARED = 0.99  # then what is left of a sum of float32 terms is good to 1e-5
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: those take three times as long to make
 class Listed:
     """ids [n], best first, and their scores [n]: logits divided by `temperature`.
 

@@ -99,7 +99,7 @@ class Logits:
         return [known[level] for level in wanted]
 
     def values(self) -> F32:
-        """The logits, float32 [V]: to be read, not written."""
+        """The logits, float32 [V]: to be read; or written and put back, where they can be."""
         if self._values is None:
             self._values = self._backend.numpy(self._row)[0]
         return self._values
@@ -107,6 +107,10 @@ class Logits:
     def edited(self, values: F32) -> Logits:
         """These values [V] as logits on the same backend."""
         return Logits(self._backend, values[None], 0)
+
+    def masked(self, allowed: NDArray[np.bool_]) -> Logits:
+        """These with -infinity where a token is not allowed, [V]."""
+        return Logits(self._backend, self._backend.masked(self._row, allowed), 0)
 
     def logit(self, token: int) -> float:
         """One token's logit."""

@@ -165,8 +165,8 @@ class Ranked:
         return bool((self._masses[:-1] / _MIDDLES).sum() <= count)
 
     def rank(self, token: int) -> int:
-        level = self._level_of(self.row.logit(token))
-        return int((self._masses[:level] / _MIDDLES[:level]).sum())
+        end = self._level_of(self.row.logit(token)) + 1  # those of its own level too
+        return int((self._masses[:-1] / _MIDDLES)[:end].sum())
 
     def tokens(self) -> tuple[I64, F64]:
         ids, logits = self._inside

@@ -155,6 +155,9 @@ class CudaBackend:
         ids, best = best_of(self._there(logits), k)
         return ids[0].cpu().numpy(), best[0].cpu().numpy()
 
+    def masked(self, logits: Any, allowed: NDArray[np.bool_]) -> Tensor:
+        return self._there(logits).masked_fill(~self._there(allowed), -torch.inf)
+
     def sums(self, logits: Any, temperature: float = 1.0) -> Sums:
         """NumPy's, as `levels`."""
         return sums_of(self.numpy(logits)[0], temperature)

@@ -106,6 +106,9 @@ class JaxBackend:
         best, ids = _best(jnp.asarray(logits), k=min(k, logits.shape[1]))
         return np.asarray(ids[0]).astype(np.int64), np.asarray(best[0])
 
+    def masked(self, logits: Any, allowed: NDArray[np.bool_]) -> Array:
+        return jnp.where(allowed, jnp.asarray(logits), -jnp.inf)
+
     def sums(self, logits: Any, temperature: float = 1.0) -> Sums:
         return sums_of(np.asarray(logits)[0], temperature)
 

@@ -6,8 +6,12 @@ comes with -infinity. No two are equal, so the order is one.
 
 from __future__ import annotations
 
+from typing import Any
+
+import llvmlite.ir as ir
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 
 from bloomq.backends.numba_cpu.memory import as_float, floats, ints
 
@@ -116,6 +120,32 @@ def sort_keys(keys, other, count):  # type: ignore[no-untyped-def]
     return keys
 
 
+@intrinsic
+def reaching_bits(typingctx: Any, at: Any, bound: Any) -> Any:
+    """Bit i: is logit i of the BLOCK at an address not below `bound`? NaN is not, so that there are
+    at least as many as were counted."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        row = ir.VectorType(ir.FloatType(), BLOCK)
+        logits = builder.load(builder.inttoptr(args[0], ir.PointerType()), align=4, typ=row)
+        low = ir.Constant(ir.VectorType(ir.IntType(32), BLOCK), None)
+        one = builder.insert_element(ir.Constant(row, ir.Undefined), args[1], ir.IntType(32)(0))
+        bounds = builder.shuffle_vector(one, ir.Constant(row, ir.Undefined), low)
+        return builder.bitcast(builder.fcmp_unordered(">=", logits, bounds), ir.IntType(64))
+
+    return types.int64(types.int64, types.float32), codegen
+
+
+@intrinsic
+def lowest_bit(typingctx: Any, bits: Any) -> Any:
+    """The place of the lowest bit that is 1, of an int64 that is not 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), codegen
+
+
 @njit
 def best_of_row(logits, v, maxima, k, keys, other, ids, best):  # type: ignore[no-untyped-def]
     """The best k of v logits at an address, from the largest of each BLOCK (NaN counting as
@@ -126,10 +156,19 @@ def best_of_row(logits, v, maxima, k, keys, other, ids, best):  # type: ignore[n
     for block in range(blocks):
         if maxima[block] < bound:
             continue
-        for token in range(BLOCK * block, min(BLOCK * block + BLOCK, v)):
-            if not x[token] < bound:  # NaN too, so that there are at least k
+        first = BLOCK * block
+        if first + BLOCK <= v:
+            reaching = reaching_bits(logits + 4 * first, bound)
+            while reaching:
+                token = first + lowest_bit(reaching)
                 keys[count] = key_of(np.int64(bits[token]), token)
                 count += 1
+                reaching &= reaching - 1
+        else:
+            for token in range(first, v):
+                if not x[token] < bound:
+                    keys[count] = key_of(np.int64(bits[token]), token)
+                    count += 1
         if count > room - BLOCK:
             count = _keep_least(keys, count, k)
             worst = 0

@@ -9,10 +9,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from numba import float32, float64, int64, types, void
+from numba import float32, int64, types, void
 
 from bloomq.backends.numba_cpu.jit import compiled
-from bloomq.backends.numba_cpu.memory import floats
 
 _INPUTS, _LEVELS = int64[::1], types.Array(types.uint16, 1, "C", readonly=True)
 _VALUES = types.Array(float32, 1, "C", readonly=True)
@@ -28,18 +27,3 @@ def bind_top() -> Any:
         inputs[0], inputs[1] = logits.ctypes.data, logits.strides[0]
 
     return bind_top
-
-
-@lru_cache(maxsize=1)
-def bind_levels() -> Any:
-    """bind_levels(inputs, logits, best, factor, scale, levels): inputs are logits, the three as
-    float32, levels."""
-
-    @compiled(void(_INPUTS, _VALUES, float64, float64, float64, _LEVELS))
-    def bind_levels(inputs, logits, best, factor, scale, levels):  # type: ignore[no-untyped-def]
-        inputs[0], inputs[4] = logits.ctypes.data, levels.ctypes.data
-        floats(inputs.ctypes.data + 8, 1)[0] = best
-        floats(inputs.ctypes.data + 16, 1)[0] = factor
-        floats(inputs.ctypes.data + 24, 1)[0] = scale
-
-    return bind_levels

@@ -25,6 +25,7 @@ from bloomq.backends.numba_cpu.pages import padded_head
 from bloomq.backends.numba_cpu.program import Buffer, Input, Program
 from bloomq.backends.numba_cpu.prologue import gate_rows, norm_rows
 from bloomq.backends.numba_cpu.recorded import Recorded
+from bloomq.backends.numba_cpu.row_calls import mask_row
 from bloomq.backends.numba_cpu.row_programs import RowPrograms
 from bloomq.backends.numba_cpu.surveyed import LogitRows, Survey
 from bloomq.backends.numba_cpu.threads import Pool, physical_cores
@@ -65,6 +66,7 @@ class NumbaBackend:
         self.pool = Pool(self.threads)
         self._rows = RowPrograms(self.pool)
         self._rows.compile(self.tier)
+        mask_row()
         take_rows()
         norm_rows()
         gate_rows()
@@ -147,6 +149,12 @@ class NumbaBackend:
 
     def best(self, logits: F32 | LogitRows, k: int) -> tuple[I64, F32]:
         return self._rows.best(self.tier, logits, k)
+
+    def masked(self, logits: F32 | LogitRows, allowed: NDArray[np.bool_]) -> F32:
+        values = self.numpy(logits)
+        out = np.empty_like(values)
+        mask_row()(values[0], allowed, out[0])
+        return out
 
     def sums(self, logits: F32 | LogitRows, temperature: float = 1.0) -> Sums:
         return self._rows.sums(self.tier, logits, temperature)

@@ -1,8 +1,8 @@
-"""The levels of one row of logits, in parts that threads share. NumPy twin: `bloomq.levels`.
+"""The levels of one row of logits. NumPy twin: `bloomq.levels`.
 
 Sixteen logits at a time: their exponentials and levels, as vectors; then each term is added to its
-level, in one of four tables in turn, so that an addition seldom waits for the one before it. The
-tables of the parts are added in order, so that who did which changes no bit. Bytes touched: the
+level, in one of four tables in turn, so that an addition seldom waits for the one before it. One
+thread does it: two take longer between two steps, when the other must be woken. Bytes touched: the
 logits once, and as many of terms and of levels, in a level-1 cache.
 """
 
@@ -13,25 +13,18 @@ from typing import Any
 
 import llvmlite.ir as ir
 import numpy as np
-from numba import types
+from numba import float32, float64, types, uint16
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bloomq.backends.numba_cpu.jit import kernel
-from bloomq.backends.numba_cpu.memory import (
-    address,
-    as_float,
-    doubles,
-    fields,
-    floats,
-    keep,
-    shorts,
-)
+from bloomq.backends.numba_cpu.jit import compiled
+from bloomq.backends.numba_cpu.memory import address, keep, shorts
 from bloomq.backends.numba_cpu.simd import F32, I64, LANES, V16F, V16I, V16S, Vectors
 from bloomq.levels import LEVELS
 
-PART = 16384  # logits of a part: 16 of BLOOM's vocabulary, for a few threads
+PART = 16384  # logits whose terms are summed in float32
 BLOCK = 512  # logits whose terms and levels wait to be added: 4 KB
+ROW = types.Array(float32, 1, "C", readonly=True)
 SUMS = 4  # of a part: how many are possible, d, d squared, d e**d
 
 
@@ -97,78 +90,53 @@ def added_term(v: Vectors, d: ir.Value, totals: list[ir.Value]) -> ir.Value:
 
 
 @lru_cache(maxsize=4)
-def level_parts(tier: str) -> Any:
-    """The levels of each part of a row. Units: parts.
+def row_levels(tier: str) -> Any:
+    """row_levels(logits [V], best, 1 / temperature, what gives a level, levels, masses) -> the sums
+    of how many are possible, of d, d squared and d e**d. levels uint16 [V]; masses float64
+    [LEVELS]."""
 
-    Arguments: address of (logits, best, 1 / temperature, what gives a level, levels), V, masses,
-    sums. levels uint16 [V]; masses float64 [parts, LEVELS]; sums float64 [parts, SUMS].
-    """
-
-    @kernel
-    def level_parts(arguments, first, last):  # type: ignore[no-untyped-def]
-        given, v, to_masses, to_sums = fields(arguments, 4)
-        logits, best, factor, scale, to_levels = fields(given, 5)
+    @compiled(
+        types.UniTuple(float64, SUMS)(ROW, float32, float64, float32, uint16[::1], float64[::1])
+    )
+    def row_levels(logits, best, factor, scale, levels, masses):  # type: ignore[no-untyped-def]
         shift = np.empty(3, np.float32)
-        shift[0], shift[1], shift[2] = as_float(best), as_float(factor), as_float(scale)
+        shift[0], shift[1], shift[2] = best, factor, scale
         terms, ends = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint16)
         table = np.empty(4 * LEVELS, np.float32)
-        rest, lanes = np.empty(BLOCK, np.float32), np.empty(SUMS * LANES, np.float32)
-        for unit in range(first, last):
+        rest, lanes = np.empty(BLOCK, np.float32), np.empty((SUMS, LANES), np.float32)
+        v, sums = len(logits), np.zeros(SUMS)
+        masses[:] = 0.0
+        for first in range(0, v, PART):
             table[:] = np.float32(0)
             lanes[:] = np.float32(0)
-            for start in range(unit * PART, min(v, (unit + 1) * PART), BLOCK):
-                at, to, count = logits + 4 * start, to_levels + 2 * start, min(BLOCK, v - start)
+            for start in range(first, min(v, first + PART), BLOCK):
+                count = min(BLOCK, v - start)
+                at, to = address(logits) + 4 * start, address(levels) + 2 * start
                 if count < BLOCK:
-                    rest[:count] = floats(at, count)
+                    rest[:count] = logits[start:]
                     rest[count:] = np.float32(-np.inf)
                     at, to = address(rest), address(ends)
                 level_terms(
                     tier, at, BLOCK // LANES, address(shift), address(terms), to, address(lanes)
                 )
-                levels = shorts(to, BLOCK)
+                here = shorts(to, BLOCK)
                 for i in range(0, BLOCK, 4):
-                    table[levels[i]] += terms[i]
-                    table[LEVELS + levels[i + 1]] += terms[i + 1]
-                    table[2 * LEVELS + levels[i + 2]] += terms[i + 2]
-                    table[3 * LEVELS + levels[i + 3]] += terms[i + 3]
+                    table[here[i]] += terms[i]
+                    table[LEVELS + here[i + 1]] += terms[i + 1]
+                    table[2 * LEVELS + here[i + 2]] += terms[i + 2]
+                    table[3 * LEVELS + here[i + 3]] += terms[i + 3]
                 if count < BLOCK:
-                    shorts(to_levels + 2 * start, count)[:] = ends[:count]
-            masses = doubles(to_masses + 8 * unit * LEVELS, LEVELS)
+                    levels[start:] = ends[:count]
             for level in range(LEVELS):
                 two = np.float64(table[level]) + np.float64(table[LEVELS + level])
                 more = np.float64(table[2 * LEVELS + level]) + np.float64(table[3 * LEVELS + level])
-                masses[level] = two + more
-            sums = doubles(to_sums + 8 * unit * SUMS, SUMS)
+                masses[level] += two + more
             for i in range(SUMS):
-                sums[i] = np.float64(0)
                 for lane in range(LANES):
-                    sums[i] += np.float64(lanes[LANES * i + lane])
+                    sums[i] += np.float64(lanes[i, lane])
         keep(shift)
         keep(rest)
-        keep(lanes)
+        keep(ends)
+        return sums[0], sums[1], sums[2], sums[3]
 
-    return level_parts
-
-
-@lru_cache(maxsize=1)
-def level_merge() -> Any:
-    """What the parts of a row found, added up in their order. Units: 1.
-
-    Arguments: parts, masses, sums, all masses, all sums. all masses float64 [LEVELS], all sums
-    float64 [SUMS].
-    """
-
-    @kernel
-    def level_merge(arguments, first, last):  # type: ignore[no-untyped-def]
-        parts, from_masses, from_sums, to_masses, to_sums = fields(arguments, 5)
-        for to, of_parts, count in (
-            (to_masses, from_masses, LEVELS), (to_sums, from_sums, SUMS)
-        ):  # fmt: skip
-            total = doubles(to, count)
-            total[:] = 0.0
-            for part in range(parts):
-                some = doubles(of_parts + 8 * count * part, count)
-                for i in range(count):
-                    total[i] += some[i]
-
-    return level_merge
+    return row_levels

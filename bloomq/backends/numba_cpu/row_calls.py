@@ -20,11 +20,12 @@ from bloomq.backends.numba_cpu.best import (
     ID_MASK,
     best_of_row,
     key_of,
+    lowest_bit,
     room_of,
     sort_keys,
 )
 from bloomq.backends.numba_cpu.jit import compiled
-from bloomq.backends.numba_cpu.levels import SUMS, added_term, loaded_sums, store_sums
+from bloomq.backends.numba_cpu.levels import ROW, SUMS, added_term, loaded_sums, store_sums
 from bloomq.backends.numba_cpu.memory import address, floats, ints, keep
 from bloomq.backends.numba_cpu.simd import F32, I16, I64, LANES, V16F, Vectors
 from bloomq.backends.numba_cpu.top import block_maxima
@@ -33,7 +34,6 @@ WORD = 64  # levels that are compared at once
 _V64S = ir.VectorType(I16, WORD)
 _PIECE = 8192  # logits whose terms are summed in float32
 
-ROW = types.Array(float32, 1, "C", readonly=True)
 _ROWS, _LEVELS = (
     types.Array(float32, 2, "A", readonly=True),
     types.Array(types.uint16, 1, "C", readonly=True),
@@ -75,16 +75,6 @@ def levels_between(typingctx: Any, tier: Any, levels: Any, low: Any, width: Any)
         return builder.bitcast(builder.icmp_unsigned("<=", above, wide), I64)
 
     return types.int64(tier, types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
-def lowest_bit(typingctx: Any, bits: Any) -> Any:
-    """The place of the lowest bit that is 1, of an int64 that is not 0."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.int64), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -187,21 +177,34 @@ def best_few() -> Any:
 
 
 @lru_cache(maxsize=4)
-def row_maxima(tier: str) -> Any:
-    """row_maxima(logits [V], maxima [blocks]): the largest of each BLOCK, NaN counting as
-    -infinity."""
+def best_of_plain(tier: str) -> Any:
+    """best_of_plain(logits [V], ids, best): the best k of a row, ids int64 and best float32 [k]."""
 
-    @compiled(void(ROW, float32[::1]))
-    def row_maxima(logits, maxima):  # type: ignore[no-untyped-def]
-        whole = len(logits) // BLOCK
+    @compiled(void(ROW, int64[::1], float32[::1]))
+    def best_of_plain(logits, ids, best):  # type: ignore[no-untyped-def]
+        v, k, whole = len(logits), len(ids), len(logits) // BLOCK
+        maxima, keys = np.empty(-(-v // BLOCK), np.float32), np.empty((2, room_of(k)), np.int64)
         block_maxima(tier, address(logits), whole, address(maxima))
         if whole < len(maxima):
             peak = np.float32(-np.inf)
-            for i in range(whole * BLOCK, len(logits)):
+            for i in range(whole * BLOCK, v):
                 peak = logits[i] if logits[i] > peak else peak
             maxima[whole] = peak
+        best_of_row(address(logits), v, maxima, k, keys[0], keys[1], ids, best)
 
-    return row_maxima
+    return best_of_plain
+
+
+@lru_cache(maxsize=1)
+def mask_row() -> Any:
+    """mask_row(logits [V], allowed [V], out [V]): the logits, -infinity where not allowed."""
+
+    @compiled(void(ROW, types.Array(types.bool_, 1, "C", readonly=True), float32[::1]))
+    def mask_row(logits, allowed, out):  # type: ignore[no-untyped-def]
+        for i in range(len(out)):
+            out[i] = logits[i] if allowed[i] else np.float32(-np.inf)
+
+    return mask_row
 
 
 @lru_cache(maxsize=4)

@@ -13,15 +13,14 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from bloomq.backends.numba_cpu.best import BLOCK
-from bloomq.backends.numba_cpu.binding import bind_levels, bind_top
-from bloomq.backends.numba_cpu.levels import PART, SUMS, level_merge, level_parts
+from bloomq.backends.numba_cpu.binding import bind_top
+from bloomq.backends.numba_cpu.levels import row_levels
 from bloomq.backends.numba_cpu.program import Program
 from bloomq.backends.numba_cpu.recorded import Recorded
 from bloomq.backends.numba_cpu.row_calls import (
     best_few,
+    best_of_plain,
     find_tokens,
-    row_maxima,
     row_peak,
     row_sums,
 )
@@ -42,37 +41,28 @@ class _TopWork:
     work: TopWork
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _LevelWork:
-    """masses [LEVELS], sums [SUMS]: results."""
-
-    program: Program
-    masses: F64
-    sums: F64
-
-
 class RowPrograms:
     """`top`, `best`, `sums` and `levels` of the Numba backend."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._bind_top, self._bind_levels, self._best_few = bind_top(), bind_levels(), best_few()
+        self._bind_top, self._best_few = bind_top(), best_few()
         self._tops: Recorded[_TopWork] = Recorded()
-        self._levels: Recorded[_LevelWork] = Recorded()
 
     def compile(self, tier: str) -> None:
         """Compile all that is called, or take it from the cache."""
-        for made in (top_parts, row_maxima, row_peak, row_sums, level_parts, find_tokens):
+        for made in (top_parts, best_of_plain, row_peak, row_sums, row_levels, find_tokens):
             made(tier)
-        for merge in (top_merge, level_merge):
-            merge()
+        top_merge()
 
     def survey(self, tier: str, logits: F32) -> LogitRows:
         """See `Backend.survey`."""
         shape = (tier, *logits.shape)
         recorded = self._tops.take(shape, partial(_top_work, *shape))
         self._bind_top(recorded.program.inputs, logits)
-        self._run(recorded.program, logits)
+        recorded.program.held = logits
+        self._pool.run(recorded.program)
+        recorded.program.held = None
         rows = recorded.work.rows(logits)
         self._tops.put_back(shape, recorded)
         return rows
@@ -90,10 +80,10 @@ class RowPrograms:
         if isinstance(logits, LogitRows):
             top = self.top(tier, logits, k)
             return top.ids[0], top.logits[0]
-        maxima = np.empty((1, -(-logits.shape[1] // BLOCK)), np.float32)
-        row_maxima(tier)(logits[0], maxima[0])
-        ids, best = self._best(logits, maxima, k)
-        return ids[0], best[0]
+        k = min(max(k, 1), logits.shape[1])
+        ids, best = np.empty(k, np.int64), np.empty(k, np.float32)
+        best_of_plain(tier)(logits[0], ids, best)
+        return ids, best
 
     def sums(self, tier: str, logits: F32 | LogitRows, temperature: float) -> Sums:
         """See `Backend.sums`."""
@@ -104,16 +94,11 @@ class RowPrograms:
     def levels(self, tier: str, logits: F32 | LogitRows, temperature: float) -> Levels:
         """See `Backend.levels`."""
         values, peak = _row(tier, logits)
-        vocab = len(values)
-        levels, shape = np.empty(vocab, np.uint16), (tier, vocab)
-        work = self._levels.take(shape, partial(_level_work, *shape))
-        factor, scale = 1 / temperature, level_scale(temperature)
-        self._bind_levels(work.program.inputs, values, peak, factor, scale, levels)
-        self._run(work.program, (values, levels))
-        masses, (count, total, squares, moment) = work.masses.copy(), work.sums.tolist()
-        self._levels.put_back(shape, work)
-        mass = float(masses.sum())
-        sums = Sums(float(peak), temperature, mass, count, total, squares, moment)
+        levels, masses = np.empty(len(values), np.uint16), np.empty(LEVELS)
+        found = row_levels(tier)(
+            values, peak, 1 / temperature, level_scale(temperature), levels, masses
+        )
+        sums = Sums(float(peak), temperature, float(masses.sum()), *found)
         return Levels(levels, masses, sums, partial(_found, tier))
 
     def _best(self, values: F32, maxima: F32, k: int) -> tuple[I64, F32]:
@@ -122,12 +107,6 @@ class RowPrograms:
         ids, best = np.empty((batch, k), np.int64), np.empty((batch, k), np.float32)
         self._best_few(values, maxima, ids, best)
         return ids, best
-
-    def _run(self, program: Program, given: object) -> None:
-        """given: what the inputs point into."""
-        program.held = given
-        self._pool.run(program)
-        program.held = None
 
 
 def _row(tier: str, logits: F32 | LogitRows) -> tuple[F32, np.float32]:
@@ -151,17 +130,3 @@ def _top_work(tier: str, batch: int, vocab: int) -> _TopWork:
     program = Program(2)
     work = TopWork(program, tier, program.inputs, batch, vocab, touched=4 * batch * vocab)
     return _TopWork(program, work)
-
-
-def _level_work(tier: str, vocab: int) -> _LevelWork:
-    """Inputs: logits, the best, 1 / temperature, what gives a level, levels."""
-    program, parts = Program(5), -(-vocab // PART)
-    masses, sums = np.empty((parts, LEVELS)), np.empty((parts, SUMS))
-    results = np.empty(LEVELS), np.empty(SUMS)
-    found = masses.ctypes.data, sums.ctypes.data
-    given = program.inputs.ctypes.data, vocab
-    program.add(level_parts(tier), parts, 1, *given, *found, touched=12 * vocab)
-    program.add(level_merge(), 1, 1, parts, *found, *(to.ctypes.data for to in results))
-    program.keep(masses, sums, *results)
-    program.nbytes += masses.nbytes + sums.nbytes
-    return _LevelWork(program, *results)

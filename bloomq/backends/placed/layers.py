@@ -200,6 +200,9 @@ class PlacedBackend:
     def best(self, logits: X, k: int) -> tuple[I64, F32]:
         return self._backends[self._last].best(self._moved(logits, self._last), k)
 
+    def masked(self, logits: X, allowed: NDArray[np.bool_]) -> X:
+        return self._backends[self._last].masked(self._moved(logits, self._last), allowed)
+
     def sums(self, logits: X, temperature: float = 1.0) -> Sums:
         return self._backends[self._last].sums(self._moved(logits, self._last), temperature)
 
