@@ -25,8 +25,7 @@ from bloomq.backends.numba_cpu.pages import padded_head
 from bloomq.backends.numba_cpu.program import Buffer, Input, Program
 from bloomq.backends.numba_cpu.prologue import gate_rows, norm_rows
 from bloomq.backends.numba_cpu.recorded import Recorded
-from bloomq.backends.numba_cpu.row_calls import mask_row
-from bloomq.backends.numba_cpu.row_programs import RowPrograms
+from bloomq.backends.numba_cpu.row_questions import RowQuestions
 from bloomq.backends.numba_cpu.surveyed import LogitRows, Survey
 from bloomq.backends.numba_cpu.threads import Pool, physical_cores
 from bloomq.config import BloomConfig
@@ -64,9 +63,7 @@ class NumbaBackend:
         self.tier = best_tier(cpu_features())
         self.cache_dtype: CacheDtype = cache_dtype
         self.pool = Pool(self.threads)
-        self._rows = RowPrograms(self.pool)
-        self._rows.compile(self.tier)
-        mask_row()
+        self._rows = RowQuestions(self.pool, self.tier)
         take_rows()
         norm_rows()
         gate_rows()
@@ -151,10 +148,7 @@ class NumbaBackend:
         return self._rows.best(self.tier, logits, k)
 
     def masked(self, logits: F32 | LogitRows, allowed: NDArray[np.bool_]) -> F32:
-        values = self.numpy(logits)
-        out = np.empty_like(values)
-        mask_row()(values[0], allowed, out[0])
-        return out
+        return self._rows.masked(self.numpy(logits), allowed)
 
     def sums(self, logits: F32 | LogitRows, temperature: float = 1.0) -> Sums:
         return self._rows.sums(self.tier, logits, temperature)

@@ -1,7 +1,7 @@
-"""What is asked of one row of logits, each in one call of compiled code.
+"""What is asked of one row of logits, each in one call of compiled code, of one thread: to wake
+another between two steps takes as long as most of these do.
 
-Invariant: one thread does it, so nobody is woken: between two steps that takes as long as the work
-of most of these. NumPy twins: `bloomq.levels`, and a stable sort.
+NumPy twins: `bloomq.levels`, and a stable sort.
 """
 
 from __future__ import annotations

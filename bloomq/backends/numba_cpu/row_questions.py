@@ -1,26 +1,23 @@
 """What samplers ask of rows of logits.
 
-The passes over whole rows are programs, recorded once for each shape with the memory that they work
-in; the rest are calls of one thread. Between two steps all code and data are cold, which then takes
-longer than the work itself: so all that can be done in compiled code is.
+Between two steps all code and data are cold, and Python then takes longer than the work itself: so
+what can be done within the step is (`surveyed`), and each of the rest is one call of compiled code.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bloomq.backends.numba_cpu.binding import bind_top
 from bloomq.backends.numba_cpu.levels import row_levels
 from bloomq.backends.numba_cpu.program import Program
-from bloomq.backends.numba_cpu.recorded import Recorded
 from bloomq.backends.numba_cpu.row_calls import (
     best_few,
     best_of_plain,
     find_tokens,
+    mask_row,
     row_peak,
     row_sums,
 )
@@ -35,37 +32,25 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _TopWork:
-    program: Program
-    work: TopWork
+class RowQuestions:
+    """`survey`, `top`, `best`, `masked`, `sums` and `levels` of the Numba backend."""
 
-
-class RowPrograms:
-    """`top`, `best`, `sums` and `levels` of the Numba backend."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self._bind_top, self._best_few = bind_top(), best_few()
-        self._tops: Recorded[_TopWork] = Recorded()
-
-    def compile(self, tier: str) -> None:
+    def __init__(self, pool: Pool, tier: str) -> None:
         """Compile all that is called, or take it from the cache."""
+        self._pool = pool
         for made in (top_parts, best_of_plain, row_peak, row_sums, row_levels, find_tokens):
             made(tier)
-        top_merge()
+        for made_once in (top_merge, best_few, mask_row):
+            made_once()
 
     def survey(self, tier: str, logits: F32) -> LogitRows:
         """See `Backend.survey`."""
-        shape = (tier, *logits.shape)
-        recorded = self._tops.take(shape, partial(_top_work, *shape))
-        self._bind_top(recorded.program.inputs, logits)
-        recorded.program.held = logits
-        self._pool.run(recorded.program)
-        recorded.program.held = None
-        rows = recorded.work.rows(logits)
-        self._tops.put_back(shape, recorded)
-        return rows
+        program = Program()
+        where = np.array([logits.ctypes.data, logits.strides[0]], np.int64)
+        program.keep(logits, where)
+        work = TopWork(program, tier, where, *logits.shape, touched=logits.nbytes)
+        self._pool.run(program)
+        return work.rows(logits)
 
     def top(self, tier: str, logits: F32 | LogitRows, k: int) -> Top:
         """See `Backend.top`."""
@@ -84,6 +69,12 @@ class RowPrograms:
         ids, best = np.empty(k, np.int64), np.empty(k, np.float32)
         best_of_plain(tier)(logits[0], ids, best)
         return ids, best
+
+    def masked(self, logits: F32, allowed: NDArray[np.bool_]) -> F32:
+        """See `Backend.masked`."""
+        out = np.empty_like(logits)
+        mask_row()(logits[0], allowed, out[0])
+        return out
 
     def sums(self, tier: str, logits: F32 | LogitRows, temperature: float) -> Sums:
         """See `Backend.sums`."""
@@ -105,7 +96,7 @@ class RowPrograms:
         batch, vocab = values.shape
         k = min(max(k, 1), vocab)
         ids, best = np.empty((batch, k), np.int64), np.empty((batch, k), np.float32)
-        self._best_few(values, maxima, ids, best)
+        best_few()(values, maxima, ids, best)
         return ids, best
 
 
@@ -123,10 +114,3 @@ def _found(
     ids, best = np.empty(len(levels), np.int64), np.empty(len(levels))
     count = find_tokens(tier)(levels, values, low, high, ids, best)
     return ids[:count].copy(), best[:count].copy()
-
-
-def _top_work(tier: str, batch: int, vocab: int) -> _TopWork:
-    """Inputs: logits, their stride in bytes."""
-    program = Program(2)
-    work = TopWork(program, tier, program.inputs, batch, vocab, touched=4 * batch * vocab)
-    return _TopWork(program, work)
