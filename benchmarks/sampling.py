@@ -1,6 +1,6 @@
 """What choosing a token costs, by setting, beside transformers' processors on the same logits.
 
-    python benchmarks/sampling.py [-m PACK [--synthetic]] [--vocab 250880] [--spread 3]
+    python benchmarks/sampling.py [-m PACK [--synthetic]] [--vocab 250880] [--spread 3.0]
                                   [--text FILE] [--threads N] [--repeat 9] [--no-peer]
                                   [--json FILE]
 
@@ -8,9 +8,10 @@ With a pack, each token is drawn right behind a real decode step, in which the m
 through the caches: what generation pays. The settings take turns, a step before each. Logits are
 the model's own behind places of a text (default: this project's README; random tokens where the
 pack has no tokenizer). Without a pack, tokens are drawn one after another, all code and data warm,
-which takes half as long; logits are normal numbers of this spread, at 3 flatter than most places of
-a text, and a step is taken for 12.4 ms, bloom-560m's on the machine of the README. --synthetic
-draws from such numbers between the steps of a pack, for one whose weights were never trained.
+which takes half as long, and a step is taken for 12.4 ms, bloom-560m's on the README's machine.
+Logits are then those of the demo model behind places of the text, widened to a larger vocabulary,
+or normal numbers of this spread, at 3 flatter than nearly all places of a text. --synthetic draws
+from such logits between the steps of a pack, for one whose weights were never trained.
 Printed for each setting: the median microseconds of a token and the middle half of the samples, its
 share of a step, and what transformers takes (processors, softmax, one draw; PyTorch with as many
 threads), in turn with ours. Penalties, DRY and n-grams look at 2,048 tokens; of the penalties
@@ -31,6 +32,7 @@ import numpy as np
 
 import bloomq
 from bloomq.backends.numba_cpu.layers import NumbaBackend
+from bloomq.backends.numba_cpu.surveyed import LogitRows
 from bloomq.layers import Span
 from bloomq.sampling import Logits, Sampler, Sampling
 
@@ -75,6 +77,7 @@ def main() -> None:
     else:
         rows = of_model(model, args.text)
     threads = getattr(backend, "threads", 1)
+    known = [backend.survey(row[None]) for row in rows]
     draws = [ours(backend, options, name, rows.shape[1]) for name, options in SETTINGS.items()]
     peers = [
         None if args.no_peer or "constraint" in name else theirs(options, rows.shape[1], threads)
@@ -82,9 +85,9 @@ def main() -> None:
     ]
     calls = [call for pair in zip(draws, peers, strict=True) for call in pair]
     if model is None:
-        step_ms, samples = STEP_MS, measure_alone(calls, rows, args.repeat)
+        step_ms, samples = STEP_MS, measure_alone(calls, known, args.repeat)
     else:
-        step_ms, samples = measure_between_steps(model, calls, rows, args.repeat)
+        step_ms, samples = measure_between_steps(model, calls, known, args.repeat)
     where = "one after another" if model is None else "between steps"
     print(f"{backend.description}; V {rows.shape[1]:,}; a step: {step_ms:.1f} ms; drawn {where}")
     print(f"{'setting':32}{'µs':>7}{'half of them':>15}{'of a step':>11}{'transformers':>14}")
@@ -111,7 +114,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("-m", "--model", type=Path, help="a pack (default: synthetic logits)")
     parser.add_argument("--synthetic", action="store_true", help="logits, with a pack too")
     parser.add_argument("--vocab", type=int, default=250_880, help="of synthetic logits")
-    parser.add_argument("--spread", type=float, default=3.0, help="of synthetic logits")
+    parser.add_argument("--spread", type=float, help="synthetic logits are normal numbers")
     parser.add_argument("--text", type=Path, default=README)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeat", type=int, default=9)
@@ -120,9 +123,20 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def synthetic(vocab_size: int, spread: float) -> np.ndarray:
-    rows = spread * np.random.default_rng(0).standard_normal((ROWS, vocab_size))
-    return rows.astype(np.float32)
+def synthetic(vocab_size: int, spread: float | None) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    if spread is not None:
+        return (spread * rng.standard_normal((ROWS, vocab_size))).astype(np.float32)
+    return np.stack([widened(row, vocab_size, rng) for row in of_model(bloomq.load(), README)])
+
+
+def widened(row: np.ndarray, vocab_size: int, rng: np.random.Generator) -> np.ndarray:
+    """A row's logits in random places of a larger vocabulary. The other tokens are like the less
+    likely half of the row, and as likely together as that half is, so that the entropy stays."""
+    tail = np.sort(row)[: len(row) // 2]
+    others = rng.choice(tail, vocab_size - len(row)) + rng.normal(0, 0.1, vocab_size - len(row))
+    wide = np.concatenate([row, others - np.log(len(others) / len(tail))])
+    return rng.permutation(wide).astype(np.float32)
 
 
 def of_model(model: Any, text: Path) -> np.ndarray:
@@ -155,7 +169,7 @@ def history(vocab_size: int) -> list[int]:
     return (vocab_size * rng.random(HISTORY) ** 3).astype(int).tolist()
 
 
-Draw = Callable[[np.ndarray], Any]  # from logits [1, V]
+Draw = Callable[[Any], Any]  # from logits [1, V], which know what a step found out about them
 
 
 def ours(backend: Any, options: dict[str, Any], name: str, vocab_size: int) -> Draw:
@@ -166,7 +180,13 @@ def ours(backend: Any, options: dict[str, Any], name: str, vocab_size: int) -> D
         constraint=Mask(vocab_size) if "constraint" in name else None,
     )  # fmt: skip
     produced = text[HISTORY // 2 :]
-    return lambda logits: sampler(Logits(backend, logits, 0), produced)
+
+    def draw(logits: Any) -> float:
+        """As the loop does: the best of all rows, then the token and its log probability."""
+        row = Logits(backend, logits, 0, backend.top(logits, sampler.wants))
+        return row.logit(sampler(row, produced)) - row.logsumexp()
+
+    return draw
 
 
 def theirs(options: dict[str, Any], vocab_size: int, threads: int) -> Draw | None:
@@ -183,8 +203,8 @@ def theirs(options: dict[str, Any], vocab_size: int, threads: int) -> Draw | Non
     made = list(processors(hf, options))
     ids = torch.tensor([history(vocab_size)])
 
-    def draw(logits: np.ndarray) -> Any:
-        found = torch.from_numpy(logits)
+    def draw(logits: LogitRows) -> Any:
+        found = torch.from_numpy(logits.values)
         for processor in made:
             found = processor(ids, found)
         if "temperature" not in options:
@@ -210,27 +230,38 @@ def processors(hf: Any, options: dict[str, Any]) -> Iterator[Any]:
             yield maker(options[name])
 
 
-def timed(call: Draw, logits: np.ndarray) -> float:
+def put(logits: LogitRows, row: LogitRows) -> None:
+    """One row, and what is known of it, in the place of another."""
+    for to, array in (
+        (logits.values, row.values), (logits.maxima, row.maxima), (logits.top.ids, row.top.ids),
+        (logits.top.logits, row.top.logits), (logits.top.logsumexp, row.top.logsumexp),
+    ):  # fmt: skip
+        to[:] = array
+
+
+def timed(call: Draw, logits: LogitRows) -> float:
     """Microseconds."""
     started = perf_counter()
     call(logits)
     return 1e6 * (perf_counter() - started)
 
 
-def measure_alone(calls: list[Draw | None], rows: np.ndarray, repeat: int) -> list[list[float]]:
+def measure_alone(
+    calls: list[Draw | None], rows: list[LogitRows], repeat: int
+) -> list[list[float]]:
     """Of each call: every row `repeat` times, one after another, ours and the peer's in turn."""
     found: list[list[float]] = [[] for _ in calls]
     for first in range(0, len(calls), 2):
         for turn in range(repeat + 1):  # the first is not measured
             for samples, call in zip(found[first : first + 2], calls[first:], strict=False):
-                for row in range(ROWS if call is not None else 0):
-                    sample = timed(call, rows[row : row + 1])  # type: ignore[arg-type]
+                for row in rows if call is not None else ():
+                    sample = timed(call, row)
                     samples.extend([sample] if turn else [])
     return found
 
 
 def measure_between_steps(
-    model: Any, calls: list[Draw | None], rows: np.ndarray, repeat: int
+    model: Any, calls: list[Draw | None], rows: list[LogitRows], repeat: int
 ) -> tuple[float, list[list[float]]]:
     """Milliseconds of a decode step, and of each call: every row `repeat` times, with the row in
     the place of the step's logits."""
@@ -246,7 +277,7 @@ def measure_between_steps(
                 started = perf_counter()
                 logits = head.step(np.array([5]), cache, Span.of([0], [1]), np.array([0]))
                 steps.append(1e3 * (perf_counter() - started))
-                logits[0] = row
+                put(logits, row)
                 sample = timed(call, logits)
                 samples.extend([sample] if turn else [])
     return median(steps), found

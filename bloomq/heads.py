@@ -45,12 +45,17 @@ class Head:
             has_bias = spec.has_bias and not tied
             bias = weights.vector(f"{spec.name}.bias", self.columns) if has_bias else None
             self.read = backend.linear(matrix, bias, norm=norm)
+        self._gives_logits = architecture == "BloomForCausalLM"
         self.adapters = Adapters()
         self.model = Transformer(weights, backend)
         self._step = self._compiled()
 
     def _compiled(self) -> Step:
-        return self.model.compile(lambda x, wanted: self.read(self.backend.take(x, wanted)))
+        def read(x: X, wanted: X) -> X:
+            found = self.read(self.backend.take(x, wanted))
+            return self.backend.survey(found) if self._gives_logits else found
+
+        return self.model.compile(read)
 
     def adapted(self, adapters: Adapters) -> Head:
         """The same layers, with other adapters. This head, and what runs on it, stays as it is."""

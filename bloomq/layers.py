@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig
 from bloomq.errors import CapacityError, UsageError
-from bloomq.levels import Levels
+from bloomq.levels import Levels, Sums
 from bloomq.weights import Matrix, Norm
 
 X = Any
@@ -66,7 +66,7 @@ class Span:
 @dataclass(frozen=True, slots=True, eq=False)
 class Top:
     """The best tokens of each row. ids, logits: [B, k], best first (of equals the lower id);
-    logsumexp: [B], of logits / temperature, NaN where a logit is."""
+    logsumexp: [B], NaN where a logit is."""
 
     ids: I64
     logits: F32
@@ -285,11 +285,24 @@ class Backend(Protocol):
         """Rows `index` of x [M, C]."""
         ...
 
-    def top(self, logits: X, k: int, temperature: float = 1.0) -> Top: ...
-    def levels(self, logits: X, temperature: float = 1.0) -> Levels:
-        """Of one row, [1, V]."""
+    def survey(self, logits: X) -> X:
+        """The same logits [W, V], about which a step may find out, while it makes them, what `top`
+        will be asked; the identity is legal."""
         ...
 
+    def top(self, logits: X, k: int) -> Top: ...
+
+    # Of one row, [1, V]:
+    def best(self, logits: X, k: int) -> tuple[I64, F32]:
+        """Ids and logits [k], as of `top`."""
+        ...
+
+    def masked(self, logits: X, allowed: NDArray[np.bool_]) -> X:
+        """The same, -infinity where a token is not allowed, [V]."""
+        ...
+
+    def sums(self, logits: X, temperature: float = 1.0) -> Sums: ...
+    def levels(self, logits: X, temperature: float = 1.0) -> Levels: ...
     def numpy(self, x: X) -> F32: ...
 
 

@@ -8,6 +8,7 @@ are listed, and nothing is sorted but these.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -38,24 +39,47 @@ def find(levels: NDArray[np.uint16], values: F32, low: int, high: int) -> tuple[
 Find = Callable[[NDArray[np.uint16], F32, int, int], tuple[I64, F64]]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Levels:
-    """Of logits [V] at a temperature, with d = (logit - best) / temperature of each token:
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """Over logits [V] at a temperature, with d = (logit - best) / temperature of each token:
 
-    levels: uint16 [V], each token's; masses: float64 [LEVELS], the sums of e**d of each level's
-    tokens; count, total, squares, moment: of the tokens whose d is not -infinity (in a backend's
-    float32) how many there are, and the sums of d, d**2 and d e**d; find: as
-    the backend does it.
+    mass: the sum of e**d; count, total, squares, moment: of the tokens whose d is not -infinity (in
+    a backend's float32) how many there are, and the sums of d, d**2 and d e**d.
     """
 
-    best: np.float32
+    best: float
     temperature: float
-    levels: NDArray[np.uint16]
-    masses: F64
+    mass: float
     count: float
     total: float
     squares: float
     moment: float
+
+    def logsumexp(self) -> float:
+        """log sum exp(logits / temperature)."""
+        return self.best / self.temperature + math.log(self.mass)
+
+    def entropy(self) -> float:
+        """-sum p log p of all tokens, in nats."""
+        return math.log(self.mass) - self.moment / self.mass
+
+    def deviation(self) -> float:
+        """The standard deviation of d."""
+        mean = self.total / self.count
+        return math.sqrt(max(self.squares / self.count - mean * mean, 0.0))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Levels:
+    """Of logits [V] at a temperature, with d as in `Sums`:
+
+    levels: uint16 [V], each token's; masses: float64 [LEVELS], the sums of e**d of each level's
+    tokens; sums: of all; find: as the backend does it.
+    """
+
+    levels: NDArray[np.uint16]
+    masses: F64
+    sums: Sums
     find: Find = field(default=find, repr=False)
 
     def tokens(self, wanted: Sequence[int]) -> I64:
@@ -74,16 +98,6 @@ class Levels:
             return found[0]
         ids, logits = zip(*found, strict=True)
         return np.concatenate(ids), np.concatenate(logits)
-
-    def entropy(self) -> float:
-        """-sum p log p of all tokens, in nats."""
-        total = float(self.masses.sum())
-        return float(np.log(total) - self.moment / total)
-
-    def deviation(self) -> float:
-        """The standard deviation of d."""
-        mean = self.total / self.count
-        return float(np.sqrt(max(self.squares / self.count - mean * mean, 0.0)))
 
 
 def level_scale(temperature: float) -> np.float32:
@@ -106,9 +120,17 @@ def levels_of(values: F32, temperature: float) -> Levels:
     with np.errstate(invalid="ignore"):  # infinity less itself: the NaN is the answer
         below = (values.astype(np.float64) - best) / temperature
         masses = np.bincount(levels, np.exp(below), LEVELS).astype(np.float64)
-    d = below[below > -np.inf]
-    sums = float(d.sum()), float(np.square(d).sum()), float((np.exp(d) * d).sum())
-    return Levels(best, temperature, levels, masses, len(d), *sums)
+    return Levels(levels, masses, sums_of(values, temperature))
+
+
+def sums_of(values: F32, temperature: float) -> Sums:
+    """The sums of logits [V], in NumPy. The mass is NaN where a logit is, or +infinity."""
+    best = float(values.max())
+    with np.errstate(invalid="ignore"):
+        below = (values.astype(np.float64) - best) / temperature
+    terms, d = np.exp(below), below[below > -np.inf]
+    sums = float(terms.sum()), len(d), float(d.sum()), float(np.square(d).sum())
+    return Sums(best, temperature, *sums, float((np.exp(d) * d).sum()))
 
 
 def _runs(wanted: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -4,7 +4,7 @@ as llama.cpp has them. What the tests compare with, made for reading, not for sp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from bloomq.backends.reference import ReferenceBackend
 from bloomq.layers import Backend
 from bloomq.sampling import Logits, Sampling
 from bloomq.sampling.candidates import Candidates
-from bloomq.sampling.filters import FEW, Turn, active, filtered
+from bloomq.sampling.filters import FEW, Chain, Turn
 
 
 def logits_of(*probabilities: float) -> np.ndarray:
@@ -26,12 +26,13 @@ def row_of(values: np.ndarray, backend: Backend | None = None) -> Logits:
 
 
 def left_of(
-    values: np.ndarray, sampling: Sampling, turn: Turn | None = None, few: int = FEW,
+    values: np.ndarray, sampling: Sampling, turn: Turn | None = None, few: int = FEW[0],
     backend: Backend | None = None,
 ) -> Candidates:  # fmt: skip
     """What the filters leave of a row."""
-    row = row_of(values, backend)
-    return filtered(sampling, active(sampling), row, turn or Turn(), few)
+    if turn is not None and turn.surprise is not None:
+        sampling = replace(sampling, mirostat_tau=1.0)
+    return Chain.of(sampling).left(row_of(values, backend), turn or Turn(), few)
 
 
 def probabilities(values: np.ndarray, sampling: Sampling, **options: object) -> np.ndarray:

@@ -17,6 +17,7 @@ from bloomq.backends.placed.layers import Place, PlacedBackend
 from bloomq.errors import BackendError, CapacityError, UsageError
 from bloomq.heads import Head
 from bloomq.layers import Backend, Span
+from bloomq.levels import sums_of
 from bloomq.pack import Pack
 from bloomq.schemes import SCHEME_NAMES, get_scheme
 from bloomq.weights import Matrix
@@ -368,12 +369,46 @@ def test_take_and_numpy_give_rows_back(build: Build):
     assert np.array_equal(backend.numpy(backend.take(x, np.array([4, 0, 4]))), x[[4, 0, 4]])
 
 
-def test_top_is_stable_and_its_logsumexp_is_of_the_scaled_logits(build: Build):
-    logits = np.array([[1, 3, 3, -2, 3], [0, 0, 0, 0, 0]], np.float32)
-    top = build().backend.top(logits, 3, 2.0)
+@pytest.mark.parametrize("surveyed", [False, True], ids=["plain", "surveyed"])
+def test_the_best_of_rows_come_in_a_stable_order_with_the_logsumexp(build: Build, surveyed: bool):
+    values = np.array([[1, 3, 3, -2, 3], [0, 0, 0, 0, 0]], np.float32)
+    backend = build().backend
+    logits = backend.survey(values) if surveyed else values
+    top = backend.top(logits, 3)
     assert top.ids.tolist() == [[1, 2, 4], [0, 1, 2]]
     assert top.logits.tolist() == [[3, 3, 3], [0, 0, 0]]
-    assert top.logsumexp == pytest.approx(np.log(np.exp(logits / 2.0).sum(axis=1)), rel=1e-6)
+    assert top.logsumexp == pytest.approx(np.log(np.exp(values).sum(axis=1)), rel=1e-6)
+    assert backend.numpy(logits).tolist() == values.tolist()
+    second = backend.take(logits, np.array([1]))
+    assert backend.top(second, 1).logsumexp[0] == top.logsumexp[1]
+    assert backend.numpy(second).tolist() == values[1:].tolist()
+
+
+@pytest.mark.parametrize("surveyed", [False, True], ids=["plain", "surveyed"])
+def test_what_is_asked_of_one_row(build: Build, surveyed: bool):
+    values = np.array([[1, 3, 3, -2, 3, -np.inf]], np.float32)
+    backend = build().backend
+    row = backend.survey(values) if surveyed else values
+    ids, best = backend.best(row, 4)
+    assert (ids.tolist(), best.tolist()) == ([1, 2, 4, 0], [3, 3, 3, 1])
+    found, wanted = backend.sums(row, 2.0), sums_of(values[0], 2.0)
+    assert (found.best, found.temperature, found.count) == (3.0, 2.0, 5)
+    for name in ("mass", "total", "squares", "moment"):
+        assert getattr(found, name) == pytest.approx(getattr(wanted, name), rel=1e-6)
+    assert found.logsumexp() == pytest.approx(np.log(np.exp(values / 2.0).sum()), rel=1e-6)
+    assert backend.levels(row, 2.0).sums.count == 5
+    masked = backend.masked(row, np.array([True, False, True, True, True, True]))
+    assert backend.numpy(masked).tolist() == [[1, -np.inf, 3, -2, 3, -np.inf]]
+    assert backend.best(masked, 1)[0].tolist() == [2]
+
+
+def test_a_step_knows_of_its_logits_what_top_finds_in_them(build: Build):
+    lm = build()
+    logits = lm.step(IDS[:5], lm.cache(1, 8), Span.of([0], [5]), np.array([4, 2]))
+    known, found = lm.backend.top(logits, 3), lm.backend.top(lm.backend.numpy(logits), 3)
+    assert known.ids.tolist() == found.ids.tolist()
+    assert known.logits.tolist() == found.logits.tolist()
+    assert known.logsumexp == pytest.approx(found.logsumexp, rel=1e-12)
 
 
 def test_an_embedding_reads_the_rows_asked_for(build: Build, opened: Pack):

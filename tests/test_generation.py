@@ -313,7 +313,7 @@ def forced_steps(model: LanguageModel, monkeypatch, at: int, token: int) -> None
     step, calls = model.head.step, [0]
 
     def forced(ids, cache, span, wanted):
-        logits = step(ids, cache, span, wanted)
+        logits = model.backend.numpy(step(ids, cache, span, wanted)).copy()
         calls[0] += 1
         if calls[0] > at:
             logits[:, token] = logits.max() + 5
@@ -630,7 +630,7 @@ def test_logits_that_turn_bad_while_decoding_leave_the_cache_as_it_was(tiny, mon
     step, seen = tiny.head.step, []
 
     def bad(ids, cache, span, wanted):
-        logits = step(ids, cache, span, wanted)
+        logits = tiny.backend.numpy(step(ids, cache, span, wanted)).copy()
         seen.append(cache)
         if len(seen) == 3:
             logits[:] = np.nan

@@ -266,14 +266,14 @@ def test_the_best_of_all_ranks_are_those_of_the_whole(k: int, opened: Callable[.
     logits[1, 50:] = -np.inf
     logits[2, 130] = np.nan
     reference = backends.choose("reference", source, None).backend
-    wanted = reference.top(logits, k, 0.7)
+    wanted = reference.top(logits, k)
 
     def work(group: ThreadGroup) -> Any:
         backend = parallel(source, "reference", group)
         edges = backend.cuts.vocabulary
         split = Split(logits[:, edges[group.rank] : edges[group.rank + 1]], edges)
         levels = backend.levels(backend.take(split, np.array([3])), 0.7)
-        return backend.top(split, k, 0.7), levels, backend.numpy(split)
+        return backend.top(split, k), levels, backend.numpy(split)
 
     for top, levels, everything in on_ranks(3, work):
         np.testing.assert_array_equal(top.ids, wanted.ids)

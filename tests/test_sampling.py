@@ -19,7 +19,7 @@ from bloomq.backends.reference import ReferenceBackend
 from bloomq.errors import UsageError
 from bloomq.layers import Top
 from bloomq.levels import LEVELS, Levels
-from bloomq.sampling import ORDER, Logits, Sampler, Sampling, generator, masked
+from bloomq.sampling import ORDER, Logits, Sampler, Sampling, generator
 from bloomq.sampling.draws import pick
 from bloomq.sampling.filters import FEW
 from bloomq.sampling.listed import Listed
@@ -77,9 +77,9 @@ class Counting(ReferenceBackend):
         self.leveled += 1
         return super().levels(logits, temperature)
 
-    def top(self, logits: np.ndarray, k: int, temperature: float = 1.0) -> Top:
+    def top(self, logits: np.ndarray, k: int) -> Top:
         self.tops.append(k)
-        return super().top(logits, k, temperature)
+        return super().top(logits, k)
 
     def numpy(self, x: np.ndarray) -> np.ndarray:
         self.fetched += 1
@@ -460,9 +460,11 @@ def test_a_mask_of_another_vocabulary_is_refused():
 
 def test_a_mask_leaves_scores_as_they_are_and_forbids_the_rest():
     values = np.array([1.5, -2.0, 0.0, -np.inf, 3e38], np.float32)
-    found = masked(values, np.array([True, False, True, True, True]))
-    assert found.tolist() == [1.5, -np.inf, 0.0, -np.inf, pytest.approx(3e38)]
-    assert found.dtype == np.float32 and values[1] == -2
+    allowed = np.array([True, False, True, True, True])
+    for backend in (ReferenceBackend(), NumbaBackend(1)):
+        found = row_of(values, backend).masked(allowed).values()
+        assert found.tolist() == [1.5, -np.inf, 0.0, -np.inf, np.float32(3e38)]
+        assert found.dtype == np.float32 and values[1] == -2
 
 
 # -- logits, and how much is asked of the backend --------------------------------------------------
@@ -474,7 +476,7 @@ def test_logits_are_one_row_of_many_and_no_copy():
     assert logits.vocab_size == 50
     assert np.shares_memory(logits.values(), rows)
     assert logits.values().tolist() == rows[1].tolist()
-    assert logits.top(3).ids[0].tolist() == np.argsort(-rows[1])[:3].tolist()
+    assert logits.best(3)[0].tolist() == np.argsort(-rows[1])[:3].tolist()
     assert logits.logit(7) == rows[1, 7]
     assert logits.logsumexp(0.5) == pytest.approx(np.log(np.exp(rows[1] / 0.5).sum()))
 
@@ -492,10 +494,18 @@ def test_what_the_caller_found_for_all_rows_is_not_computed_again():
         assert len(backend.tops) == 1  # of the second
 
 
-def test_a_temperature_alone_asks_the_backend_for_nothing_but_the_logits():
+def test_a_temperature_alone_asks_for_levels_only_where_the_draw_is_not_among_the_few():
+    values = np.zeros(20_000)
+    values[7] = 30.0  # nearly sure
+    backend, draws = Counting(), sampler(20_000, Always(0.5), temperature=1.0)
+    assert draws(row_of(values, backend), []) == 7
+    assert (backend.tops, backend.leveled) == ([FEW[0]], 0)
     backend = Counting()
-    sampler(50, seed=0, temperature=0.7)(row_of(np.zeros(50), backend), [])
-    assert backend.tops == [] and backend.fetched == 1
+    assert draws(row_of(np.zeros(20_000), backend), []) == 10_000
+    assert (backend.tops, backend.leveled) == ([FEW[0]], 1)
+    backend = Counting()
+    assert draws(row_of(values, backend), []) == 7  # the last draw was not among the few
+    assert (backend.tops, backend.leveled) == ([], 1)
 
 
 @pytest.mark.parametrize(("scale", "large"), [(8.0, False), (0.1, True)], ids=["peaked", "flat"])
@@ -507,9 +517,10 @@ def test_a_nucleus_is_listed_only_where_the_few_reach_it(scale, large):
     order = np.argsort(-values, kind="stable")
     wanted = order[np.searchsorted(np.cumsum(p[order]), 0.5, side="right")]
     assert draws(row_of(values, backend), []) == wanted
-    assert (backend.tops, backend.leveled) == ([FEW], int(large))
-    assert draws(row_of(values, backend), []) == wanted  # the second token begins as the first did
-    assert (backend.tops, backend.leveled) == ([FEW] if large else 2 * [FEW], 2 * large)
+    assert (backend.tops, backend.leveled) == (list(FEW) if large else [FEW[0]], int(large))
+    backend = Counting()
+    assert draws(row_of(values, backend), []) == wanted  # this one begins as the last one ended
+    assert (backend.tops, backend.leveled) == ([] if large else [FEW[0]], int(large))
 
 
 EVERYTHING: list[dict[str, Any]] = [

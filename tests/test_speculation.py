@@ -119,8 +119,8 @@ def test_rows_of_a_batch_share_one_block_of_guesses(demo, monkeypatch):
 
 
 def test_a_draft_whose_logits_are_no_numbers_guesses_nothing(demo, monkeypatch):
-    def no_numbers(logits, k, temperature=1.0):
-        best = top(logits, k, temperature)
+    def no_numbers(logits, k):
+        best = top(logits, k)
         return type(best)(best.ids, best.logits, best.logsumexp * np.nan)
 
     drafter, top = DraftModel(demo.head, 50), demo.backend.top

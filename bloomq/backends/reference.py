@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig
 from bloomq.layers import Activation, Span, Step, Stored, Top, check_drop, slopes, zeros
-from bloomq.levels import Levels, levels_of
+from bloomq.levels import Levels, Sums, levels_of, sums_of
 from bloomq.schemes import F32, NF4_CODEBOOK, NF4_INT8_CODEBOOK, Scheme, round_up, untile_rows
 from bloomq.weights import Matrix, Norm
 
@@ -73,13 +73,26 @@ class ReferenceBackend:
     def take(self, x: F32, index: I64) -> F32:
         return x[index]
 
-    def top(self, logits: F32, k: int, temperature: float = 1.0) -> Top:
+    def survey(self, logits: F32) -> F32:
+        return logits
+
+    def top(self, logits: F32, k: int) -> Top:
         ids = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-        scaled = logits.astype(np.float64) / temperature
+        scaled = logits.astype(np.float64)
         peak = scaled.max(axis=1)
         with np.errstate(invalid="ignore"):  # infinity less itself: the NaN is the answer
             logsumexp = peak + np.log(np.exp(scaled - peak[:, None]).sum(axis=1))
         return Top(ids, np.take_along_axis(logits, ids, axis=1), logsumexp)
+
+    def best(self, logits: F32, k: int) -> tuple[I64, F32]:
+        top = self.top(logits, k)
+        return top.ids[0], top.logits[0]
+
+    def masked(self, logits: F32, allowed: NDArray[np.bool_]) -> F32:
+        return np.where(allowed, logits, np.float32(-np.inf))
+
+    def sums(self, logits: F32, temperature: float = 1.0) -> Sums:
+        return sums_of(logits[0], temperature)
 
     def levels(self, logits: F32, temperature: float = 1.0) -> Levels:
         return levels_of(logits[0], temperature)

@@ -30,7 +30,7 @@ from bloomq.layers import (
     X,
     slopes,
 )
-from bloomq.levels import Levels
+from bloomq.levels import Levels, Sums
 from bloomq.parallel.cache import ParallelCache
 from bloomq.parallel.cuts import Cuts
 from bloomq.parallel.slices import part_of
@@ -154,11 +154,16 @@ class ParallelBackend:
             return Split(self.inner.take(x.mine, index), x.edges)
         return self.inner.take(x, index)
 
-    def top(self, logits: X, k: int, temperature: float = 1.0) -> Top:
+    def survey(self, logits: X) -> X:
+        if isinstance(logits, Split):
+            return Split(self.inner.survey(logits.mine), logits.edges)
+        return self.inner.survey(logits)
+
+    def top(self, logits: X, k: int) -> Top:
         if not isinstance(logits, Split):
-            return self.inner.top(logits, k, temperature)
+            return self.inner.top(logits, k)
         start = logits.edges[self.group.rank]
-        mine = self.inner.top(logits.mine, min(k, int(logits.mine.shape[1])), temperature)
+        mine = self.inner.top(logits.mine, min(k, int(logits.mine.shape[1])))
         told = np.full((len(logits), 2 * k + 1), np.nan)  # ids, logits, logsumexp: exact as float64
         count = mine.ids.shape[1]
         told[:, :count], told[:, k : k + count] = mine.ids + start, mine.logits
@@ -166,10 +171,23 @@ class ParallelBackend:
         told[:, -1] = np.where(mine.logits[:, 0] == -np.inf, -np.inf, mine.logsumexp)
         return _best(self.group.gather(told), min(k, logits.edges[-1]))
 
+    def best(self, logits: X, k: int) -> tuple[I64, F32]:
+        if not isinstance(logits, Split):
+            return self.inner.best(logits, k)
+        top = self.top(logits, k)
+        return top.ids[0], top.logits[0]
+
+    def masked(self, logits: X, allowed: NDArray[np.bool_]) -> X:
+        return self.inner.masked(self._whole(logits), allowed)
+
+    def sums(self, logits: X, temperature: float = 1.0) -> Sums:
+        return self.inner.sums(self._whole(logits), temperature)
+
     def levels(self, logits: X, temperature: float = 1.0) -> Levels:
-        return self.inner.levels(
-            self.numpy(logits) if isinstance(logits, Split) else logits, temperature
-        )
+        return self.inner.levels(self._whole(logits), temperature)
+
+    def _whole(self, logits: X) -> X:
+        return self.numpy(logits) if isinstance(logits, Split) else logits
 
     def numpy(self, x: X) -> F32:
         """Of a `Split`, the columns of all ranks."""

@@ -7,8 +7,8 @@ sequence.
 from bloomq.sampling.logits import Logits
 from bloomq.sampling.options import ORDER, Sampling
 from bloomq.sampling.processors import edited
-from bloomq.sampling.sampler import Constraint, Sampler, generator, masked
+from bloomq.sampling.sampler import Constraint, Sampler, generator
 
 __all__ = [
-    "ORDER", "Constraint", "Logits", "Sampler", "Sampling", "edited", "generator", "masked",
+    "ORDER", "Constraint", "Logits", "Sampler", "Sampling", "edited", "generator",
 ]  # fmt: skip

@@ -78,6 +78,10 @@ class Candidates(Protocol):
         """Are there about `count` or fewer?"""
         ...
 
+    def rank(self, token: int) -> int:
+        """How many candidates come before this one of them, at most and about."""
+        ...
+
     def tokens(self) -> tuple[I64, F64]:
         """Ids and scores of all, best first."""
         ...
@@ -87,7 +91,7 @@ class Candidates(Protocol):
         ...
 
 
-def check_possible(best: np.float32) -> None:
+def check_possible(best: float | np.float32) -> None:
     """Raises: UsageError where the best score is that of a forbidden token."""
     if best == -np.inf:
         raise UsageError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,9 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 
-def penalise_repetitions(out: F32, sampling: Sampling, text: I64) -> None:
-    """score -= multiplier * base ** (length - allowed_length), of each token that followed the
-    latest tokens of the text before; length: of the longest match behind which it did."""
+def penalise_repetitions(out: Any, sampling: Sampling, text: I64) -> None:
+    """Scores out [V], of each token that followed the latest tokens of the text before: less
+    multiplier * base ** (length - allowed_length); length: of the longest match it followed."""
     if sampling.dry_range:
         text = text[-sampling.dry_range :]
     allowed, base = sampling.dry_allowed_length, sampling.dry_base
@@ -50,15 +51,14 @@ def _since_breaker(text: I64, breakers: Collection[int]) -> int:
 def repetitions(text: I64, least: int, most: int) -> tuple[I64, I64]:
     """Tokens that followed the text's last `least` or more before, each once, and behind how many
     of them: the longest match, counted up to `most`."""
-    places = np.arange(len(text) - 1)  # where a match may end: a token follows it
-    lengths = np.zeros(len(places), np.int64)
+    ends = np.flatnonzero(text[:-1] == text[-1:])  # of matches: a token follows
+    longest = {} if least else dict.fromkeys(text[1:].tolist(), 0)
     for length in range(1, most + 1):
-        places = places[places >= length - 1]
-        places = places[text[places - length + 1] == text[-length]]
-        if not len(places):
+        if length > 1:
+            ends = ends[ends >= length - 1]
+            ends = ends[text[ends - length + 1] == text[-length]]
+        if not len(ends):
             break
-        lengths[places] = length
-    found = np.flatnonzero(lengths >= least)
-    found = found[np.argsort(lengths[found], kind="stable")]  # of a token's matches the last stays
-    longest = dict(zip(text[found + 1].tolist(), lengths[found].tolist(), strict=True))
+        if length >= least:
+            longest.update(dict.fromkeys(text[ends + 1].tolist(), length))
     return np.array(list(longest), np.int64), np.array(list(longest.values()), np.int64)

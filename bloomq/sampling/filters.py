@@ -18,10 +18,11 @@ from bloomq.sampling.logits import Logits
 from bloomq.sampling.options import LEAST_TEMPERATURE, Sampling
 from bloomq.sampling.ranked import Ranked
 
-FEW = 256  # tokens listed at first: a nucleus has fewer in most places of a text
+# How many tokens are listed at first, and then: a nucleus has fewer in most places of a text.
+FEW = (256, 1024)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Turn:
     """What differs from token to token: does XTC exclude this time, and mirostat's bound in bits
     (None: mirostat is off)."""
@@ -98,40 +99,52 @@ FILTERS: dict[str, Filter] = {
 }  # fmt: skip
 
 
-def active(sampling: Sampling) -> tuple[str, ...]:
-    """The names of the filters that do something, in their order."""
-    on = {
-        "temperature": sampling.temperature != 1.0 or sampling.dynamic_temperature > 0,
-        "top_k": sampling.top_k > 0, "top_p": sampling.top_p < 1.0, "min_p": sampling.min_p > 0,
-        "typical": sampling.typical_p < 1.0, "top_n_sigma": sampling.top_n_sigma > 0,
-        "xtc": sampling.xtc_probability > 0,
-    }  # fmt: skip
-    return tuple(name for name in sampling.order if on[name])
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The filters that do something, in their order, and then mirostat."""
 
+    sampling: Sampling
+    filters: tuple[Filter, ...]
+    temperature: float  # at which the levels of a row are wanted first
 
-def filtered(
-    sampling: Sampling, names: tuple[str, ...], row: Logits, turn: Turn, few: int = FEW
-) -> Candidates:
-    """What the filters `names` and mirostat leave of a row; at least one token. few: tokens listed
-    at first (0: none), which changes the time and nothing else."""
-    steps = [*(FILTERS[name] for name in names), mirostat]
-    plain = names[:1] == ("temperature",) and not sampling.dynamic_temperature
-    first, size = sampling.temperature if plain else 1.0, sampling.top_k or few
-    if size:
-        found = _apply(sampling, turn, steps, Listed.of(row, size, first))
-        if found is not None:
-            return found
-    found = _apply(sampling, turn, steps, Ranked.of(row, first))
-    assert found is not None, "levels know everything"
-    return found
+    @classmethod
+    def of(cls, sampling: Sampling) -> Chain:
+        on = {
+            "temperature": sampling.temperature != 1.0 or sampling.dynamic_temperature > 0,
+            "top_k": sampling.top_k > 0, "top_p": sampling.top_p < 1.0,
+            "min_p": sampling.min_p > 0, "typical": sampling.typical_p < 1.0,
+            "top_n_sigma": sampling.top_n_sigma > 0, "xtc": sampling.xtc_probability > 0,
+        }  # fmt: skip
+        names = [name for name in sampling.order if on[name]]
+        filters = [FILTERS[name] for name in names]
+        if sampling.mirostat_tau:
+            filters.append(mirostat)
+        plain = names[:1] == ["temperature"] and not sampling.dynamic_temperature
+        return cls(sampling, tuple(filters), sampling.temperature if plain else 1.0)
 
+    @property
+    def cuts(self) -> bool:
+        """Is the draw from a part of the tokens, even where XTC spares them all?"""
+        return bool(set(self.filters) - {temperature, xtc})
 
-def _apply(
-    sampling: Sampling, turn: Turn, steps: list[Filter], start: Candidates
-) -> Candidates | None:
-    found: Candidates | None = start
-    for step in steps:
-        if found is None:
-            break
-        found = step(sampling, turn, found)
-    return found
+    def left(self, row: Logits, turn: Turn, few: int = FEW[0]) -> Candidates:
+        """What the filters leave of a row; at least one token. few: tokens listed at first (0:
+        none), which changes the time and nothing else."""
+        sizes = [self.sampling.top_k or few]
+        if not self.sampling.top_k:
+            sizes += [size for size in FEW if size > few]
+        for size in sizes if sizes[0] else ():
+            found = self._applied(turn, Listed.of(row, size))
+            if found is not None:
+                return found
+        found = self._applied(turn, Ranked.of(row, self.temperature))
+        assert found is not None, "levels know everything"
+        return found
+
+    def _applied(self, turn: Turn, start: Candidates) -> Candidates | None:
+        found: Candidates | None = start
+        for step in self.filters:
+            if found is None:
+                break
+            found = step(self.sampling, turn, found)
+        return found

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.layers import Backend, Top, X
-from bloomq.levels import LEVELS, Levels
+from bloomq.levels import LEVELS, Levels, Sums
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -19,11 +19,20 @@ I64 = NDArray[np.int64]
 class Logits:
     """Row `index` of logits [R, V] of a backend, copied only where the backend must.
 
-    best: `backend.top` of all these rows at temperature 1, where the caller has it already: it is
-    then not computed again for the few tokens that it has.
+    best: `backend.top` of all these rows, where the caller has it already: it is then not computed
+    again for the few tokens that it has.
     """
 
-    __slots__ = ("_backend", "_best", "_levels", "_listed", "_row", "_sums", "_values")
+    __slots__ = (
+        "_backend",
+        "_best",
+        "_levels",
+        "_listed",
+        "_logsumexp",
+        "_row",
+        "_sums",
+        "_values",
+    )
 
     def __init__(self, backend: Backend, rows: X, index: int, best: Top | None = None) -> None:
         self._backend = backend
@@ -33,39 +42,38 @@ class Logits:
             self._row = rows if len(rows) == 1 else backend.take(rows, np.array([index]))
         self._values: F32 | None = None
         self._best: tuple[I64, F32] | None = None  # the most of the best tokens that are known
-        self._sums: dict[float, float] = {}  # temperature -> logsumexp
+        self._logsumexp: float | None = None  # at temperature 1
+        self._sums: dict[float, Sums] = {}  # by temperature
         self._levels: dict[float, Levels] = {}  # by temperature
         self._listed: dict[float, dict[int, tuple[I64, F64]]] = {}  # by temperature and level
         if best is not None:
             self._best = best.ids[index], best.logits[index]
-            self._sums[1.0] = float(best.logsumexp[index])
+            self._logsumexp = float(best.logsumexp[index])
 
     @property
     def vocab_size(self) -> int:
         return int(self._row.shape[1])
 
-    def top(self, k: int, temperature: float = 1.0) -> Top:
-        """The row's best k and its logsumexp: a Top of one row."""
-        top = self._backend.top(self._row, min(k, self.vocab_size), temperature)
-        if self._best is None or len(self._best[0]) < len(top.ids[0]):
-            self._best = top.ids[0], top.logits[0]
-        self._sums[temperature] = float(top.logsumexp[0])
-        return top
-
-    def best(self, k: int, temperature: float = 1.0) -> tuple[I64, F32]:
-        """Ids and logits [k] of the best k; where they must be computed, the logsumexp at
-        `temperature`, which comes with them, is kept."""
+    def best(self, k: int) -> tuple[I64, F32]:
+        """Ids and logits [k] of the best k, of equals those of the lower id."""
         k = min(k, self.vocab_size)
         if self._best is None or len(self._best[0]) < k:
-            top = self.top(k, temperature)
-            return top.ids[0], top.logits[0]
+            self._best = self._backend.best(self._row, k)
         ids, logits = self._best
         return ids[:k], logits[:k]
 
     def logsumexp(self, temperature: float = 1.0) -> float:
-        """log sum exp(logits / temperature), computed once."""
+        """log sum exp(logits / temperature)."""
+        if temperature == 1.0 and self._logsumexp is not None:
+            return self._logsumexp
+        return self.sums(temperature).logsumexp()
+
+    def sums(self, temperature: float = 1.0) -> Sums:
+        """What is summed over the row, computed once."""
+        if temperature in self._levels:
+            return self._levels[temperature].sums
         if temperature not in self._sums:
-            self.top(1, temperature)
+            self._sums[temperature] = self._backend.sums(self._row, temperature)
         return self._sums[temperature]
 
     def levels(self, temperature: float = 1.0) -> Levels:
@@ -91,7 +99,7 @@ class Logits:
         return [known[level] for level in wanted]
 
     def values(self) -> F32:
-        """The logits, float32 [V]: to be read, not written."""
+        """The logits, float32 [V]: to be read; or written and put back, where they can be."""
         if self._values is None:
             self._values = self._backend.numpy(self._row)[0]
         return self._values
@@ -99,6 +107,10 @@ class Logits:
     def edited(self, values: F32) -> Logits:
         """These values [V] as logits on the same backend."""
         return Logits(self._backend, values[None], 0)
+
+    def masked(self, allowed: NDArray[np.bool_]) -> Logits:
+        """These with -infinity where a token is not allowed, [V]."""
+        return Logits(self._backend, self._backend.masked(self._row, allowed), 0)
 
     def logit(self, token: int) -> float:
         """One token's logit."""

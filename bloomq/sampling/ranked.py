@@ -61,7 +61,7 @@ class Ranked:
     def of(cls, row: Logits, temperature: float = 1.0) -> Ranked:
         """All tokens of a row that are not at -infinity. temperature: at which its levels are
         wanted first. Raises: UsageError where there are none."""
-        check_possible(row.levels(temperature).best)
+        check_possible(row.levels(temperature).sums.best)
         return cls(row)
 
     def cooled(self, temperature: float) -> Candidates:
@@ -127,7 +127,7 @@ class Ranked:
         of which the outermost are therefore listed too."""
         width = 1 / PER_NAT
         # How far a level's tokens are below that score, from and to; float32 may err by 1e-4.
-        edges = expected - float(self._levels.best) / self.temperature + width * np.arange(LEVELS)
+        edges = expected - self._levels.sums.best / self.temperature + width * np.arange(LEVELS)
         low, high = edges - 0.01 * width, edges + 1.01 * width
         high[-1] = np.inf
         nearest = np.maximum(np.maximum(low, -high), 0)
@@ -143,7 +143,7 @@ class Ranked:
 
     def size(self) -> int:
         if self.start is None and self.stop is None:
-            return int(self._levels.count)
+            return int(self._levels.sums.count)
         return int(self._counts.sum())
 
     def logsumexp(self) -> float:
@@ -151,18 +151,22 @@ class Ranked:
 
     def entropy(self) -> float:
         if self.start is None and self.stop is None:
-            return self._levels.entropy()
+            return self._levels.sums.entropy()
         logs = self._inside[1] / self.temperature - self.logsumexp()
         return float(-(np.exp(logs) * logs).sum())
 
     def deviation(self) -> float:
         if self.start is None and self.stop is None:
-            return self._levels.deviation()
+            return self._levels.sums.deviation()
         return float((self._inside[1] / self.temperature).std())
 
     def few(self, count: int) -> bool:
         # A level's mass, by what each of its tokens has, is good to 2 % of their number.
         return bool((self._masses[:-1] / _MIDDLES).sum() <= count)
+
+    def rank(self, token: int) -> int:
+        end = self._level_of(self.row.logit(token)) + 1  # those of its own level too
+        return int((self._masses[:-1] / _MIDDLES)[:end].sum())
 
     def tokens(self) -> tuple[I64, F64]:
         ids, logits = self._inside
@@ -208,7 +212,7 @@ class Ranked:
         """The logit whose token adds 1 to a mass: the row's best, but of a range that is too far
         below for sums of its exponentials the range's."""
         if self._ends[0] < LEVELS - 1:
-            return float(self._levels.best)
+            return self._levels.sums.best
         return float(self._level(LEVELS - 1)[1][0])
 
     @cached_property
@@ -232,7 +236,7 @@ class Ranked:
     def _counts(self) -> F64:
         """How many tokens each level has within the range."""
         counts = np.bincount(self._levels.levels, minlength=LEVELS).astype(np.float64)
-        counts[-1] = self._levels.count - counts[:-1].sum()  # none at -infinity
+        counts[-1] = self._levels.sums.count - counts[:-1].sum()  # none at -infinity
         counts = self._within_ends(counts)
         for place, level in zip((self.start, self.stop), self._ends, strict=True):
             if place is not None:
@@ -249,7 +253,7 @@ class Ranked:
     @cached_property
     def _best_logit(self) -> float:
         if self.start is None:
-            return float(self._levels.best)
+            return self._levels.sums.best
         return float(self._level(self._ends[0])[1][0])
 
     @cached_property
@@ -267,7 +271,7 @@ class Ranked:
     def _level_of(self, logit: float) -> int:
         with np.errstate(over="ignore"):
             here = np.array([logit], np.float32)
-        return int(level_of(here, self._levels.best, self.temperature)[0])
+        return int(level_of(here, np.float32(self._levels.sums.best), self.temperature)[0])
 
     def _level(self, level: int) -> tuple[I64, F64]:
         """Ids and logits of a level's tokens within the range, best first."""

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 
 from bloomq.errors import UsageError
 from bloomq.sampling.candidates import Candidates, check_possible
-from bloomq.sampling.filters import FEW, Turn, active, filtered
+from bloomq.sampling.filters import FEW, Chain, Turn
 from bloomq.sampling.logits import Logits
 from bloomq.sampling.options import Sampling
-from bloomq.sampling.processors import edited
+from bloomq.sampling.processors import Restorable, edit, edits
 
-F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 
@@ -60,13 +59,12 @@ class Sampler:
         self._sampling, self._vocab_size = sampling, vocab_size
         self._ends, self._constraint = tuple(ends), constraint
         self._rng = generator(sampling, index)
-        self._prompt = np.asarray(prompt, np.int64)
-        self._produced = np.empty(64, np.int64)  # room for more; the caller's list as an array
-        self._known = 0
-        self._edits, self._active = sampling.edits, active(sampling)
-        # Is the draw from a part of the tokens, even where XTC spares them all?
-        self._cuts = bool(set(self._active) - {"temperature", "xtc"} or sampling.mirostat_tau)
-        self._few = FEW if self._cuts else 0  # tokens listed at first
+        self._prompt_tokens = self._known = len(prompt)
+        # The text as an array, with room for more.
+        self._seen = np.concatenate([np.asarray(prompt, np.int64), np.empty(64, np.int64)])
+        self._edits, self._chain = sampling.edits, Chain.of(sampling)
+        self._cuts = self._chain.cuts
+        self._few = FEW[0]  # tokens listed at first
         self._surprise = 2 * sampling.mirostat_tau  # where mirostat begins, in bits
 
     @property
@@ -74,10 +72,9 @@ class Sampler:
         """How many of the best tokens, found by the caller for all rows at once, save this sampler
         a search of its own (see `Logits`); 1 where more would not."""
         sampling = self._sampling
-        if sampling.greedy or self._edits or self._constraint or not self._cuts:
+        if sampling.greedy or self._edits or self._constraint:
             return 1
-        more = self._few if sampling.temperature == 1.0 else 1  # the sum is of one temperature
-        return min(sampling.top_k or max(more, 1), self._vocab_size)
+        return min(sampling.top_k or max(self._few, 1), self._vocab_size)
 
     def __call__(self, logits: Logits, produced: Sequence[int]) -> int:
         """The next token behind `produced`. To be called once for each token, in order: it takes
@@ -85,30 +82,34 @@ class Sampler:
 
         Raises: UsageError where options and constraint forbid every token.
         """
-        row = self._edited(logits, produced)
+        if not self._edits or not edits(self._sampling, len(produced)):
+            return self._chosen(logits)
+        values = logits.values()
+        if not values.flags.writeable:  # a view of what is JAX's
+            values = values.copy()
+        scores = Restorable(values)
+        try:
+            edit(self._sampling, scores, self._text(produced), len(produced), self._ends)
+            return self._chosen(logits.edited(values))
+        finally:
+            scores.restore()
+
+    def _chosen(self, row: Logits) -> int:
         allowed = None if self._constraint is None else self._allowed(self._constraint)
         token = self._greedy(row, allowed) if self._sampling.greedy else self._draw(row, allowed)
         if self._constraint is not None:
             self._constraint.accept(token)
         return token
 
-    def _edited(self, logits: Logits, produced: Sequence[int]) -> Logits:
-        """The logits after all that depends on the text so far."""
-        if not self._edits:
-            return logits
-        values = logits.values()
-        changed = edited(self._sampling, values, self._prompt, self._array(produced), self._ends)
-        return logits if changed is values else logits.edited(changed)
-
-    def _array(self, produced: Sequence[int]) -> I64:
-        """The tokens produced, of which all but the latest were seen by earlier calls."""
-        count = len(produced)
-        if count > len(self._produced):
-            self._produced = np.concatenate([self._produced, np.empty(count, np.int64)])
+    def _text(self, produced: Sequence[int]) -> I64:
+        """Prompt and output, of which all but the latest tokens were seen by earlier calls."""
+        count = self._prompt_tokens + len(produced)
+        if count > len(self._seen):
+            self._seen = np.concatenate([self._seen, np.empty(count, np.int64)])
         known = min(self._known, count)
-        self._produced[known:count] = produced[known:]
+        self._seen[known:count] = produced[known - self._prompt_tokens :]
         self._known = count
-        return self._produced[:count]
+        return self._seen[:count]
 
     def _allowed(self, constraint: Constraint) -> NDArray[np.bool_] | None:
         """What the constraint lets through; None: everything."""
@@ -123,7 +124,7 @@ class Sampler:
     def _greedy(self, row: Logits, allowed: NDArray[np.bool_] | None) -> int:
         ids, values = row.best(1)
         if allowed is not None and not allowed[ids[0]]:
-            ids, values = row.edited(masked(row.values(), allowed)).best(1)
+            ids, values = row.masked(allowed).best(1)
         check_possible(values[0])
         return int(ids[0])
 
@@ -131,12 +132,13 @@ class Sampler:
         sampling, u = self._sampling, self._rng.random()
         exclude = sampling.xtc_probability > 0 and self._rng.random() < sampling.xtc_probability
         if allowed is not None:
-            row = row.edited(masked(row.values(), allowed))
+            row = row.masked(allowed)
         turn = Turn(exclude, self._surprise if sampling.mirostat_tau else None)
-        kept = filtered(sampling, self._active, row, turn, self._few)
-        # Neighbouring places of a text differ, but most nuclei stay about as large.
-        self._few = FEW if self._cuts and kept.few(FEW) else 0
+        kept = self._chain.left(row, turn, self._few)
         token = kept.pick(u)
+        # Neighbouring places of a text differ, but most nuclei stay about as large.
+        rank = 0 if self._cuts else kept.rank(token)
+        self._few = next((few for few in FEW if (kept.few(few) if self._cuts else rank < few)), 0)
         if sampling.mirostat_tau:
             self._note(kept, token)
         return token
@@ -158,12 +160,3 @@ def _seed(sampling: Sampling) -> int:
     if sampling.seed is not None:
         return int(sampling.seed)
     return int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
-
-
-def masked(values: F32, allowed: NDArray[np.bool_]) -> F32:
-    """Scores [V] with -infinity where a token is not allowed. By arithmetic: over 250,880 tokens a
-    choice by truth values takes five times as long, where these are mixed."""
-    with np.errstate(divide="ignore"):
-        mask = np.reciprocal(allowed.astype(np.float32))  # 1 or infinity
-    np.subtract(np.float32(1), mask, out=mask)
-    return np.add(values, mask, out=mask)

@@ -16,7 +16,7 @@ from bloomq.backends.cuda.linear import CudaLinear, DeviceNorm
 from bloomq.backends.cuda.products import KERNELS, Activations, Arithmetic, Kernels
 from bloomq.backends.cuda.steps import in_graphs
 from bloomq.backends.cuda.stored import Loader
-from bloomq.backends.cuda.top import top
+from bloomq.backends.cuda.top import best_of, logsumexp
 from bloomq.config import BloomConfig
 from bloomq.errors import BackendError, UsageError
 from bloomq.layers import (
@@ -30,11 +30,12 @@ from bloomq.layers import (
     Step,
     Top,
 )
-from bloomq.levels import Levels, levels_of
+from bloomq.levels import Levels, Sums, levels_of, sums_of
 from bloomq.weights import Matrix, Norm
 
 Tensor = torch.Tensor
 F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
 
 
 class CudaBackend:
@@ -142,9 +143,24 @@ class CudaBackend:
     def take(self, x: Any, index: Any) -> Tensor:
         return self._there(x).index_select(0, self._there(index))
 
-    def top(self, logits: Any, k: int, temperature: float = 1.0) -> Top:
-        ids, best, logsumexp = top(self._there(logits), k, temperature)
-        return Top(ids.cpu().numpy(), best.cpu().numpy(), logsumexp.cpu().numpy())
+    def survey(self, logits: Any) -> Any:
+        return logits
+
+    def top(self, logits: Any, k: int) -> Top:
+        there = self._there(logits)
+        ids, best = best_of(there, k)
+        return Top(ids.cpu().numpy(), best.cpu().numpy(), logsumexp(there).cpu().numpy())
+
+    def best(self, logits: Any, k: int) -> tuple[I64, F32]:
+        ids, best = best_of(self._there(logits), k)
+        return ids[0].cpu().numpy(), best[0].cpu().numpy()
+
+    def masked(self, logits: Any, allowed: NDArray[np.bool_]) -> Tensor:
+        return self._there(logits).masked_fill(~self._there(allowed), -torch.inf)
+
+    def sums(self, logits: Any, temperature: float = 1.0) -> Sums:
+        """NumPy's, as `levels`."""
+        return sums_of(self.numpy(logits)[0], temperature)
 
     def levels(self, logits: Any, temperature: float = 1.0) -> Levels:
         """NumPy's: summed on a GPU, the masses would not be the same each time."""

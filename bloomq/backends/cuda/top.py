@@ -8,15 +8,15 @@ Tensor = torch.Tensor
 _MINUS_INFINITY = -2139095041  # of float32, as `_ordered` has it
 
 
-def top(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def best_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """logits [B, V] float32 -> ids int64 and logits [B, k], best first (of equals the lower id, NaN
-    last), and the float64 logsumexp [B] of logits / temperature."""
+    last)."""
     count = logits.shape[1]
     places = torch.arange(count - 1, -1, -1, device=logits.device)  # [V], the first the largest
     keys = (_ordered(logits).long() << 32) | places
     best = torch.topk(keys, min(k, count), dim=1).values
     ids = (count - 1) - (best & 0xFFFFFFFF)
-    return ids, logits.gather(1, ids), _logsumexp(logits, temperature)
+    return ids, logits.gather(1, ids)
 
 
 def _ordered(x: Tensor) -> Tensor:
@@ -26,8 +26,9 @@ def _ordered(x: Tensor) -> Tensor:
     return torch.where(torch.isnan(x), _MINUS_INFINITY - 1, ordered)
 
 
-def _logsumexp(logits: Tensor, temperature: float) -> Tensor:
-    """float64: 250,880 terms in float32 may lose more than 1e-6. NaN where a logit is, or +inf."""
-    scaled = logits.double() / temperature
+def logsumexp(logits: Tensor) -> Tensor:
+    """[B, V] -> float64 [B]: 250,880 terms in float32 may lose more than 1e-6. NaN where a logit
+    is, or +inf."""
+    scaled = logits.double()
     peak = scaled.amax(dim=1, keepdim=True)
     return peak[:, 0] + (scaled - peak).exp().sum(dim=1).log()

@@ -19,12 +19,13 @@ from bloomq.backends.jax.restore import Parts, picked, placed, whole
 from bloomq.backends.jax.steps import in_few_shapes
 from bloomq.config import BloomConfig
 from bloomq.layers import Activation, Attention, Embedding, LayerNorm, Linear, Span, Step, Top
-from bloomq.levels import Levels, levels_of
+from bloomq.levels import Levels, Sums, levels_of, sums_of
 from bloomq.schemes import Scheme
 from bloomq.weights import Matrix, Norm
 
 Array = jax.Array
 F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
 
 
 class JaxBackend:
@@ -89,14 +90,27 @@ class JaxBackend:
         rows: Array = jnp.asarray(x)[index]
         return rows
 
-    def top(self, logits: Any, k: int, temperature: float = 1.0) -> Top:
+    def survey(self, logits: Any) -> Any:
+        return logits
+
+    def top(self, logits: Any, k: int) -> Top:
         """The sum is NumPy's: 250,880 terms in float32 may lose more than 1e-6."""
         best, ids = _best(jnp.asarray(logits), k=min(k, logits.shape[1]))
-        scaled = np.asarray(logits).astype(np.float64) / temperature
+        scaled = np.asarray(logits).astype(np.float64)
         peak = scaled.max(axis=1)
         with np.errstate(invalid="ignore"):  # infinity less itself: the NaN is the answer
             total = np.exp(scaled - peak[:, None]).sum(axis=1)
         return Top(np.asarray(ids).astype(np.int64), np.asarray(best), peak + np.log(total))
+
+    def best(self, logits: Any, k: int) -> tuple[I64, F32]:
+        best, ids = _best(jnp.asarray(logits), k=min(k, logits.shape[1]))
+        return np.asarray(ids[0]).astype(np.int64), np.asarray(best[0])
+
+    def masked(self, logits: Any, allowed: NDArray[np.bool_]) -> Array:
+        return jnp.where(allowed, jnp.asarray(logits), -jnp.inf)
+
+    def sums(self, logits: Any, temperature: float = 1.0) -> Sums:
+        return sums_of(np.asarray(logits)[0], temperature)
 
     def levels(self, logits: Any, temperature: float = 1.0) -> Levels:
         return levels_of(np.asarray(logits)[0], temperature)

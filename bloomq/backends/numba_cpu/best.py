@@ -6,14 +6,14 @@ comes with -infinity. No two are equal, so the order is one.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
+import llvmlite.ir as ir
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 
-from bloomq.backends.numba_cpu.jit import kernel
-from bloomq.backends.numba_cpu.memory import as_float, fields, floats, ints, longs
+from bloomq.backends.numba_cpu.memory import as_float, floats, ints
 
 BLOCK = 64  # logits of a block: 3,920 of them in BLOOM's vocabulary, far more than the usual k
 _ID_BITS = 31
@@ -22,7 +22,8 @@ _INFINITY = 0x7F800000  # the bits of a float32
 _DIGIT = 8  # bits that a pass of the sort looks at
 
 
-def room_of(k: int) -> int:
+@njit
+def room_of(k):  # type: ignore[no-untyped-def]
     """Keys that a row's search needs memory for: twice k, and a block more than k at least."""
     return 2 * k + 2 * BLOCK
 
@@ -119,45 +120,64 @@ def sort_keys(keys, other, count):  # type: ignore[no-untyped-def]
     return keys
 
 
-@lru_cache(maxsize=1)
-def best_ids() -> Any:
-    """The best k of each row. Units: rows.
+@intrinsic
+def reaching_bits(typingctx: Any, at: Any, bound: Any) -> Any:
+    """Bit i: is logit i of the BLOCK at an address not below `bound`? NaN is not, so that there are
+    at least as many as were counted."""
 
-    Arguments: address of (logits, stride of logits in bytes), V, blocks, k, maxima, keys, ids, best
-    logits. maxima float32 [B, blocks], of each BLOCK logits, NaN counting as -infinity; keys int64
-    [B, 2, room_of(k)]; ids int64 [B, k], best logits float32 [B, k].
-    """
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        row = ir.VectorType(ir.FloatType(), BLOCK)
+        logits = builder.load(builder.inttoptr(args[0], ir.PointerType()), align=4, typ=row)
+        low = ir.Constant(ir.VectorType(ir.IntType(32), BLOCK), None)
+        one = builder.insert_element(ir.Constant(row, ir.Undefined), args[1], ir.IntType(32)(0))
+        bounds = builder.shuffle_vector(one, ir.Constant(row, ir.Undefined), low)
+        return builder.bitcast(builder.fcmp_unordered(">=", logits, bounds), ir.IntType(64))
 
-    @kernel
-    def best_ids(arguments, first, last):  # type: ignore[no-untyped-def]
-        given, v, blocks, k, from_maxima, to_keys, to_ids, to_logits = fields(arguments, 8)
-        logits, stride = fields(given, 2)
-        room = 2 * k + 2 * BLOCK
-        for row in range(first, last):
-            at = logits + row * stride
-            x, bits = floats(at, v), ints(at, v)
-            maxima = floats(from_maxima + 4 * row * blocks, blocks)
-            keys = longs(to_keys + 16 * row * room, room)
-            bound, count = _bound(maxima, k) if k < blocks else np.float32(-np.inf), 0
-            for block in range(blocks):
-                if maxima[block] < bound:
-                    continue
-                for token in range(BLOCK * block, min(BLOCK * block + BLOCK, v)):
-                    if not x[token] < bound:  # NaN too, so that there are at least k
-                        keys[count] = key_of(np.int64(bits[token]), token)
-                        count += 1
-                if count > room - BLOCK:
-                    count = _keep_least(keys, count, k)
-                    worst = 0
-                    for i in range(count):
-                        worst = max(worst, keys[i])
-                    # Others must be better: their ids are higher.
-                    bound = _float(0x7FFFFFFF - (worst >> _ID_BITS) + 1)
+    return types.int64(types.int64, types.float32), codegen
+
+
+@intrinsic
+def lowest_bit(typingctx: Any, bits: Any) -> Any:
+    """The place of the lowest bit that is 1, of an int64 that is not 0."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), codegen
+
+
+@njit
+def best_of_row(logits, v, maxima, k, keys, other, ids, best):  # type: ignore[no-untyped-def]
+    """The best k of v logits at an address, from the largest of each BLOCK (NaN counting as
+    -infinity): ids int64 [k], best float32 [k]. keys, other: room_of(k) int64 each."""
+    x, bits = floats(logits, v), ints(logits, v)
+    room, blocks = len(keys), len(maxima)
+    bound, count = _bound(maxima, k) if k < blocks else np.float32(-np.inf), 0
+    for block in range(blocks):
+        if maxima[block] < bound:
+            continue
+        first = BLOCK * block
+        if first + BLOCK <= v:
+            reaching = reaching_bits(logits + 4 * first, bound)
+            while reaching:
+                token = first + lowest_bit(reaching)
+                keys[count] = key_of(np.int64(bits[token]), token)
+                count += 1
+                reaching &= reaching - 1
+        else:
+            for token in range(first, v):
+                if not x[token] < bound:
+                    keys[count] = key_of(np.int64(bits[token]), token)
+                    count += 1
+        if count > room - BLOCK:
             count = _keep_least(keys, count, k)
-            found = sort_keys(keys, longs(to_keys + 8 * (2 * row + 1) * room, room), count)
-            ids, best = longs(to_ids + 8 * row * k, k), floats(to_logits + 4 * row * k, k)
-            for i in range(k):
-                ids[i] = found[i] & ID_MASK
-                best[i] = x[ids[i]]
-
-    return best_ids
+            worst = 0
+            for i in range(count):
+                worst = max(worst, keys[i])
+            # Others must be better: their ids are higher.
+            bound = _float(0x7FFFFFFF - (worst >> _ID_BITS) + 1)
+    count = _keep_least(keys, count, k)
+    found = sort_keys(keys, other, count)
+    for i in range(k):
+        ids[i] = found[i] & ID_MASK
+        best[i] = x[ids[i]]

@@ -25,12 +25,13 @@ from bloomq.backends.numba_cpu.pages import padded_head
 from bloomq.backends.numba_cpu.program import Buffer, Input, Program
 from bloomq.backends.numba_cpu.prologue import gate_rows, norm_rows
 from bloomq.backends.numba_cpu.recorded import Recorded
-from bloomq.backends.numba_cpu.row_programs import RowPrograms
+from bloomq.backends.numba_cpu.row_questions import RowQuestions
+from bloomq.backends.numba_cpu.surveyed import LogitRows, Survey
 from bloomq.backends.numba_cpu.threads import Pool, physical_cores
 from bloomq.config import BloomConfig
 from bloomq.errors import UsageError
 from bloomq.layers import Activation, CacheDtype, Span, Step, Top, slopes
-from bloomq.levels import Levels
+from bloomq.levels import Levels, Sums
 from bloomq.weights import Matrix, Norm
 
 F32 = NDArray[np.float32]
@@ -40,6 +41,7 @@ I64 = NDArray[np.int64]
 # wanted rows.
 _IDS, _WANTED, _INPUTS = BOUND, BOUND + 1, BOUND + 2
 _ATTENTION_CHUNKS = 64  # of a step: enough to share evenly, each worth its scratch memory
+_SURVEYED = 64  # logits' rows of a step; of more, nobody asks for all
 _Shape = tuple[tuple[int, ...], int, int]  # of ids or hidden states; rows and results
 Given = Input | Buffer
 
@@ -61,8 +63,7 @@ class NumbaBackend:
         self.tier = best_tier(cpu_features())
         self.cache_dtype: CacheDtype = cache_dtype
         self.pool = Pool(self.threads)
-        self._rows = RowPrograms(self.pool)
-        self._rows.compile(self.tier)
+        self._rows = RowQuestions(self.pool, self.tier)
         take_rows()
         norm_rows()
         gate_rows()
@@ -122,6 +123,8 @@ class NumbaBackend:
         return _Replay(self.pool, step)
 
     def take(self, x: Any, index: Any) -> Any:
+        if isinstance(x, LogitRows):
+            return x.take(index)
         if not isinstance(x, Buffer):
             return x[index]
         out = x.program.buffer(index.rows, x.columns, np.float32)
@@ -131,23 +134,39 @@ class NumbaBackend:
         )  # fmt: skip
         return out
 
-    def top(self, logits: F32, k: int, temperature: float = 1.0) -> Top:
-        return self._rows.top(self.tier, logits, k, temperature)
+    def survey(self, logits: Any) -> Any:
+        if len(logits) > _SURVEYED:
+            return logits
+        if isinstance(logits, Buffer):
+            return Survey(self.tier, logits)
+        return self._rows.survey(self.tier, logits)
 
-    def levels(self, logits: F32, temperature: float = 1.0) -> Levels:
+    def top(self, logits: F32 | LogitRows, k: int) -> Top:
+        return self._rows.top(self.tier, logits, k)
+
+    def best(self, logits: F32 | LogitRows, k: int) -> tuple[I64, F32]:
+        return self._rows.best(self.tier, logits, k)
+
+    def masked(self, logits: F32 | LogitRows, allowed: NDArray[np.bool_]) -> F32:
+        return self._rows.masked(self.numpy(logits), allowed)
+
+    def sums(self, logits: F32 | LogitRows, temperature: float = 1.0) -> Sums:
+        return self._rows.sums(self.tier, logits, temperature)
+
+    def levels(self, logits: F32 | LogitRows, temperature: float = 1.0) -> Levels:
         return self._rows.levels(self.tier, logits, temperature)
 
-    def numpy(self, x: F32) -> F32:
-        return x
+    def numpy(self, x: F32 | LogitRows) -> F32:
+        return x.values if isinstance(x, LogitRows) else x
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Recording:
-    """A step's program, where it finds its ids or hidden states, and a view of its result."""
+    """A step's program, where it finds its ids or hidden states, and its result."""
 
     program: Program
     given: Given
-    result: F32
+    result: Buffer | Survey
 
 
 class _Replay:
@@ -157,7 +176,9 @@ class _Replay:
         self._pool, self._step = pool, step
         self._recorded: Recorded[_Recording] = Recorded()
 
-    def __call__(self, ids: NDArray[Any], cache: NumbaCache, span: Span, wanted: I64) -> F32:
+    def __call__(
+        self, ids: NDArray[Any], cache: NumbaCache, span: Span, wanted: I64
+    ) -> F32 | LogitRows:
         shape = (ids.shape, len(span.rows), len(wanted))
         recording = self._recorded.take(shape, lambda: self._record(shape, cache, span))
         program, given = recording.program, recording.given
@@ -171,7 +192,8 @@ class _Replay:
         program.inputs[_WANTED] = wanted.ctypes.data
         self._pool.run(program)
         program.held = None
-        mine = recording.result.copy()
+        result = recording.result
+        mine = result.values().copy() if isinstance(result, Buffer) else result.rows()
         self._recorded.put_back(shape, recording)
         return mine
 
@@ -182,7 +204,7 @@ class _Replay:
         if columns:
             given = program.buffer(tokens, columns[0], np.float32)
         wanted = Input(program, results, _WANTED)
-        return _Recording(program, given, self._step(given, cache, span, wanted).values())
+        return _Recording(program, given, self._step(given, cache, span, wanted))
 
 
 def _held(program: Program, array: F32) -> Buffer:

@@ -60,6 +60,9 @@ class Buffer:
         if hasattr(self, "array"):  # Ctrl-C may cut off its making
             self.program.give_back(self.array)
 
+    def __len__(self) -> int:
+        return self.rows
+
     @property
     def address(self) -> int:
         return int(self.array.ctypes.data)

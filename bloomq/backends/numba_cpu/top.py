@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from bloomq.backends.numba_cpu.best import BLOCK
 from bloomq.backends.numba_cpu.jit import kernel
-from bloomq.backends.numba_cpu.memory import address, as_float, doubles, fields, floats, keep, longs
+from bloomq.backends.numba_cpu.memory import address, doubles, fields, floats, keep, longs
 from bloomq.backends.numba_cpu.simd import F32, I64, LANES, V16F, Vectors
 
 PART = 8192  # logits of a part: 32 KB, a level-1 cache
@@ -28,8 +28,7 @@ BLOCKS = PART // BLOCK  # of a part
 
 @intrinsic(prefer_literal=True)
 def sum_exp(typingctx: Any, tier: Any, x: Any, blocks: Any, shift: Any, out: Any) -> Any:
-    """out [16] float32 = sum over blocks of 16 of exp((x - peak) * factor); `shift` is the address
-    of (peak, factor)."""
+    """out [16] float32 = sum over blocks of 16 of exp(x - peak); peak: the float32 at `shift`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _emit_sum_exp(Vectors(builder, tier.literal_value), *args[1:])
@@ -42,12 +41,12 @@ def _emit_sum_exp(
     v: Vectors, x: ir.Value, blocks: ir.Value, shift: ir.Value, out: ir.Value
 ) -> None:
     b = v.b
-    peak, factor = v.broadcast(shift, F32), v.broadcast(v.at(shift, 4), F32)
+    peak = v.broadcast(shift, F32)
     total = cgutils.alloca_once(b, V16F)
     b.store(v.constant(V16F, 0.0), total)
     with cgutils.for_range(b, blocks, intp=I64) as loop:
         value = v.load(v.at(x, b.mul(loop.index, I64(4 * LANES))), V16F)
-        term = v.exp_from(-87.0, b.fmul(b.fsub(value, peak), factor))
+        term = v.exp_from(-87.0, b.fsub(value, peak))
         b.store(b.fadd(b.load(total, typ=V16F), term), total)
     v.store(b.load(total, typ=V16F), out)
 
@@ -79,16 +78,16 @@ def _emit_block_maxima(v: Vectors, x: ir.Value, blocks: ir.Value, out: ir.Value)
 def top_parts(tier: str) -> Any:
     """The largest logits of each part of each row. Units: rows times parts.
 
-    Arguments: address of (logits, stride of logits in bytes, factor: 1 / temperature), V, parts,
-    maxima, peaks, sums. maxima float32 [B, parts, BLOCKS]: of each block, -infinity beyond V; peaks
-    and sums float64 [B, parts]: the part's largest logit, the sum of exp((logit - peak) * factor).
+    Arguments: address of (logits, stride of logits in bytes), V, parts, maxima, peaks, sums. maxima
+    float32 [B, parts, BLOCKS]: of each block, -infinity beyond V; peaks and sums float64 [B,
+    parts]: the part's largest logit, the sum of exp(logit - peak).
     """
 
     @kernel
     def top_parts(arguments, first, last):  # type: ignore[no-untyped-def]
         given, v, parts, to_maxima, to_peaks, to_sums = fields(arguments, 6)
-        logits, stride, factor = fields(given, 3)
-        shift, ends = np.zeros(2, np.float32), np.empty(BLOCK, np.float32)
+        logits, stride = fields(given, 2)
+        shift, ends = np.zeros(1, np.float32), np.empty(BLOCK, np.float32)
         sums, rest = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
         for unit in range(first, last):
             start = unit % parts * PART
@@ -106,7 +105,6 @@ def top_parts(tier: str) -> Any:
             for block in range(BLOCKS):
                 peak = max(peak, maxima[block])
             shift[0] = max(peak, np.float32(-3e38))  # -inf - -inf is NaN
-            shift[1] = as_float(factor)
             sum_exp(tier, at, whole * (BLOCK // LANES), address(shift), address(sums))
             sum_exp(tier, address(ends), BLOCK // LANES, address(shift), address(rest))
             total = np.float64(0)
@@ -135,8 +133,7 @@ def top_merge() -> Any:
         (
             given, v, parts, from_maxima, from_peaks, from_sums, to_ids, to_logits, to_logsumexp,
         ) = fields(arguments, 9)  # fmt: skip
-        logits, stride, factor = fields(given, 3)
-        scale = np.float64(as_float(factor))
+        logits, stride = fields(given, 2)
         for row in range(first, last):
             peaks = doubles(from_peaks + 8 * row * parts, parts)
             sums = doubles(from_sums + 8 * row * parts, parts)
@@ -146,8 +143,8 @@ def top_merge() -> Any:
                     best = part
             total = np.float64(0)
             for part in range(parts):
-                total += sums[part] * np.exp((peaks[part] - peaks[best]) * scale)
-            doubles(to_logsumexp, row + 1)[row] = peaks[best] * scale + np.log(total)
+                total += sums[part] * np.exp(peaks[part] - peaks[best])
+            doubles(to_logsumexp, row + 1)[row] = peaks[best] + np.log(total)
             block, maxima = 0, floats(from_maxima + 4 * row * parts * BLOCKS, parts * BLOCKS)
             while block < parts * BLOCKS - 1 and maxima[block] < peaks[best]:
                 block += 1

@@ -36,7 +36,7 @@ from bloomq.layers import (
     Top,
     X,
 )
-from bloomq.levels import Levels
+from bloomq.levels import Levels, Sums
 from bloomq.weights import Matrix, Norm
 
 F32 = NDArray[np.float32]
@@ -190,8 +190,21 @@ class PlacedBackend:
     def compile(self, step: Step) -> Step:
         return CutStep(step, self._backends, self._carried)
 
-    def top(self, logits: X, k: int, temperature: float = 1.0) -> Top:
-        return self._backends[self._last].top(self._moved(logits, self._last), k, temperature)
+    def survey(self, logits: X) -> X:
+        survey = self._backends[self._last].survey
+        return self._call(self._last, lambda given, *_: survey(*given), logits)
+
+    def top(self, logits: X, k: int) -> Top:
+        return self._backends[self._last].top(self._moved(logits, self._last), k)
+
+    def best(self, logits: X, k: int) -> tuple[I64, F32]:
+        return self._backends[self._last].best(self._moved(logits, self._last), k)
+
+    def masked(self, logits: X, allowed: NDArray[np.bool_]) -> X:
+        return self._backends[self._last].masked(self._moved(logits, self._last), allowed)
+
+    def sums(self, logits: X, temperature: float = 1.0) -> Sums:
+        return self._backends[self._last].sums(self._moved(logits, self._last), temperature)
 
     def levels(self, logits: X, temperature: float = 1.0) -> Levels:
         return self._backends[self._last].levels(self._moved(logits, self._last), temperature)

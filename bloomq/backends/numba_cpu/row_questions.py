@@ -1,0 +1,116 @@
+"""What samplers ask of rows of logits.
+
+Between two steps all code and data are cold, and Python then takes longer than the work itself: so
+what can be done within the step is (`surveyed`), and each of the rest is one call of compiled code.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bloomq.backends.numba_cpu.levels import row_levels
+from bloomq.backends.numba_cpu.program import Program
+from bloomq.backends.numba_cpu.row_calls import (
+    best_few,
+    best_of_plain,
+    find_tokens,
+    mask_row,
+    row_peak,
+    row_sums,
+)
+from bloomq.backends.numba_cpu.surveyed import LogitRows, TopWork
+from bloomq.backends.numba_cpu.threads import Pool
+from bloomq.backends.numba_cpu.top import top_merge, top_parts
+from bloomq.layers import Top
+from bloomq.levels import LEVELS, Levels, Sums, level_scale
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+
+class RowQuestions:
+    """`survey`, `top`, `best`, `masked`, `sums` and `levels` of the Numba backend."""
+
+    def __init__(self, pool: Pool, tier: str) -> None:
+        """Compile all that is called, or take it from the cache."""
+        self._pool = pool
+        for made in (top_parts, best_of_plain, row_peak, row_sums, row_levels, find_tokens):
+            made(tier)
+        for made_once in (top_merge, best_few, mask_row):
+            made_once()
+
+    def survey(self, tier: str, logits: F32) -> LogitRows:
+        """See `Backend.survey`."""
+        program = Program()
+        where = np.array([logits.ctypes.data, logits.strides[0]], np.int64)
+        program.keep(logits, where)
+        work = TopWork(program, tier, where, *logits.shape, touched=logits.nbytes)
+        self._pool.run(program)
+        return work.rows(logits)
+
+    def top(self, tier: str, logits: F32 | LogitRows, k: int) -> Top:
+        """See `Backend.top`."""
+        rows = logits if isinstance(logits, LogitRows) else self.survey(tier, logits)
+        if k <= 1:
+            return rows.top
+        ids, best = self._best(rows.values, rows.maxima, k)
+        return Top(ids, best, rows.top.logsumexp)
+
+    def best(self, tier: str, logits: F32 | LogitRows, k: int) -> tuple[I64, F32]:
+        """See `Backend.best`."""
+        if isinstance(logits, LogitRows):
+            top = self.top(tier, logits, k)
+            return top.ids[0], top.logits[0]
+        k = min(max(k, 1), logits.shape[1])
+        ids, best = np.empty(k, np.int64), np.empty(k, np.float32)
+        best_of_plain(tier)(logits[0], ids, best)
+        return ids, best
+
+    def masked(self, logits: F32, allowed: NDArray[np.bool_]) -> F32:
+        """See `Backend.masked`."""
+        out = np.empty_like(logits)
+        mask_row()(logits[0], allowed, out[0])
+        return out
+
+    def sums(self, tier: str, logits: F32 | LogitRows, temperature: float) -> Sums:
+        """See `Backend.sums`."""
+        values, peak = _row(tier, logits)
+        found = row_sums(tier)(values, peak, 1 / temperature)
+        return Sums(float(peak), temperature, *found)
+
+    def levels(self, tier: str, logits: F32 | LogitRows, temperature: float) -> Levels:
+        """See `Backend.levels`."""
+        values, peak = _row(tier, logits)
+        levels, masses = np.empty(len(values), np.uint16), np.empty(LEVELS)
+        found = row_levels(tier)(
+            values, peak, 1 / temperature, level_scale(temperature), levels, masses
+        )
+        sums = Sums(float(peak), temperature, float(masses.sum()), *found)
+        return Levels(levels, masses, sums, partial(_found, tier))
+
+    def _best(self, values: F32, maxima: F32, k: int) -> tuple[I64, F32]:
+        batch, vocab = values.shape
+        k = min(max(k, 1), vocab)
+        ids, best = np.empty((batch, k), np.int64), np.empty((batch, k), np.float32)
+        best_few()(values, maxima, ids, best)
+        return ids, best
+
+
+def _row(tier: str, logits: F32 | LogitRows) -> tuple[F32, np.float32]:
+    """A row's logits [V], and the largest of them."""
+    if isinstance(logits, LogitRows):
+        return logits.values[0], logits.top.logits[0, 0]
+    return logits[0], row_peak(tier)(logits[0])
+
+
+def _found(
+    tier: str, levels: NDArray[np.uint16], values: F32, low: int, high: int
+) -> tuple[I64, F64]:
+    """See `levels.find`."""
+    ids, best = np.empty(len(levels), np.int64), np.empty(len(levels))
+    count = find_tokens(tier)(levels, values, low, high, ids, best)
+    return ids[:count].copy(), best[:count].copy()
