@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sampling_oracle import dry
 
 from bloomq.sampling import Sampling, edited
+from bloomq.sampling.tally import Tally, counted
 
 SCORES = np.array([2.0, -2.0, 0.0, 6.0, -6.0, 1.0, 3.0, 4.0], np.float32)
 
@@ -167,3 +168,13 @@ def test_dry_equals_the_published_algorithm(text, allowed, base, breakers, windo
     found = edited(options, SCORES, text[:cut], text[cut:])
     wanted = dry(SCORES, options, text)
     assert found.tolist() == pytest.approx(wanted.tolist(), rel=1e-6)
+
+
+@given(tokens=st.lists(st.integers(0, 5), max_size=200), cuts=st.lists(st.integers(0, 200)))
+def test_a_tally_of_a_text_that_grows_is_its_count(tokens, cuts):
+    text, tally = np.array(tokens, np.int64), Tally()
+    for stop in sorted(cuts):
+        ids, counts = tally(text[:stop])
+        order = np.argsort(ids)
+        wanted = counted(text[:stop])
+        assert (ids[order].tolist(), counts[order].tolist()) == tuple(x.tolist() for x in wanted)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from bloomq.sampling.dry import penalise_repetitions
 from bloomq.sampling.options import Sampling
+from bloomq.sampling.tally import Count, counted
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -47,9 +48,11 @@ def edits(sampling: Sampling, new: int) -> bool:
 
 
 def edit(
-    sampling: Sampling, out: F32 | Restorable, text: I64, new: int, ends: Sequence[int] = ()
-) -> None:
-    """Change scores `out` [V] as `edited` does, behind a text whose last `new` are output."""
+    sampling: Sampling, out: F32 | Restorable, text: I64, new: int, ends: Sequence[int] = (),
+    count: Count = counted,
+) -> None:  # fmt: skip
+    """Change scores `out` [V] as `edited` does, behind a text whose last `new` are output. count:
+    counts these, where no penalty_window cuts them."""
     if new < len(sampling.forced_prefix):
         out[:] = -np.inf
         out[sampling.forced_prefix[new]] = 0
@@ -57,7 +60,7 @@ def edit(
     if sampling.logit_bias:
         add_biases(out, dict(sampling.logit_bias))
     if sampling.penalised:
-        _penalise(out, sampling, text, text[len(text) - new :])
+        _penalise(out, sampling, text, text[len(text) - new :], count)
     if sampling.dry_multiplier:
         penalise_repetitions(out, sampling, text)
     if sampling.no_repeat_ngram_size:
@@ -81,7 +84,8 @@ class Restorable:
         return self._values[ids]
 
     def __setitem__(self, ids: Any, scores: Any) -> None:
-        self._before.append((ids, np.array(self._values[ids])))
+        before = self._values[ids]  # of a slice a view, of ids a copy already
+        self._before.append((ids, before.copy() if isinstance(ids, slice) else before))
         self._values[ids] = scores
 
     def restore(self) -> None:
@@ -95,7 +99,9 @@ def add_biases(out: F32 | Restorable, biases: dict[int, float]) -> None:
     out[list(biases)] += np.array(list(biases.values()), np.float32)
 
 
-def _penalise(out: F32 | Restorable, sampling: Sampling, text: I64, output: I64) -> None:
+def _penalise(
+    out: F32 | Restorable, sampling: Sampling, text: I64, output: I64, count: Count
+) -> None:
     """The penalties, over the last `penalty_window` tokens."""
     window = sampling.penalty_window
     seen = text[-window:] if window else text
@@ -103,7 +109,8 @@ def _penalise(out: F32 | Restorable, sampling: Sampling, text: I64, output: I64)
     if sampling.repetition_penalty != 1.0:
         penalise_seen(out, seen, sampling.repetition_penalty)
     if sampling.presence_penalty or sampling.frequency_penalty:
-        penalise_counts(out, new, sampling.presence_penalty, sampling.frequency_penalty)
+        ids, counts = (counted if window else count)(new)
+        penalise_counts(out, ids, counts, sampling.presence_penalty, sampling.frequency_penalty)
 
 
 def penalise_seen(out: F32 | Restorable, seen: I64, penalty: float) -> None:
@@ -114,20 +121,10 @@ def penalise_seen(out: F32 | Restorable, seen: I64, penalty: float) -> None:
 
 
 def penalise_counts(
-    out: F32 | Restorable, produced: I64, presence: float, frequency: float
+    out: F32 | Restorable, ids: I64, counts: I64, presence: float, frequency: float
 ) -> None:
     """score -= presence + count * frequency, of tokens produced. Source: the OpenAI interface."""
-    if not len(produced):
-        return
-    ordered = np.sort(produced)  # np.unique would do, in three times the calls
-    lasts = np.flatnonzero(ordered[1:] != ordered[:-1])
-    ids = ordered[np.concatenate([lasts, _LAST])]
-    edges = np.concatenate([_BEFORE, lasts, [len(ordered) - 1]])
-    counts = edges[1:] - edges[:-1]
     out[ids] -= (presence + counts * frequency).astype(np.float32)
-
-
-_BEFORE = _LAST = np.array([-1])
 
 
 def ngram_ends(text: I64, n: int) -> I64:

@@ -18,6 +18,7 @@ from bloomq.sampling.filters import FEW, Chain, Turn
 from bloomq.sampling.logits import Logits
 from bloomq.sampling.options import Sampling
 from bloomq.sampling.processors import Restorable, edit, edits
+from bloomq.sampling.tally import Tally
 
 I64 = NDArray[np.int64]
 
@@ -62,6 +63,7 @@ class Sampler:
         self._prompt_tokens = self._known = len(prompt)
         # The text as an array, with room for more.
         self._seen = np.concatenate([np.asarray(prompt, np.int64), np.empty(64, np.int64)])
+        self._tally = Tally()  # of the output
         self._edits, self._chain = sampling.edits, Chain.of(sampling)
         self._cuts = self._chain.cuts
         self._few = FEW[0]  # tokens listed at first
@@ -89,7 +91,8 @@ class Sampler:
             values = values.copy()
         scores = Restorable(values)
         try:
-            edit(self._sampling, scores, self._text(produced), len(produced), self._ends)
+            text, new = self._text(produced), len(produced)
+            edit(self._sampling, scores, text, new, self._ends, self._tally)
             return self._chosen(logits.edited(values))
         finally:
             scores.restore()
