@@ -34,6 +34,7 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 Activation = Literal["gelu"]
 CacheDtype = Literal["f32", "f16", "int8"]
+SURVEYED_ROWS = 64  # logits' rows of a step; where there are more, nobody asks about all of them
 PAGE_TOKENS = 64  # `Cache.drop` forgets multiples of it: the CPU kernels score so many keys at once
 
 

@@ -7,10 +7,11 @@ import pytest
 
 from bloomq.backends.reference import ReferenceBackend
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
 
 from bloomq.backends.cuda.layers import CudaBackend
+from bloomq.layers import SURVEYED_ROWS
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 BACKEND = CudaBackend("cpu")
@@ -54,3 +55,18 @@ def test_levels_are_the_references():
     found, expected = (each.levels(logits, 0.7) for each in (BACKEND, ReferenceBackend()))
     assert np.array_equal(found.levels, expected.levels)
     assert np.array_equal(found.masses, expected.masses)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 250_880])
+def test_what_a_step_finds_out_is_what_top_finds(size: int):
+    logits = rows(size)
+    surveyed = BACKEND.survey(logits)
+    found, expected = BACKEND.top(surveyed, 1), ReferenceBackend().top(logits, 1)
+    assert np.array_equal(found.ids, expected.ids)
+    assert found.logits.tobytes() == expected.logits.tobytes()
+    assert found.logsumexp == pytest.approx(expected.logsumexp, rel=1e-12, abs=1e-10)
+
+
+def test_a_step_of_many_rows_finds_nothing_out():
+    many = np.zeros((SURVEYED_ROWS + 1, 3), np.float32)
+    assert isinstance(BACKEND.survey(many), torch.Tensor)

@@ -16,10 +16,12 @@ from bloomq.backends.cuda.linear import CudaLinear, DeviceNorm
 from bloomq.backends.cuda.products import KERNELS, Activations, Arithmetic, Kernels
 from bloomq.backends.cuda.steps import in_graphs
 from bloomq.backends.cuda.stored import Loader
+from bloomq.backends.cuda.surveyed import LogitRows
 from bloomq.backends.cuda.top import best_of, logsumexp
 from bloomq.config import BloomConfig
 from bloomq.errors import BackendError, UsageError
 from bloomq.layers import (
+    SURVEYED_ROWS,
     Activation,
     Attention,
     CacheDtype,
@@ -140,13 +142,18 @@ class CudaBackend:
         """LLM.int8 asks the GPU for its outliers within a step, which no CUDA graph can hold."""
         return in_graphs(step, self.device, record=not self._how.threshold)
 
-    def take(self, x: Any, index: Any) -> Tensor:
+    def take(self, x: Any, index: Any) -> Any:
+        if isinstance(x, LogitRows):
+            return x[self._there(index)]
         return self._there(x).index_select(0, self._there(index))
 
     def survey(self, logits: Any) -> Any:
-        return logits
+        there = self._there(logits)
+        return there if len(there) > SURVEYED_ROWS else LogitRows.of(there)
 
     def top(self, logits: Any, k: int) -> Top:
+        if k <= 1 and isinstance(logits, LogitRows):
+            return logits.top()
         there = self._there(logits)
         ids, best = best_of(there, k)
         return Top(ids.cpu().numpy(), best.cpu().numpy(), logsumexp(there).cpu().numpy())
@@ -167,6 +174,7 @@ class CudaBackend:
         return levels_of(self.numpy(logits)[0], temperature)
 
     def numpy(self, x: Any) -> F32:
+        x = x.values if isinstance(x, LogitRows) else x
         return np.asarray(x.cpu() if isinstance(x, Tensor) else x, np.float32)
 
     def receive(self, x: Tensor) -> Tensor:
@@ -182,6 +190,8 @@ class CudaBackend:
         """x on the device; NumPy's arrays are copied."""
         if isinstance(x, Tensor):
             return x
+        if isinstance(x, LogitRows):
+            return x.values
         return torch.from_numpy(np.array(x, order="C")).to(self.device)
 
 

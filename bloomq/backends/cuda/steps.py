@@ -146,7 +146,7 @@ class Replay:
     inputs: Inputs
     frame: Frame
     graph: Any = None  # torch.cuda.CUDAGraph, once recorded
-    result: torch.Tensor | None = None  # what it writes
+    result: Any = None  # what it writes
     runs: int = 0
 
     @classmethod
@@ -156,11 +156,10 @@ class Replay:
         lies = Places(cache.batch, cache.capacity, inputs.slots, ones, ())
         return cls(inputs, Frame(cache.layers, lies, inputs.gates))
 
-    def call(self, step: Step) -> torch.Tensor:
+    def call(self, step: Step) -> Any:
         """The step as it is, over the inputs. [R, ...]"""
         nothing: Any = None  # for the span: the frame knows where its tokens lie
-        result: torch.Tensor = step(self.inputs.first, self.frame, nothing, self.inputs.wanted)
-        return result
+        return step(self.inputs.first, self.frame, nothing, self.inputs.wanted)
 
 
 @dataclass(slots=True, eq=False)
@@ -186,7 +185,7 @@ class Recorder:
         self._stream: Any = None  # that they are recorded on
         self._alone = threading.Lock()
 
-    def __call__(self, x: Any, cache: CudaCache, span: Span, wanted: I64) -> torch.Tensor:
+    def __call__(self, x: Any, cache: CudaCache, span: Span, wanted: I64) -> Any:
         """x: ids int64 [M], or hidden states [M, C] of NumPy or torch. Raises: CapacityError where
         the device has no memory for the step."""
         try:
@@ -208,18 +207,15 @@ class Recorder:
         """Where "current" streams are the device's."""
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
-    def _as_it_is(self, x: Any, cache: CudaCache, span: Span, wanted: I64) -> torch.Tensor:
+    def _as_it_is(self, x: Any, cache: CudaCache, span: Span, wanted: I64) -> Any:
         frame = Frame(cache.layers, cache.places(span), cache.token_gates(span))
         given, read = (
             (a if isinstance(a, torch.Tensor) else torch.from_numpy(np.array(a))).to(self._device)
             for a in (x, wanted)
         )
-        result: torch.Tensor = self._step(given, frame, span, read)
-        return result
+        return self._step(given, frame, span, read)
 
-    def _padded(
-        self, shape: Shape, x: Any, cache: CudaCache, span: Span, wanted: I64
-    ) -> torch.Tensor:
+    def _padded(self, shape: Shape, x: Any, cache: CudaCache, span: Span, wanted: I64) -> Any:
         known: Replays = cache.recorded.setdefault(self, Replays())
         replay = known.by_shape.get(shape)
         if replay is None:

@@ -11,12 +11,24 @@ _MINUS_INFINITY = -2139095041  # of float32, as `_ordered` has it
 def best_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """logits [B, V] float32 -> ids int64 and logits [B, k], best first (of equals the lower id, NaN
     last)."""
-    count = logits.shape[1]
-    places = torch.arange(count - 1, -1, -1, device=logits.device)  # [V], the first the largest
-    keys = (_ordered(logits).long() << 32) | places
-    best = torch.topk(keys, min(k, count), dim=1).values
-    ids = (count - 1) - (best & 0xFFFFFFFF)
+    keys, count = _keys(logits), logits.shape[1]
+    ids = _id_of(torch.topk(keys, min(k, count), dim=1).values, count)
     return ids, logits.gather(1, ids)
+
+
+def best_id(logits: Tensor) -> Tensor:
+    """[B, V] -> int64 [B], of equals the lowest."""
+    return _id_of(_keys(logits).amax(dim=1), logits.shape[1])
+
+
+def _keys(logits: Tensor) -> Tensor:
+    """int64 [B, V] that order as the logits do, of equals the lower id first: no two are equal."""
+    places = torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
+    return (_ordered(logits).long() << 32) | places
+
+
+def _id_of(keys: Tensor, count: int) -> Tensor:
+    return (count - 1) - (keys & 0xFFFFFFFF)
 
 
 def _ordered(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from bloomq.backends.numba_cpu.surveyed import LogitRows, Survey
 from bloomq.backends.numba_cpu.threads import Pool, physical_cores
 from bloomq.config import BloomConfig
 from bloomq.errors import UsageError
-from bloomq.layers import Activation, CacheDtype, Span, Step, Top, slopes
+from bloomq.layers import SURVEYED_ROWS, Activation, CacheDtype, Span, Step, Top, slopes
 from bloomq.levels import Levels, Sums
 from bloomq.weights import Matrix, Norm
 
@@ -41,7 +41,6 @@ I64 = NDArray[np.int64]
 # wanted rows.
 _IDS, _WANTED, _INPUTS = BOUND, BOUND + 1, BOUND + 2
 _ATTENTION_CHUNKS = 64  # of a step: enough to share evenly, each worth its scratch memory
-_SURVEYED = 64  # logits' rows of a step; of more, nobody asks for all
 _Shape = tuple[tuple[int, ...], int, int]  # of ids or hidden states; rows and results
 Given = Input | Buffer
 
@@ -135,7 +134,7 @@ class NumbaBackend:
         return out
 
     def survey(self, logits: Any) -> Any:
-        if len(logits) > _SURVEYED:
+        if len(logits) > SURVEYED_ROWS:
             return logits
         if isinstance(logits, Buffer):
             return Survey(self.tier, logits)
