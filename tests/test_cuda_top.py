@@ -7,8 +7,10 @@ import pytest
 
 from bloomq.backends.reference import ReferenceBackend
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
+
+import torch
 
 from bloomq.backends.cuda.layers import CudaBackend
 from bloomq.layers import SURVEYED_ROWS
