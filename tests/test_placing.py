@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from models import Tiny, pack
 
 import bloomq
 from bloomq import backends, placing
 from bloomq.backends.cuda.device import why_not
+from bloomq.cli import commands
 from bloomq.errors import BackendError, CapacityError, UsageError
 from bloomq.pack import Pack
 from bloomq.placement import Device, Request
@@ -78,6 +80,26 @@ def test_a_model_lies_where_the_plan_puts_it_and_writes_what_one_device_writes(
     assert model.backend.name == "placed"
     assert model.backend_reason.startswith("asked for; layers 0-1 on cuda (torch ")
     assert model.generate(IDS, max_new_tokens=12).ids == text
+
+
+def test_the_classes_of_transformers_lie_over_devices_too(path: Path, gpus: Gpus):
+    alone = bloomq.BloomForCausalLM.from_pretrained(path, backend="cuda", devices="cpu")
+    wanted = alone(np.array([IDS]), output_hidden_states=True)
+    gpus(2, 3)
+    model = bloomq.BloomForCausalLM.from_pretrained(path, devices="cuda:0,1")
+    assert [place.layers for place in model.backend.places] == [range(2), range(2, 4)]
+    found = model(np.array([IDS]), output_hidden_states=True)
+    assert np.array_equal(found.logits, wanted.logits)
+    for ours, theirs in zip(found.hidden_states, wanted.hidden_states, strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def test_the_commands_of_tasks_take_devices(path: Path, gpus: Gpus):
+    gpus(1, 1)
+    given = ["embed", "some text", "-m", str(path), "--devices", "cuda:0,1"]
+    refused = CliRunner().invoke(commands, given)
+    assert isinstance(refused.exception, CapacityError)
+    assert str(refused.exception).startswith("the model does not fit: ")
 
 
 def test_auto_takes_the_gpus_that_the_model_needs(path: Path, gpus: Gpus):

@@ -53,7 +53,7 @@ SAME_LEVEL = {
     ("pack_writer", "weight_files"), ("weight_files", "shards"), ("weight_files", "pack"),
     ("shards", "pack"), ("journal", "files"),
     ("flax", "backends"), ("flax", "opening"), ("flax", "modeling"),
-    ("modeling", "backends"), ("modeling", "opening"), ("language_model", "modeling"),
+    ("modeling", "placing"), ("modeling", "opening"), ("language_model", "modeling"),
     ("placing", "backends"), ("loading", "placing"),
     ("loading", "modeling"), ("loading", "language_model"),
     ("generation", "sampling"), ("generation", "text"), ("generation", "speculation"),

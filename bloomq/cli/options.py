@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,26 +72,37 @@ class Loading:
 
 
 def loading_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the options of `Loading`, as its argument `loading`; the context's is its
-    own."""
+    """Give a command the options of `Loading` but the context, as its argument `loading`."""
 
     @wraps(command)
     def collected(
         *, backend: str, threads: int | None, cache_dtype: str, devices: str,
-        max_memory: str | None, context: int | None = None, **rest: Any,
+        max_memory: str | None, **rest: Any,
     ) -> Any:  # fmt: skip
-        loading = Loading(backend, threads, cache_dtype, devices, max_memory, context)
+        loading = Loading(backend, threads, cache_dtype, devices, max_memory)
         return command(loading=loading, **rest)
 
     decorated: Callable[..., Any] = engine_options(place_options(collected))
     return decorated
 
 
+def context_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command that has `loading_options` the context too."""
+
+    @wraps(command)
+    def collected(*, loading: Loading, context: int | None, **rest: Any) -> Any:
+        return command(loading=replace(loading, context=context), **rest)
+
+    decorated: Callable[..., Any] = click.option(
+        "-c", "--context", type=int, help="Most tokens of prompt and output.  [default: as trained]"
+    )(collected)
+    return decorated
+
+
 model_options = option_group(
     click.option("-m", "--model", type=Path, help="Pack to load.  [default: the embedded demo]"),
-    click.option("-c", "--context", type=int,
-                 help="Most tokens of prompt and output.  [default: as trained]"),
     loading_options,
+    context_option,
 )  # fmt: skip
 
 

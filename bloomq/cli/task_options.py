@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from bloomq import console
-from bloomq.cli.options import engine_options, load_adapters, option_group
+from bloomq.cli.options import Loading, load_adapters, loading_options, option_group
 from bloomq.errors import UsageError
 from bloomq.schemes import SCHEME_NAMES
 
@@ -43,7 +43,7 @@ model_options = option_group(
                  help="Keep a checkpoint's pack here for the next time, and take it from here."),
     click.option("--lora", multiple=True, metavar="DIR[=SCALE]",
                  help="Use a LoRA adapter that PEFT saved; may be repeated: they add up."),
-    engine_options,
+    loading_options,
     click.option("--batch-tokens", type=int, default=2048, show_default=True,
                  help="Tokens of texts that run together, each text's rounded up to 64."),
 )  # fmt: skip
@@ -59,10 +59,10 @@ output_options = option_group(
 
 def load_model(
     kind: type[Model], path: Path | None, scheme: str | None, save_pack: Path | None,
-    lora: tuple[str, ...], backend: str, threads: int | None, cache_dtype: str, quiet: bool,
+    lora: tuple[str, ...], how: Loading, quiet: bool,
 ) -> tuple[Model, dict[str, float]]:  # fmt: skip
     """The model of a command, said so on stderr, and the scale of each adapter that it uses."""
-    from bloomq import backends
+    from bloomq import placing
     from bloomq.opening import open_or_convert
 
     if path is None:
@@ -73,7 +73,11 @@ def load_model(
     found = pack.config.architecture
     if kind.__name__ not in (found, "BloomModel"):
         raise UsageError(f"{path}: has the head of a {found}: use bloomq {_COMMANDS[found]}")
-    model = kind(pack, backends.choose(backend, pack, threads, cache_dtype).backend)
+    choice = placing.choose(
+        how.backend, pack, how.threads, how.cache_dtype, devices=how.devices,
+        max_memory=how.max_memory,
+    )  # fmt: skip
+    model = kind(pack, choice.backend)
     if not quiet:
         name, description = model.backend.name, model.backend.description
         console.note(f"{pack.path.name} on {name} ({description})")

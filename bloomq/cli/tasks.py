@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from bloomq.cli.options import Loading
 from bloomq.cli.partial import Rows
 from bloomq.cli.records import Record, Records, read_pairs, read_texts
 from bloomq.cli.running import Output, Task, run
@@ -39,8 +40,8 @@ _BESIDE = 60  # characters of a text beside its result
 def classify(
     texts: tuple[str, ...], file: Path | None, field: str, max_tokens: int | None, truncate: bool,
     top_k: int, threshold: float | None, model: Path | None, scheme: str | None,
-    save_pack: Path | None, lora: tuple[str, ...], backend: str, threads: int | None,
-    cache_dtype: str, batch_tokens: int, out: Path | None, as_json: bool, quiet: bool,
+    save_pack: Path | None, lora: tuple[str, ...], loading: Loading, batch_tokens: int,
+    out: Path | None, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Sort TEXTs, or a file's, or the lines of standard input, into a classifier's classes."""
     from bloomq.modeling import BloomForSequenceClassification
@@ -49,9 +50,8 @@ def classify(
 
     records = read_texts(texts, file, field)
     loaded, adapters = load_model(
-        BloomForSequenceClassification, model, scheme, save_pack, lora, backend, threads,
-        cache_dtype, quiet,
-    )  # fmt: skip
+        BloomForSequenceClassification, model, scheme, save_pack, lora, loading, quiet
+    )
     pipeline = Classifier(loaded, BloomTokenizer.of_pack(loaded.pack))
 
     def work(some: list[Text]) -> list[list[Label]]:
@@ -84,9 +84,8 @@ def classify(
 def tag(
     texts: tuple[str, ...], file: Path | None, field: str, max_tokens: int | None, truncate: bool,
     threshold: float | None, each_token: bool, outside: tuple[str, ...], model: Path | None,
-    scheme: str | None, save_pack: Path | None, lora: tuple[str, ...], backend: str,
-    threads: int | None, cache_dtype: str, batch_tokens: int, out: Path | None,
-    as_json: bool, quiet: bool,
+    scheme: str | None, save_pack: Path | None, lora: tuple[str, ...], loading: Loading,
+    batch_tokens: int, out: Path | None, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Find what belongs to a class in TEXTs, in a file's, or in the lines of standard input."""
     from bloomq.modeling import BloomForTokenClassification
@@ -95,9 +94,8 @@ def tag(
 
     records = read_texts(texts, file, field)
     loaded, adapters = load_model(
-        BloomForTokenClassification, model, scheme, save_pack, lora, backend, threads, cache_dtype,
-        quiet,
-    )  # fmt: skip
+        BloomForTokenClassification, model, scheme, save_pack, lora, loading, quiet
+    )
     pipeline = Tagger(loaded, BloomTokenizer.of_pack(loaded.pack))
 
     def work(some: list[Text]) -> list[list[Tag]]:
@@ -155,9 +153,8 @@ def answer(
     question: str | None, context: str | None, file: Path | None, question_field: str,
     context_field: str, separator: str, top_k: int, threshold: float | None,
     max_answer_tokens: int, window_tokens: int | None, overlap: int | None, model: Path | None,
-    scheme: str | None, save_pack: Path | None, lora: tuple[str, ...], backend: str,
-    threads: int | None, cache_dtype: str, batch_tokens: int, out: Path | None,
-    as_json: bool, quiet: bool,
+    scheme: str | None, save_pack: Path | None, lora: tuple[str, ...], loading: Loading,
+    batch_tokens: int, out: Path | None, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Find where a context answers a question; both are options, or of each line of a file."""
     from bloomq.modeling import BloomForQuestionAnswering
@@ -166,9 +163,8 @@ def answer(
 
     records = read_pairs((question, context), file, (question_field, context_field))
     loaded, adapters = load_model(
-        BloomForQuestionAnswering, model, scheme, save_pack, lora, backend, threads, cache_dtype,
-        quiet,
-    )  # fmt: skip
+        BloomForQuestionAnswering, model, scheme, save_pack, lora, loading, quiet
+    )
     pipeline = Answerer(loaded, BloomTokenizer.of_pack(loaded.pack), separator=separator)
 
     def read(some: list[Record]) -> list[Pair]:
@@ -211,9 +207,8 @@ def answer(
 def embed(
     texts: tuple[str, ...], file: Path | None, field: str, max_tokens: int | None, truncate: bool,
     pooling: Literal["mean", "last", "max"], normalize: bool, model: Path | None,
-    scheme: str | None, save_pack: Path | None, lora: tuple[str, ...], backend: str,
-    threads: int | None, cache_dtype: str, batch_tokens: int, out: Path | None, as_json: bool,
-    quiet: bool,
+    scheme: str | None, save_pack: Path | None, lora: tuple[str, ...], loading: Loading,
+    batch_tokens: int, out: Path | None, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Turn TEXTs, or a file's, or the lines of standard input, into vectors, as JSON lines.
 
@@ -230,9 +225,8 @@ def embed(
     if as_array:
         _check_rows(records)
     loaded, adapters = load_model(
-        BloomModel, model or demo_pack(), scheme, save_pack, lora, backend, threads, cache_dtype,
-        quiet,
-    )  # fmt: skip
+        BloomModel, model or demo_pack(), scheme, save_pack, lora, loading, quiet
+    )
     pipeline = Embedder(loaded, BloomTokenizer.of_pack(loaded.pack))
 
     def work(some: list[Text]) -> Sequence[Any]:

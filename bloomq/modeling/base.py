@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bloomq import backends
+from bloomq import placing
 from bloomq.config import Architecture
 from bloomq.errors import UsageError
 from bloomq.forward import run
@@ -45,18 +45,24 @@ class BloomPreTrainedModel:
         backend: str = "auto",
         threads: int | None = None,
         cache_dtype: str = "auto",
+        devices: str = "auto",
+        max_memory: str | None = None,
         save_pack: str | os.PathLike[str] | None = None,
     ) -> Self:
         """The model of a pack, or of a checkpoint's folder, which is quantized on the way in.
 
         scheme: of a checkpoint's matrices ("int8", "int4", "nf4", ...); None: as they are stored.
         save_pack: where its pack is kept, and found the next time; None: nowhere.
-        backend, threads, cache_dtype: see `bloomq.load`.
+        backend, threads, cache_dtype, devices, max_memory: see `bloomq.load`.
 
-        Raises: UsageError, InputNotFound, PackError, BackendError, and those of `bloomq.convert`.
+        Raises: UsageError, InputNotFound, PackError, BackendError, CapacityError where the devices
+        have no room for the model, and those of `bloomq.convert`.
         """
         pack = open_or_convert(path, scheme, None if save_pack is None else Path(save_pack))
-        return cls(pack, backends.choose(backend, pack, threads, cache_dtype).backend)
+        choice = placing.choose(
+            backend, pack, threads, cache_dtype, devices=devices, max_memory=max_memory
+        )
+        return cls(pack, choice.backend)
 
     def eval(self) -> Self:
         """This model: there is no dropout to switch off."""

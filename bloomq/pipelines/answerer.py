@@ -81,13 +81,15 @@ class Answerer:
         threads: int | None = None,
         scheme: str | None = None,
         cache_dtype: str = "auto",
+        devices: str = "auto",
+        max_memory: str | None = None,
         save_pack: str | os.PathLike[str] | None = None,
     ) -> Self:
         """The answerer of a pack or a checkpoint's folder; options: see
         `BloomForQuestionAnswering.from_pretrained`."""
         model = BloomForQuestionAnswering.from_pretrained(
             path, backend=backend, threads=threads, scheme=scheme, cache_dtype=cache_dtype,
-            save_pack=save_pack,
+            devices=devices, max_memory=max_memory, save_pack=save_pack,
         )  # fmt: skip
         return cls(model, BloomTokenizer.of_pack(model.pack), separator=separator)
 

@@ -32,13 +32,15 @@ class Pipeline(Generic[Model]):
         threads: int | None = None,
         scheme: str | None = None,
         cache_dtype: str = "auto",
+        devices: str = "auto",
+        max_memory: str | None = None,
         save_pack: str | os.PathLike[str] | None = None,
     ) -> Self:
         """The pipeline of a pack or a checkpoint's folder; options: see
         `BloomPreTrainedModel.from_pretrained`."""
         model = cls._kind.from_pretrained(
             path, backend=backend, threads=threads, scheme=scheme, cache_dtype=cache_dtype,
-            save_pack=save_pack,
+            devices=devices, max_memory=max_memory, save_pack=save_pack,
         )  # fmt: skip
         return cls(model, BloomTokenizer.of_pack(model.pack))
 
