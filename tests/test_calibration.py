@@ -15,8 +15,9 @@ import pytest
 from bloomq.converters.calibration import forward
 from bloomq.converters.calibration import scratch as scratch_module
 from bloomq.converters.calibration.conversion import plan_calibrated
+from bloomq.converters.calibration.factor import column_order, factor
 from bloomq.converters.calibration.forward import Moments, Runner, UnderWay, linears_of
-from bloomq.converters.calibration.gptq import SHRINK, Codes, column_order, descend, factor, gptq
+from bloomq.converters.calibration.gptq import SHRINK, Codes, descend, gptq
 from bloomq.converters.calibration.producer import Settings, calibrated
 from bloomq.converters.calibration.scratch import Scratch
 from bloomq.converters.calibration.solver import Solver
@@ -113,7 +114,7 @@ def test_compiled_gptq_is_the_textbooks(pool, group):
     w, h = problem(48, 256)
     h += 0.01 * np.diag(h).mean() * np.eye(256, dtype=np.float32)
     order = column_order(np.diag(h), group)
-    found = gptq(np.ascontiguousarray(w.T), factor(h, order), group, -8, 7, pool)
+    found = gptq(np.ascontiguousarray(w.T), factor(h, order, pool), group, -8, 7, pool)
     codes, values = textbook(w, h, order, group, -8, 7)
     same = (codes == found.codes.T)[:, order].reshape(48, -1, group)
     # In float32 a tie may fall the other way, and changes all that follows in its row.
@@ -127,16 +128,16 @@ def test_compiled_gptq_with_scales_of_rows_is_the_textbooks(pool):
     w, h = problem(32, 256)
     h += 0.01 * np.diag(h).mean() * np.eye(256, dtype=np.float32)
     order, scale = column_order(np.diag(h), 1), np.abs(w).max(axis=1) / np.float32(127)
-    by = factor(h, order)
+    by = factor(h, order, pool)
     found = gptq(np.ascontiguousarray(w.T), by, 256, -127, 127, pool, fixed=scale[None])
     codes, _ = textbook(w, h, order, 256, -127, 127, fixed=scale)
     assert (codes == found.codes.T).mean() > 0.99
 
 
-def test_factor_restores_the_moment():
+def test_factor_restores_the_moment(pool):
     _, h = problem(1, 96)
     order = column_order(np.diag(h), 32)
-    by = factor(h + np.eye(96, dtype=np.float32), order)
+    by = factor(h + np.eye(96, dtype=np.float32), order, pool)
     restored = (by.unit * by.weight) @ by.unit.T
     assert np.allclose(restored, (h + np.eye(96))[np.ix_(order, order)], rtol=1e-4, atol=1e-3)
     assert np.array_equal(by.unit, np.triu(by.unit))
@@ -155,7 +156,7 @@ def test_groups_stay_whole_in_the_order_of_columns():
 def test_descent_never_raises_an_error(pool):
     w, h = problem(32, 256)
     wt = np.ascontiguousarray(w.T)
-    found = gptq(wt, factor(h, column_order(np.diag(h), 32)), 32, -8, 7, pool)
+    found = gptq(wt, factor(h, column_order(np.diag(h), 32), pool), 32, -8, 7, pool)
     before = output_errors(w, found.values().T, h)
     for _ in range(3):
         descend(wt, h, found, -8, 7, 1, pool)
@@ -260,28 +261,28 @@ def test_moments_that_are_not_finite_are_refused(pool):
         Solver(np.full((64, 64), np.nan, np.float32), get_scheme("int4", 32), pool)
 
 
-def test_a_moment_without_a_factor_is_refused():
+def test_a_moment_without_a_factor_is_refused(pool):
     with pytest.raises(NumericError, match="of activations are not positive definite"):
-        factor(-np.eye(32, dtype=np.float32), np.arange(32))
+        factor(-np.eye(32, dtype=np.float32), np.arange(32), pool)
 
 
-def test_a_singular_moment_gets_more_on_its_diagonal():
+def test_a_singular_moment_gets_more_on_its_diagonal(pool):
     ones = np.ones((32, 32), np.float32)
-    by = factor(ones, np.arange(32))
+    by = factor(ones, np.arange(32), pool)
     assert np.isfinite(by.unit).all()
 
 
 # -- activations -----------------------------------------------------------------------------------
 
 
-def test_moments_hold_a_channel_that_is_large_and_nearly_constant(monkeypatch):
+def test_moments_hold_a_channel_that_is_large_and_nearly_constant(pool, monkeypatch):
     monkeypatch.setattr(forward, "_SUMMED_ROWS", 200)
     monkeypatch.setattr(forward, "_TRIANGLE", 3)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((700, 8)).astype(np.float32)
     x[:, 2] = 3000 + 0.01 * x[:, 2]
     for central in (True, False):
-        moments = Moments()
+        moments = Moments(pool)
         for part in np.array_split(x, 5):
             moments.add(part)
         mean, moment = moments.result(central=central)

@@ -167,7 +167,7 @@ class _Calibration:
             weights.add_exact(linears_of(layer))
             runner.through(layer, weights, x, x)
             weights.drop(linears_of(layer))
-        moments = Moments()
+        moments = Moments(self._pool)
         runner.final(weights, x, moments.add)
         return moments.result(central=False)[1]
 
@@ -175,7 +175,7 @@ class _Calibration:
         yield from self._as_stored("ln_f")
         for spec in weight_specs(self._config)[-1:]:
             if spec.kind == "head" and not self._schemes[spec.name].is_float:
-                moments = Moments()
+                moments = Moments(self._pool)
                 x = self.scratch.open(self._config.n_layer)
                 self._runner.final(UnderWay(self._checkpoint), x, moments.add)
                 moment = moments.result(central=False)[1]
@@ -203,7 +203,7 @@ class _Calibration:
             if not spec.is_matrix:
                 yield from self._as_stored(spec.name)
                 continue
-            moments = Moments()
+            moments = Moments(self._pool)
             self._runner.inputs_of(spec.name, layer, weights, x, moments.add)
             mean, moment = moments.result(central=self._settings.correct_bias)
             for piece in self._linear(spec, mean, moment, weights):

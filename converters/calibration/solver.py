@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bloomq.backends.numba_cpu.products import add_product
 from bloomq.errors import NumericError
 from bloomq.schemes import (
     GROUP_LEVELS,
@@ -34,8 +35,9 @@ from bloomq.schemes import (
     to_half,
 )
 
-from ..quantize import all_finite
-from .gptq import Codes, Factor, column_order, descend, factor, gptq
+from ..quantize import all_finite, quantize_block
+from .factor import Factor, column_order, factor, spread
+from .gptq import BLOCK, Codes, descend, gptq
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -80,7 +82,7 @@ class Solver:
             self._low, self._high = _range(scheme)
             diagonal = np.diag(self._h).copy()
             whole = 1 if scheme.name == "int8" else self._group
-            self._factor = factor(self._h, column_order(diagonal, whole))
+            self._factor = factor(self._h, column_order(diagonal, whole), pool)
 
     def rows(self, w: F32) -> Solved:
         """w [n, K], n a multiple of 32 but for a matrix's last rows. Raises: NumericError."""
@@ -91,18 +93,30 @@ class Solver:
         n, k = w.shape
         stored = np.zeros(self.scheme.padded((n, k)), np.float32)
         stored[:n, :k] = w
-        nearest = self.scheme.quantize(stored)
         if self._factor is None:
+            parts = self._nearest(stored)
             for leaf, part in self.scheme.parts((n, k)).items():
-                if leaf in ("scales", "values") and not all_finite(nearest[leaf], part.dtype):
+                if leaf in ("scales", "values") and not all_finite(parts[leaf], part.dtype):
                     raise self._too_large()
-            return Solved(nearest, self.scheme.dequantize(nearest, (n, k)))
-        wt = np.ascontiguousarray(stored.T)  # [K, N]
-        found = self._first(wt, self._factor)
-        descend(wt, self._h, found, self._low, self._high, self._sweeps, self._pool)
-        parts = self._stored(found)
-        self._keep_better(wt, parts, nearest)
-        return Solved(parts, self.scheme.dequantize(parts, (n, k)))
+        else:
+            wt = np.ascontiguousarray(stored.T)  # [K, N]
+            found = self._first(wt, self._factor)
+            left = descend(wt, self._h, found, self._low, self._high, self._sweeps, self._pool)
+            parts = self._stored(found)
+            self._keep_better(stored, left, parts)
+        return Solved(parts, self._values(parts, (n, k)))
+
+    def _nearest(self, stored: F32) -> dict[str, Array]:
+        return quantize_block(stored, "F32", self.scheme)
+
+    def _values(self, parts: dict[str, Array], shape: tuple[int, int]) -> F32:
+        values = np.empty(shape, np.float32)
+
+        def run(a: int, b: int) -> None:
+            values[a:b] = self.scheme.dequantize(_rows_of(parts, a, b), (b - a, shape[1]))
+
+        spread(run, shape[0], self._pool)
+        return values
 
     def _first(self, wt: F32, by: Factor) -> Codes:
         fixed = None
@@ -125,23 +139,43 @@ class Solver:
             f"{self._name} holds weights too large for {self.scheme.name}: choose bf16, f32 or int8"
         )
 
-    def _keep_better(self, wt: F32, parts: dict[str, Array], nearest: dict[str, Array]) -> None:
-        """Rows that rounding to nearest does better, if any: those are taken."""
-        k, n = wt.shape
-        ours, theirs = (self.scheme.dequantize(p, (n, k)).T for p in (parts, nearest))
-        worse = self.errors(wt - ours) > self.errors(wt - theirs)
-        if not worse.any():
-            return
-        rows = np.flatnonzero(worse)
-        tile, lane = rows // 16, rows % 16
-        for name, part in parts.items():
-            at = (rows,) if part.ndim == 1 else (tile, slice(None), lane)
-            part[at] = nearest[name][at]
+    def _keep_better(self, stored: F32, left: F32, parts: dict[str, Array]) -> None:
+        """Rows that rounding to nearest does better, if any: those are taken. left [K, N]: the
+        errors of ours."""
+
+        def run(a: int, b: int) -> None:
+            w = stored[a:b]
+            nearest = self._nearest(w)
+            errors = np.ascontiguousarray((w - self.scheme.dequantize(nearest, w.shape)).T)
+            ours = np.ascontiguousarray(left[:, a:b])
+            rows = np.flatnonzero(self.errors(ours) > self.errors(errors))
+            tile, lane = rows // 16, rows % 16
+            for name, part in _rows_of(parts, a, b).items():
+                at = (rows,) if part.ndim == 1 else (tile, slice(None), lane)
+                part[at] = nearest[name][at]
+
+        spread(run, len(stored), self._pool)
 
     def errors(self, e: F32) -> F64:
-        """e [K, N] -> [N]: each row's error under the moment as it was, without damping."""
-        total = np.einsum("kn,kn->n", self._h @ e, e, dtype=np.float64)
-        return np.asarray(total - np.einsum("kn,kn,k->n", e, e, self._added, dtype=np.float64))
+        """e [K, N] -> [N]: each row's error under the moment as it was, without damping. H is
+        symmetric: what lies above its diagonal blocks counts twice."""
+        total = -np.einsum("kn,kn,k->n", e, e, self._added, dtype=np.float64)
+        for start in range(0, len(e), BLOCK):
+            own = slice(start, start + BLOCK)
+            product = np.zeros_like(e[own])
+            add_product(product, self._h[:start, own], e[:start])
+            product *= 2
+            add_product(product, self._h[own, own], e[own])
+            total += np.einsum("kn,kn->n", product, e[own], dtype=np.float64)
+        return np.asarray(total)
+
+
+def _rows_of(parts: dict[str, Array], start: int, stop: int) -> dict[str, Array]:
+    """Views of some rows of a matrix as stored, `start` a multiple of 32."""
+    tiles = slice(start // 16, -(-stop // 16))
+    return {
+        name: part[start:stop] if part.ndim == 1 else part[tiles] for name, part in parts.items()
+    }
 
 
 def _bordered(moment: F32, k: int) -> F32:
