@@ -25,9 +25,12 @@ from bloomq.backends.numba_cpu.products import add_product
 from bloomq.errors import NumericError
 from bloomq.schemes import (
     GROUP_LEVELS,
+    ROW_MULTIPLE,
+    TILE,
     Array,
     Scheme,
     int8_scales,
+    round_up,
     tile_bytes,
     tile_nibbles,
     tile_rows,
@@ -149,7 +152,7 @@ class Solver:
             errors = np.ascontiguousarray((w - self.scheme.dequantize(nearest, w.shape)).T)
             ours = np.ascontiguousarray(left[:, a:b])
             rows = np.flatnonzero(self.errors(ours) > self.errors(errors))
-            tile, lane = rows // 16, rows % 16
+            tile, lane = rows // TILE, rows % TILE
             for name, part in _rows_of(parts, a, b).items():
                 at = (rows,) if part.ndim == 1 else (tile, slice(None), lane)
                 part[at] = nearest[name][at]
@@ -171,10 +174,11 @@ class Solver:
 
 
 def _rows_of(parts: dict[str, Array], start: int, stop: int) -> dict[str, Array]:
-    """Views of some rows of a matrix as stored, `start` a multiple of 32."""
-    tiles = slice(start // 16, -(-stop // 16))
+    """Views of some rows of a matrix as stored, from a multiple of 32, with the padding."""
+    stop = round_up(stop, ROW_MULTIPLE)
     return {
-        name: part[start:stop] if part.ndim == 1 else part[tiles] for name, part in parts.items()
+        name: part[start:stop] if part.ndim == 1 else part[start // TILE : stop // TILE]
+        for name, part in parts.items()
     }
 
 
