@@ -114,7 +114,7 @@ def test_compiled_gptq_is_the_textbooks(pool, group):
     w, h = problem(48, 256)
     h += 0.01 * np.diag(h).mean() * np.eye(256, dtype=np.float32)
     order = column_order(np.diag(h), group)
-    found = gptq(np.ascontiguousarray(w.T), factor(h, order, pool), group, -8, 7, pool)
+    found = gptq(np.ascontiguousarray(w.T), factor(h, order, pool), group, -8, 7)
     codes, values = textbook(w, h, order, group, -8, 7)
     same = (codes == found.codes.T)[:, order].reshape(48, -1, group)
     # In float32 a tie may fall the other way, and changes all that follows in its row.
@@ -129,7 +129,7 @@ def test_compiled_gptq_with_scales_of_rows_is_the_textbooks(pool):
     h += 0.01 * np.diag(h).mean() * np.eye(256, dtype=np.float32)
     order, scale = column_order(np.diag(h), 1), np.abs(w).max(axis=1) / np.float32(127)
     by = factor(h, order, pool)
-    found = gptq(np.ascontiguousarray(w.T), by, 256, -127, 127, pool, fixed=scale[None])
+    found = gptq(np.ascontiguousarray(w.T), by, 256, -127, 127, fixed=scale[None])
     codes, _ = textbook(w, h, order, 256, -127, 127, fixed=scale)
     assert (codes == found.codes.T).mean() > 0.99
 
@@ -156,23 +156,23 @@ def test_groups_stay_whole_in_the_order_of_columns():
 def test_descent_never_raises_an_error(pool):
     w, h = problem(32, 256)
     wt = np.ascontiguousarray(w.T)
-    found = gptq(wt, factor(h, column_order(np.diag(h), 32), pool), 32, -8, 7, pool)
+    found = gptq(wt, factor(h, column_order(np.diag(h), 32), pool), 32, -8, 7)
     before = output_errors(w, found.values().T, h)
     for _ in range(3):
-        descend(wt, h, found, -8, 7, 1, pool)
+        descend(wt, h, found, -8, 7, 1)
         after = output_errors(w, found.values().T, h)
         assert (after <= before * (1 + 1e-4)).all()
         before = after
 
 
-def test_descent_finds_what_is_exactly_there(pool):
+def test_descent_finds_what_is_exactly_there():
     """Codes one step off, with the right scales: one sweep puts them right."""
     rng = np.random.default_rng(2)
     codes = rng.integers(-7, 7, (64, 16)).astype(np.int8)
     found = Codes(codes.copy(), half(rng.random((2, 16)).astype(np.float32) + 0.1), 32)
     exact = found.values()
     found.codes[5] += 1
-    descend(exact, np.eye(64, dtype=np.float32), found, -8, 7, 2, pool)
+    descend(exact, np.eye(64, dtype=np.float32), found, -8, 7, 2)
     assert np.allclose(found.values(), exact, atol=1e-6)
 
 
@@ -225,8 +225,7 @@ def test_same_bytes_for_any_threads_and_any_cut_into_rows():
             solver = Solver(moment.copy(), get_scheme("int4", 32), threads_pool)
             pairs = itertools.pairwise(cuts)
             found.append(np.concatenate([solver.rows(w[a:b]).values for a, b in pairs]))
-    assert found[0].tobytes() == found[1].tobytes()
-    assert np.mean(found[0] == found[2]) > 0.999  # products of other widths may sum otherwise
+    assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
 
 
 def test_inputs_that_are_always_zero_are_rounded_plainly(pool):

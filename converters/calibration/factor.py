@@ -21,8 +21,8 @@ from bloomq.errors import NumericError
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
-_SPAN = 512  # rows of a matrix, or columns of a moment, that a thread takes at a time
-_BLOCK = 128  # rows of the factor that are made at a time
+_SPAN = 512  # columns that a thread takes at a time
+_BLOCK = 256  # rows of the factor that are made at a time
 _TILE = 256  # of an array that is transposed: two of them stay in a level-2 cache
 
 
@@ -67,11 +67,8 @@ def _decomposed(h: F32, order: I64, pool: ThreadPoolExecutor) -> F32:
     for extra in (0.0, *(mean * 10**i for i in range(5))):
         upper = _turned(h, order[::-1], pool)
         np.einsum("kk->k", upper)[:] += np.float32(extra)
-        try:
-            _cholesky(upper, pool)
-        except np.linalg.LinAlgError:
-            continue
-        return upper
+        if _cholesky(upper, pool):
+            return upper
     raise NumericError(
         "the moments of activations are not positive definite: the checkpoint is damaged"
     )
@@ -89,8 +86,10 @@ def _turned(h: F32, back: I64, pool: ThreadPoolExecutor) -> F32:
     return upper
 
 
-def _cholesky(u: F32, pool: ThreadPoolExecutor) -> None:
-    """u's upper triangle becomes U, of which U.T @ U was that. Raises: LinAlgError."""
+def _cholesky(u: F32, pool: ThreadPoolExecutor) -> bool:
+    """u's upper triangle becomes U, of which U.T @ U was that; whether it is positive definite."""
+    from .compiled import corner
+
     k = len(u)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
@@ -100,10 +99,9 @@ def _cholesky(u: F32, pool: ThreadPoolExecutor) -> None:
             add_product(u[start:stop, at], u[:start, start:stop], u[:start, at], negative=True)
 
         spread(subtract, k - start, pool)
-        corner = u[start:stop, start:stop]
-        lower = np.linalg.cholesky(corner.T.astype(np.float64))  # it reads the lower triangle
-        corner[:] = lower.T
-        inverse = np.ascontiguousarray(np.linalg.inv(lower).T, np.float32)
+        inverse = np.empty((stop - start, stop - start), np.float32)
+        if not corner(u[start:stop, start:stop], inverse):
+            return False
 
         def divide(
             a: int, b: int, start: int = start, stop: int = stop, inverse: F32 = inverse
@@ -114,6 +112,7 @@ def _cholesky(u: F32, pool: ThreadPoolExecutor) -> None:
             add_product(part, inverse, rest)
 
         spread(divide, k - stop, pool)
+    return True
 
 
 def _turn_back(u: F32, pool: ThreadPoolExecutor) -> None:

@@ -32,7 +32,7 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 Sink = Callable[[F32], None]  # is given the inputs of a matrix, [M, K]
 _SUMMED_ROWS = 8192  # 0.5 GB of 16,384 columns
-_TRIANGLE = 256  # rows of a second moment that a thread sums at a time
+_TRIANGLE = 512  # rows of a second moment that a thread sums at a time
 STEP_TOKENS = 2048  # tokens of one step, at least one window: 134 MB of 7b1's widest activations
 
 

@@ -25,12 +25,10 @@ from bloomq.backends.numba_cpu.products import add_product
 from bloomq.errors import NumericError
 from bloomq.schemes import (
     GROUP_LEVELS,
-    ROW_MULTIPLE,
     TILE,
     Array,
     Scheme,
     int8_scales,
-    round_up,
     tile_bytes,
     tile_nibbles,
     tile_rows,
@@ -39,13 +37,15 @@ from bloomq.schemes import (
 )
 
 from ..quantize import all_finite, quantize_block
-from .factor import Factor, column_order, factor, spread
-from .gptq import BLOCK, Codes, descend, gptq
+from .factor import Factor, column_order, factor
+from .gptq import Codes, descend, gptq
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 DAMPING = 0.01  # of the mean diagonal, added to it. Source: GPTQ, section 3.3
+_SPAN = 256  # rows that a thread solves at a time: of 16,384 columns five times 17 MB
+_REACH = 512  # columns of a product
 SWEEPS = 2  # of descent: the second gains a fifth of the first, a third next to nothing
 # What int8's row scales are tried at, of that at which a row's largest weight gets 127.
 ROW_SHRINK = (1.0, 0.97, 0.94, 0.9, 0.86)
@@ -93,39 +93,38 @@ class Solver:
             return self._solved(w)
 
     def _solved(self, w: F32) -> Solved:
-        n, k = w.shape
-        stored = np.zeros(self.scheme.padded((n, k)), np.float32)
-        stored[:n, :k] = w
-        if self._factor is None:
-            parts = self._nearest(stored)
-            for leaf, part in self.scheme.parts((n, k)).items():
-                if leaf in ("scales", "values") and not all_finite(parts[leaf], part.dtype):
-                    raise self._too_large()
-        else:
-            wt = np.ascontiguousarray(stored.T)  # [K, N]
-            found = self._first(wt, self._factor)
-            left = descend(wt, self._h, found, self._low, self._high, self._sweeps, self._pool)
-            parts = self._stored(found)
-            self._keep_better(stored, left, parts)
-        return Solved(parts, self._values(parts, (n, k)))
-
-    def _nearest(self, stored: F32) -> dict[str, Array]:
-        return quantize_block(stored, "F32", self.scheme)
-
-    def _values(self, parts: dict[str, Array], shape: tuple[int, int]) -> F32:
+        shape, spans = w.shape, range(0, len(w), _SPAN)
         values = np.empty(shape, np.float32)
 
-        def run(a: int, b: int) -> None:
-            values[a:b] = self.scheme.dequantize(_rows_of(parts, a, b), (b - a, shape[1]))
+        def run(start: int) -> dict[str, Array]:
+            rows = w[start : start + _SPAN]
+            parts = self._parts(rows)
+            values[start : start + _SPAN] = self.scheme.dequantize(parts, rows.shape)
+            return parts
 
-        spread(run, shape[0], self._pool)
-        return values
+        found = list(self._pool.map(run, spans))
+        return Solved({leaf: np.concatenate([p[leaf] for p in found]) for leaf in found[0]}, values)
 
-    def _first(self, wt: F32, by: Factor) -> Codes:
-        fixed = None
-        if self.scheme.name == "int8":
-            fixed = row_scales(wt, np.diag(self._h))
-        return gptq(wt, by, self._group, self._low, self._high, self._pool, fixed=fixed)
+    def _parts(self, w: F32) -> dict[str, Array]:
+        stored = np.zeros(self.scheme.padded(w.shape), np.float32)
+        stored[: w.shape[0], : w.shape[1]] = w
+        nearest = quantize_block(stored, "F32", self.scheme)
+        if self._factor is None:
+            for leaf, part in self.scheme.parts(w.shape).items():
+                if leaf in ("scales", "values") and not all_finite(nearest[leaf], part.dtype):
+                    raise self._too_large()
+            return nearest
+        wt = np.ascontiguousarray(stored.T)  # [K, N]
+        fixed = row_scales(wt, np.diag(self._h)) if self.scheme.name == "int8" else None
+        found = gptq(wt, self._factor, self._group, self._low, self._high, fixed=fixed)
+        left = descend(wt, self._h, found, self._low, self._high, self._sweeps)
+        parts = self._stored(found)
+        others = np.ascontiguousarray((stored - self.scheme.dequantize(nearest, stored.shape)).T)
+        rows = np.flatnonzero(self.errors(left) > self.errors(others))
+        for leaf, array in parts.items():  # rows that rounding to nearest does better, if any
+            at = (rows,) if array.ndim == 1 else (rows // TILE, slice(None), rows % TILE)
+            array[at] = nearest[leaf][at]
+        return parts
 
     def _stored(self, found: Codes) -> dict[str, Array]:
         if self.scheme.name == "int8":
@@ -142,44 +141,18 @@ class Solver:
             f"{self._name} holds weights too large for {self.scheme.name}: choose bf16, f32 or int8"
         )
 
-    def _keep_better(self, stored: F32, left: F32, parts: dict[str, Array]) -> None:
-        """Rows that rounding to nearest does better, if any: those are taken. left [K, N]: the
-        errors of ours."""
-
-        def run(a: int, b: int) -> None:
-            w = stored[a:b]
-            nearest = self._nearest(w)
-            errors = np.ascontiguousarray((w - self.scheme.dequantize(nearest, w.shape)).T)
-            ours = np.ascontiguousarray(left[:, a:b])
-            rows = np.flatnonzero(self.errors(ours) > self.errors(errors))
-            tile, lane = rows // TILE, rows % TILE
-            for name, part in _rows_of(parts, a, b).items():
-                at = (rows,) if part.ndim == 1 else (tile, slice(None), lane)
-                part[at] = nearest[name][at]
-
-        spread(run, len(stored), self._pool)
-
     def errors(self, e: F32) -> F64:
         """e [K, N] -> [N]: each row's error under the moment as it was, without damping. H is
         symmetric: what lies above its diagonal blocks counts twice."""
         total = -np.einsum("kn,kn,k->n", e, e, self._added, dtype=np.float64)
-        for start in range(0, len(e), BLOCK):
-            own = slice(start, start + BLOCK)
+        for start in range(0, len(e), _REACH):
+            own = slice(start, start + _REACH)
             product = np.zeros_like(e[own])
             add_product(product, self._h[:start, own], e[:start])
             product *= 2
             add_product(product, self._h[own, own], e[own])
             total += np.einsum("kn,kn->n", product, e[own], dtype=np.float64)
         return np.asarray(total)
-
-
-def _rows_of(parts: dict[str, Array], start: int, stop: int) -> dict[str, Array]:
-    """Views of some rows of a matrix as stored, from a multiple of 32, with the padding."""
-    stop = round_up(stop, ROW_MULTIPLE)
-    return {
-        name: part[start:stop] if part.ndim == 1 else part[start // TILE : stop // TILE]
-        for name, part in parts.items()
-    }
 
 
 def _bordered(moment: F32, k: int) -> F32:
