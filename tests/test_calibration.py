@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from bloomq.converters.calibration import forward
+from bloomq.converters.calibration import moments as moments_module
 from bloomq.converters.calibration import scratch as scratch_module
 from bloomq.converters.calibration.conversion import plan_calibrated
 from bloomq.converters.calibration.factor import column_order, factor
-from bloomq.converters.calibration.forward import Moments, Runner, UnderWay, linears_of
+from bloomq.converters.calibration.forward import Kept, Runner, UnderWay, linears_of
 from bloomq.converters.calibration.gptq import SHRINK, Codes, descend, gptq
+from bloomq.converters.calibration.moments import Moments
 from bloomq.converters.calibration.producer import Settings, calibrated
 from bloomq.converters.calibration.scratch import Scratch
 from bloomq.converters.calibration.solver import Solver
@@ -275,8 +277,8 @@ def test_a_singular_moment_gets_more_on_its_diagonal(pool):
 
 
 def test_moments_hold_a_channel_that_is_large_and_nearly_constant(pool, monkeypatch):
-    monkeypatch.setattr(forward, "_SUMMED_ROWS", 200)
-    monkeypatch.setattr(forward, "_TRIANGLE", 3)
+    monkeypatch.setattr(moments_module, "_SUMMED_ROWS", 200)
+    monkeypatch.setattr(moments_module, "_TRIANGLE", 3)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((700, 8)).astype(np.float32)
     x[:, 2] = 3000 + 0.01 * x[:, 2]
@@ -292,12 +294,13 @@ def test_moments_hold_a_channel_that_is_large_and_nearly_constant(pool, monkeypa
 
 
 @pytest.mark.parametrize("post", [False, True], ids=["pre-norm", "post-norm"])
-def test_inputs_are_those_of_the_references_block(tmp_path, post):
+def test_inputs_are_those_of_the_references_block(pool, tmp_path, post, monkeypatch):
+    monkeypatch.setattr(forward, "_PIECE", 16)
     settings = {"apply_residual_connection_post_layernorm": post}
     checkpoint = read_checkpoint(write_checkpoint(tmp_path / "c", n_layer=2, config=settings))
     ids = np.random.default_rng(0).integers(0, 96, (3, 20))
     weights = UnderWay(checkpoint)
-    weights.add_exact(linears_of(1))
+    weights.add_rounded(linears_of(1), get_scheme("f32"), pool)
     runner = Runner(ids, checkpoint.config, 1)
     x = np.random.default_rng(1).standard_normal((60, 64)).astype(np.float32)
     seen: dict[str, np.ndarray] = {}
@@ -305,6 +308,12 @@ def test_inputs_are_those_of_the_references_block(tmp_path, post):
         runner.inputs_of(name, 1, weights, x, lambda part, name=name: seen.update({name: part}))
     out = np.empty_like(x)
     runner.through(1, weights, x, out)
+    kept, again = Kept(np.empty_like(x)), []
+    for name in linears_of(1):
+        runner.inputs_of(name, 1, weights, x, again.append, kept)
+    runner.through(1, weights, x, kept.rows, kept)
+    assert all(np.array_equal(a, b) for a, b in zip(seen.values(), again, strict=True))
+    assert np.array_equal(out, kept.rows)
 
     reference, expected = ReferenceBackend(), {}
 

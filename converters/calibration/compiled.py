@@ -226,15 +226,9 @@ def descend_block(  # type: ignore[no-untyped-def]
 
 
 @cached
-def corner(part, inverse):  # type: ignore[no-untyped-def]
-    """part [B, B]: its upper triangle becomes U, of which U.T @ U was that, and inverse the inverse
-    of U; both with zeros below, float64 within. Whether it is positive definite: no more is done
-    where it is not."""
-    size = part.shape[0]
-    u, x = np.zeros((size, size)), np.zeros((size, size))
-    for i in range(size):
-        for j in range(i, size):
-            u[i, j] = np.float64(part[i, j])
+def _triangle(u):  # type: ignore[no-untyped-def]
+    """u's upper triangle becomes U; whether it is positive definite."""
+    size = u.shape[0]
     for i in range(size):
         if not u[i, i] > 0:
             return False
@@ -245,16 +239,25 @@ def corner(part, inverse):  # type: ignore[no-untyped-def]
             factor = u[i, row]
             for j in range(row, size):
                 u[row, j] -= factor * u[i, j]
+    return True
+
+
+@cached
+def corner(part, inverse):  # type: ignore[no-untyped-def]
+    """part [B, B]: its upper triangle becomes U, of which U.T @ U was that, and inverse the inverse
+    of U; both with zeros below, and float64 within. Whether it is positive definite: nothing is
+    changed where it is not."""
+    size = part.shape[0]
+    u, x = np.triu(part).astype(np.float64), np.eye(size)
+    if not _triangle(u):
+        return False
     for i in range(size - 1, -1, -1):
-        x[i, i] = 1.0
         for row in range(i + 1, size):
             factor = u[i, row]
             for j in range(row, size):
                 x[i, j] -= factor * x[row, j]
         for j in range(i, size):
             x[i, j] /= u[i, i]
-    for i in range(size):
-        for j in range(size):
-            part[i, j] = np.float32(u[i, j])
-            inverse[i, j] = np.float32(x[i, j])
+    part[:] = u.astype(np.float32)
+    inverse[:] = x.astype(np.float32)
     return True

@@ -23,12 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.config import WeightSpec, weight_specs
-from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, round_up
+from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, get_scheme, round_up
 from bloomq.weights import Matrix
 
 from ..pieces import Piece, Producer, blocks, rounded_block
 from ..source import Checkpoint, SourceTensor
-from .forward import Moments, Runner, UnderWay, linears_of, places_of, rows_of
+from .forward import Kept, Runner, UnderWay, linears_of, places_of, rows_of
+from .moments import Moments
 from .scratch import Scratch
 from .solver import DAMPING, SWEEPS, Solver
 from .text import spread
@@ -44,6 +45,7 @@ HEAD_DAMPING = 1.0
 _HEAD_TOKENS = (
     16384  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
 )
+_NEARLY_EXACT = get_scheme("int8")  # for these states: a quarter of float32's time
 _SOLVED_BYTES = 256 << 20  # of float32 rows that are solved at a time; some five times that at hand
 
 
@@ -155,7 +157,8 @@ class _Calibration:
         self.scratch.keep(x, 0)
 
     def _head_moment(self) -> F32:
-        """Of the hidden states that the checkpoint's own weights end in, over some of the text."""
+        """Of the hidden states that the checkpoint's weights, rounded to int8, end in, over some
+        of the text."""
         ids = spread(self._runner.ids)
         ids = ids[: max(1, _HEAD_TOKENS // ids.shape[1])]
         runner = Runner(ids, self._config, self._threads)
@@ -164,7 +167,7 @@ class _Calibration:
         x = np.empty((ids.size, self._config.hidden_size), np.float32)
         runner.embed(weights, places_of(wanted), _picked(tensor, wanted), x)
         for layer in range(self._config.n_layer):
-            weights.add_exact(linears_of(layer))
+            weights.add_rounded(linears_of(layer), _NEARLY_EXACT, self._pool)
             runner.through(layer, weights, x, x)
             weights.drop(linears_of(layer))
         moments = Moments(self._pool)
@@ -197,6 +200,7 @@ class _Calibration:
     def _block(self, layer: int) -> Iterator[Piece]:
         """Its weights; then the next block's input."""
         x, weights = self.scratch.open(layer), UnderWay(self._checkpoint)
+        kept = Kept(self.scratch.new())
         for spec in self._specs.values():
             if not spec.name.startswith(f"h.{layer}."):
                 continue
@@ -204,14 +208,13 @@ class _Calibration:
                 yield from self._as_stored(spec.name)
                 continue
             moments = Moments(self._pool)
-            self._runner.inputs_of(spec.name, layer, weights, x, moments.add)
+            self._runner.inputs_of(spec.name, layer, weights, x, moments.add, kept)
             mean, moment = moments.result(central=self._settings.correct_bias)
             for piece in self._linear(spec, mean, moment, weights):
                 if spec.name not in self._done:
                     yield piece
-        out = self.scratch.new()
-        self._runner.through(layer, weights, x, out)
-        self.scratch.keep(out, layer + 1)
+        self._runner.through(layer, weights, x, kept.rows, kept)
+        self.scratch.keep(kept.rows, layer + 1)
 
     def _linear(
         self, spec: WeightSpec, mean: F32, moment: F32, weights: UnderWay
