@@ -43,7 +43,7 @@ Progress = Callable[[int, int], None]  # (work done, work in all), in an arbitra
 # (docs/experiments.md).
 HEAD_DAMPING = 1.0
 _HEAD_TOKENS = (
-    16384  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
+    8192  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
 )
 _NEARLY_EXACT = get_scheme("int8")  # for these states: a quarter of float32's time
 _SOLVED_BYTES = 256 << 20  # of float32 rows that are solved at a time; some five times that at hand
