@@ -15,6 +15,7 @@ import pytest
 from bloomq.converters.calibration import forward
 from bloomq.converters.calibration import moments as moments_module
 from bloomq.converters.calibration import scratch as scratch_module
+from bloomq.converters.calibration.compiled import corner
 from bloomq.converters.calibration.conversion import plan_calibrated
 from bloomq.converters.calibration.factor import column_order, factor
 from bloomq.converters.calibration.forward import Kept, Runner, UnderWay, linears_of
@@ -144,6 +145,32 @@ def test_factor_restores_the_moment(pool):
     assert np.allclose(restored, (h + np.eye(96))[np.ix_(order, order)], rtol=1e-4, atol=1e-3)
     assert np.array_equal(by.unit, np.triu(by.unit))
     assert (np.diag(by.unit) == 1).all()
+
+
+@pytest.mark.parametrize("k", [32, 96, 256, 288, 832])
+def test_a_factor_of_any_size_is_choleskys(pool, k):
+    """In one corner, in several, and of tiles that meet in the middle."""
+    _, h = problem(1, k)
+    h += np.diag(h).mean() * np.eye(k, dtype=np.float32)
+    order = np.random.default_rng(k).permutation(k)
+    back = order[::-1]
+    lower = np.linalg.cholesky(h[np.ix_(back, back)].astype(np.float64))
+    diagonal = np.diag(lower)[::-1]
+    by = factor(h, order, pool)
+    assert np.allclose(by.unit, lower[::-1, ::-1] / diagonal, atol=1e-4)
+    assert np.allclose(by.weight, diagonal**2, rtol=1e-4)
+
+
+def test_the_compiled_corner_is_choleskys():
+    _, h = problem(1, 40)
+    part, inverse = h + np.eye(40, dtype=np.float32), np.empty((40, 40), np.float32)
+    upper = np.linalg.cholesky(part.astype(np.float64)).T
+    assert corner(part, inverse)
+    assert np.allclose(part, upper, rtol=1e-6, atol=1e-6)
+    assert np.allclose(inverse, np.linalg.inv(upper), rtol=1e-5, atol=1e-6)
+    bad = -h
+    assert not corner(bad, inverse)
+    assert np.array_equal(bad, -h)
 
 
 def test_groups_stay_whole_in_the_order_of_columns():
@@ -296,6 +323,7 @@ def test_moments_hold_a_channel_that_is_large_and_nearly_constant(pool, monkeypa
 @pytest.mark.parametrize("post", [False, True], ids=["pre-norm", "post-norm"])
 def test_inputs_are_those_of_the_references_block(pool, tmp_path, post, monkeypatch):
     monkeypatch.setattr(forward, "_PIECE", 16)
+    monkeypatch.setattr(forward, "STEP_TOKENS", 40)  # two steps
     settings = {"apply_residual_connection_post_layernorm": post}
     checkpoint = read_checkpoint(write_checkpoint(tmp_path / "c", n_layer=2, config=settings))
     ids = np.random.default_rng(0).integers(0, 96, (3, 20))
@@ -305,14 +333,17 @@ def test_inputs_are_those_of_the_references_block(pool, tmp_path, post, monkeypa
     x = np.random.default_rng(1).standard_normal((60, 64)).astype(np.float32)
     seen: dict[str, np.ndarray] = {}
     for name in linears_of(1):
-        runner.inputs_of(name, 1, weights, x, lambda part, name=name: seen.update({name: part}))
+        parts: list[np.ndarray] = []
+        runner.inputs_of(name, 1, weights, x, parts.append)
+        seen[name] = np.concatenate(parts)
     out = np.empty_like(x)
     runner.through(1, weights, x, out)
-    kept, again = Kept(np.empty_like(x)), []
+    kept = Kept(np.empty_like(x))
     for name in linears_of(1):
-        runner.inputs_of(name, 1, weights, x, again.append, kept)
+        parts = []
+        runner.inputs_of(name, 1, weights, x, parts.append, kept)
+        assert np.array_equal(np.concatenate(parts), seen[name]), name
     runner.through(1, weights, x, kept.rows, kept)
-    assert all(np.array_equal(a, b) for a, b in zip(seen.values(), again, strict=True))
     assert np.array_equal(out, kept.rows)
 
     reference, expected = ReferenceBackend(), {}
