@@ -32,6 +32,7 @@ from bloomq.converters.plan import make_plan
 from quality import Row, line, log_softmax, mean_loss, read_windows
 
 import bloomq
+from bloomq.backends.numba_cpu.threads import physical_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 8192  # of the table, that --time solves
@@ -135,7 +136,7 @@ def time_pieces(path: Path, tokens: int, layers: int | None) -> None:
         (Moments, "result", "moments"), (Solver, "__init__", "factor"), (Solver, "rows", "rows"),
     ):  # fmt: skip
         stages.watch(owner, method, name)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(physical_cores()) as pool:
         plan = make_plan(path, Path(folder) / "pack")
         config = plan.checkpoint.config
         layers = layers or config.n_layer

@@ -17,11 +17,12 @@ from bloomq.converters.calibration import moments as moments_module
 from bloomq.converters.calibration import scratch as scratch_module
 from bloomq.converters.calibration.compiled import corner
 from bloomq.converters.calibration.conversion import plan_calibrated
+from bloomq.converters.calibration.estimate import Rates, peak_bytes, seconds_of
 from bloomq.converters.calibration.factor import column_order, factor
 from bloomq.converters.calibration.forward import Kept, Runner, UnderWay, linears_of
 from bloomq.converters.calibration.gptq import SHRINK, Codes, descend, gptq
 from bloomq.converters.calibration.moments import Moments
-from bloomq.converters.calibration.producer import Settings, calibrated
+from bloomq.converters.calibration.producer import HEAD_TOKENS, Settings, calibrated
 from bloomq.converters.calibration.scratch import Scratch
 from bloomq.converters.calibration.solver import Solver
 from bloomq.converters.calibration.text import read_windows, spread
@@ -304,7 +305,7 @@ def test_a_singular_moment_gets_more_on_its_diagonal(pool):
 
 
 def test_moments_hold_a_channel_that_is_large_and_nearly_constant(pool, monkeypatch):
-    monkeypatch.setattr(moments_module, "_SUMMED_ROWS", 200)
+    monkeypatch.setattr(moments_module, "SUMMED_ROWS", 200)
     monkeypatch.setattr(moments_module, "_TRIANGLE", 3)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((700, 8)).astype(np.float32)
@@ -659,6 +660,22 @@ def test_what_cannot_be_is_refused_before_anything_is_measured(text, tmp_path, m
     (tmp_path / "pack").write_text("a file")
     with pytest.raises(OutputError, match="already exists"):
         convert(DEMO, tmp_path / "pack", calibrate=text, bits=5)
+
+
+def test_a_plans_operations_are_counted(tmp_path):
+    (tmp_path / "text.txt").write_text("A few words only. " * 50)
+    plan, _, _ = plan_calibrated(DEMO, tmp_path / "pack", tmp_path / "text.txt", tokens=128)
+    tokens, c = 128, plan.checkpoint.config.hidden_size
+    vocab, layers = plan.checkpoint.config.vocab_size, plan.checkpoint.config.n_layer
+    shapes = [(3 * c, c), (c, c), (4 * c, c), (c, 4 * c)] * layers
+    products = sum(tokens * k * k for _, k in shapes)
+    products += sum(k**3 / 3 + 7 * n * k * k for n, k in [*shapes, (vocab, c)])
+    multiplied = layers * 2 * c * c * (16 * tokens + 12 * HEAD_TOKENS)  # mlp.up twice
+    weights = 12 * c * c * layers + vocab * c
+    assert seconds_of(plan, Rates(2.0, 1e30, 0)) == pytest.approx(products / 2)
+    assert seconds_of(plan, Rates(1e30, 4.0, 0)) == pytest.approx(multiplied / 4)
+    assert seconds_of(plan, Rates(1e30, 1e30, 8.0)) == pytest.approx(weights * 8)
+    assert peak_bytes(plan) > 4 * (4 * c) ** 2
 
 
 def test_a_text_that_is_much_too_short_is_noted(tmp_path):

@@ -15,7 +15,7 @@ from bloomq.backends.numba_cpu.products import add_product
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-_SUMMED_ROWS = 8192  # 0.5 GB of 16,384 columns
+SUMMED_ROWS = 8192  # 0.5 GB of 16,384 columns
 _TRIANGLE = 512  # rows of a second moment that a thread sums at a time
 
 
@@ -44,7 +44,7 @@ class Moments:
         self._total += x.sum(axis=0, dtype=np.float64)
         self._count += len(x)
         self._waiting.append(x)
-        if sum(map(len, self._waiting)) >= _SUMMED_ROWS:
+        if sum(map(len, self._waiting)) >= SUMMED_ROWS:
             self._sum()
 
     def _sum(self) -> None:

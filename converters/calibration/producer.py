@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bloomq.backends.numba_cpu.threads import physical_cores
 from bloomq.config import WeightSpec, weight_specs
 from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, get_scheme, round_up
 from bloomq.weights import Matrix
@@ -42,11 +43,9 @@ Progress = Callable[[int, int], None]  # (work done, work in all), in an arbitra
 # states, as a look-up each column counts alike. So much damping is a compromise between the two
 # (docs/experiments.md).
 HEAD_DAMPING = 1.0
-_HEAD_TOKENS = (
-    8192  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
-)
+HEAD_TOKENS = 8192  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
 _NEARLY_EXACT = get_scheme("int8")  # for these states: a quarter of float32's time
-_SOLVED_BYTES = 256 << 20  # of float32 rows that are solved at a time; some five times that at hand
+SOLVED_BYTES = 256 << 20  # of float32 rows that are solved at a time; some five times that at hand
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ def _produce(
     ids: I64, folder: Path, settings: Settings, threads: int | None, progress: Progress,
     checkpoint: Checkpoint, schemes: Mapping[str, Scheme], done: Collection[str],
 ) -> Iterator[Piece]:  # fmt: skip
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads or physical_cores()) as pool:
         run = _Calibration(
             ids, folder, settings, threads, progress, checkpoint, schemes, done, pool
         )
@@ -160,7 +159,7 @@ class _Calibration:
         """Of the hidden states that the checkpoint's weights, rounded to int8, end in, over some
         of the text."""
         ids = spread(self._runner.ids)
-        ids = ids[: max(1, _HEAD_TOKENS // ids.shape[1])]
+        ids = ids[: max(1, HEAD_TOKENS // ids.shape[1])]
         runner = Runner(ids, self._config, self._threads)
         weights, wanted = UnderWay(self._checkpoint), np.unique(ids)
         tensor = self._checkpoint.tensors["wte.weight"]
@@ -243,7 +242,7 @@ class _Calibration:
         """(piece, first row, values [n, K]) of some rows of a matrix at a time."""
         tensor = self._checkpoint.tensors[f"{name}.weight"]
         total, k = tensor.shape
-        rows = max(ROW_MULTIPLE, _SOLVED_BYTES // (4 * k) // ROW_MULTIPLE * ROW_MULTIPLE)
+        rows = max(ROW_MULTIPLE, SOLVED_BYTES // (4 * k) // ROW_MULTIPLE * ROW_MULTIPLE)
         solver = Solver(
             moment, self._schemes[name], self._pool, name=tensor.name, damping=damping,
             sweeps=self._settings.sweeps,
@@ -259,7 +258,7 @@ class _Calibration:
 def _picked(tensor: SourceTensor, wanted: I64) -> F32:
     """Rows `wanted`, ascending, of a table that is read a block at a time."""
     total, k = tensor.shape
-    picked, step = np.empty((len(wanted), k), np.float32), max(1, _SOLVED_BYTES // (16 * k))
+    picked, step = np.empty((len(wanted), k), np.float32), max(1, SOLVED_BYTES // (16 * k))
     for start in range(0, total, step):
         here = (wanted >= start) & (wanted < start + step)
         if here.any():

@@ -44,7 +44,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 DAMPING = 0.01  # of the mean diagonal, added to it. Source: GPTQ, section 3.3
-_SPAN = 256  # rows that a thread solves at a time: of 16,384 columns five times 17 MB
+SPAN = 256  # rows that a thread solves at a time: of 16,384 columns five times 17 MB
 _REACH = 512  # columns of a product
 SWEEPS = 2  # of descent: the second gains a fifth of the first, a third next to nothing
 # What int8's row scales are tried at, of that at which a row's largest weight gets 127.
@@ -93,13 +93,13 @@ class Solver:
             return self._solved(w)
 
     def _solved(self, w: F32) -> Solved:
-        shape, spans = w.shape, range(0, len(w), _SPAN)
+        shape, spans = w.shape, range(0, len(w), SPAN)
         values = np.empty(shape, np.float32)
 
         def run(start: int) -> dict[str, Array]:
-            rows = w[start : start + _SPAN]
+            rows = w[start : start + SPAN]
             parts = self._parts(rows)
-            values[start : start + _SPAN] = self.scheme.dequantize(parts, rows.shape)
+            values[start : start + SPAN] = self.scheme.dequantize(parts, rows.shape)
             return parts
 
         found = list(self._pool.map(run, spans))
