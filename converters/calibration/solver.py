@@ -120,7 +120,8 @@ class Solver:
         left = descend(wt, self._h, found, self._low, self._high, self._sweeps)
         parts = self._stored(found)
         others = np.ascontiguousarray((stored - self.scheme.dequantize(nearest, stored.shape)).T)
-        rows = np.flatnonzero(self.errors(left) > self.errors(others))
+        ours, theirs = np.split(self.errors(np.hstack([left, others])), 2)
+        rows = np.flatnonzero(ours > theirs)
         for leaf, array in parts.items():  # rows that rounding to nearest does better, if any
             at = (rows,) if array.ndim == 1 else (rows // TILE, slice(None), rows % TILE)
             array[at] = nearest[leaf][at]
