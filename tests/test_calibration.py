@@ -670,6 +670,8 @@ def test_a_plans_operations_are_counted(tmp_path):
     shapes = [(3 * c, c), (c, c), (4 * c, c), (c, 4 * c)] * layers
     products = sum(tokens * k * k for _, k in shapes)
     products += sum(k**3 / 3 + 7 * n * k * k for n, k in [*shapes, (vocab, c)])
+    window = plan.options["calibration"]["window"]
+    products += 3 * 2 * (tokens + HEAD_TOKENS) * window * c * layers  # attention
     multiplied = layers * 2 * c * c * (16 * tokens + 12 * HEAD_TOKENS)  # mlp.up twice
     weights = 12 * c * c * layers + vocab * c
     assert seconds_of(plan, Rates(2.0, 1e30, 0)) == pytest.approx(products / 2)

@@ -1,8 +1,8 @@
 """How long a calibration takes here and what memory it needs: counted operations, at rates that are
 measured in a second or two.
 
-Counted are the products, of float32 and of the layers, and the loops over codes; not reading,
-writing or attention, some tenth of it all.
+Counted are the products, of float32 and of the layers, attention, and the loops over codes; not
+reading, writing, restoring values or copies.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .moments import SUMMED_ROWS
 from .producer import HEAD_TOKENS, SOLVED_BYTES, Settings
 from .solver import SPAN, Calibrated, Solver
 
+_ATTENTION = 3  # of its operations takes as long as so many of a product
 _SAMPLE = 1024  # rows and columns of what is measured
 
 
@@ -52,6 +53,8 @@ def seconds_of(plan: Plan, rates: Rates) -> float:
             sums += tokens * k * k
             runs = 2 if spec.name.endswith("mlp.up") else 1  # again for the inputs of mlp.down
             layers += 2 * n * k * (runs * tokens + config.head_is_embedding * HEAD_TOKENS)
+    attended = tokens + config.head_is_embedding * HEAD_TOKENS
+    sums += _ATTENTION * 2 * attended * facts["window"] * config.hidden_size * config.n_layer
     return sums / rates.products + layers / rates.layers + weights * rates.loops
 
 
