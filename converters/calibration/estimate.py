@@ -42,19 +42,20 @@ class Rates:
 def seconds_of(plan: Plan, rates: Rates) -> float:
     """Of a calibrated conversion, at these rates."""
     config, facts = plan.checkpoint.config, plan.options["calibration"]
-    tokens, sums, layers, weights = facts["tokens"], 0.0, 0.0, 0.0
+    tokens, window = int(facts["tokens"]), int(facts["window"])
+    sums = layers = weights = 0.0
     for spec in weight_specs(config):
         if not spec.is_matrix or plan.schemes[spec.name].name not in Calibrated:
             continue
         n, k = spec.shape
         weights += n * k
-        sums += k**3 / 3 + n * k * k * _products_of_rows(facts["sweeps"])
+        sums += k**3 / 3 + n * k * k * _products_of_rows(int(facts["sweeps"]))
         if spec.kind == "linear":
             sums += tokens * k * k
             runs = 2 if spec.name.endswith("mlp.up") else 1  # again for the inputs of mlp.down
             layers += 2 * n * k * (runs * tokens + config.head_is_embedding * HEAD_TOKENS)
     attended = tokens + config.head_is_embedding * HEAD_TOKENS
-    sums += _ATTENTION * 2 * attended * facts["window"] * config.hidden_size * config.n_layer
+    sums += _ATTENTION * 2 * attended * window * config.hidden_size * config.n_layer
     return sums / rates.products + layers / rates.layers + weights * rates.loops
 
 
