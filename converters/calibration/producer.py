@@ -45,7 +45,7 @@ Progress = Callable[[int, int], None]  # (work done, work in all), in an arbitra
 HEAD_DAMPING = 1.0
 HEAD_TOKENS = 8192  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
 _NEARLY_EXACT = get_scheme("int8")  # for these states: a quarter of float32's time
-SOLVED_BYTES = 256 << 20  # of float32 rows that are solved at a time; some five times that at hand
+SOLVED_BYTES = 256 << 20  # of float32 rows at a time; with their values twice that
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def calibrated(
     """The producer that calibrates on windows of token ids [B, T].
 
     folder: of its own, for activations: 4 bytes for each token and column, three times over; it is
-    gone when all weights are made. threads: of the loops and the layers; BLAS has its own.
+    gone when all weights are made. threads: None for one a core; no byte depends on them.
     Raises (when it produces): NumericError, OutputError, UsageError, CheckpointError.
     """
     return partial(_produce, ids, folder, settings or Settings(), threads, progress)
