@@ -439,6 +439,13 @@ def test_going_on_gives_the_same_bytes_wherever_it_stopped(small, tmp_path):
         assert bytes_of(first + rest) == undisturbed, names[stop]
 
 
+def test_no_byte_depends_on_the_number_of_threads(small, tmp_path):
+    one, all_cores = (
+        bytes_of(pieces(small, tmp_path / str(threads), threads=threads)) for threads in (1, None)
+    )
+    assert one == all_cores
+
+
 def test_the_next_blocks_work_does_not_repeat_the_last_ones(small, tmp_path):
     source = read_checkpoint(small)
     names = [spec.name for spec in weight_specs(source.config)]

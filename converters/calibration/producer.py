@@ -229,7 +229,7 @@ class _Calibration:
             if self._settings.correct_bias:
                 tensor = self._checkpoint.tensors[f"{name}.weight"]
                 w = rows_of(tensor, start, start + len(values))
-                bias[start : start + len(values)] += (w - values) @ mean
+                bias[start : start + len(values)] += np.einsum("nk,k->n", w - values, mean)
             yield piece
         whole = {leaf: np.concatenate(arrays) for leaf, arrays in parts.items()}
         weights.matrices[name] = Matrix(
