@@ -2,7 +2,7 @@
 
     python benchmarks/calibration.py [--checkpoint DIR] [--text DIR] [--calibrate DIR]
         [--tokens 8000] [--calibration-tokens 81920] [--window 256] [--only WORD]
-    python benchmarks/calibration.py --time CHECKPOINT      seconds a block, on random tokens
+    python benchmarks/calibration.py --time CHECKPOINT [--layers 30]    seconds of its pieces
 
 Held-out text and windows as of benchmarks/quality.py, and never calibrated on; the interval is two
 standard errors of the difference in loss. Runs through the Numba backend, rounding of activations
@@ -13,22 +13,29 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
 from bloomq.converters.calibration.conversion import plan_calibrated
-from bloomq.converters.calibration.producer import Settings, calibrated
+from bloomq.converters.calibration.forward import Runner, rows_of
+from bloomq.converters.calibration.moments import Moments
+from bloomq.converters.calibration.producer import Settings, _Calibration
+from bloomq.converters.calibration.solver import Solver
 from bloomq.converters.calibration.text import TOKENS
 from bloomq.converters.convert import convert, run
 from bloomq.converters.plan import make_plan
-from bloomq.converters.reading import read_checkpoint
 from quality import Row, line, log_softmax, mean_loss, read_windows
 
 import bloomq
+from bloomq.backends.numba_cpu.threads import physical_cores
 
 ROOT = Path(__file__).resolve().parent.parent
+ROWS = 8192  # of the table, that --time solves
 G32, G64, G128 = ({"scheme": "int4", "group_size": g} for g in (32, 64, 128))
 GPTQ_ALONE = Settings(sweeps=0, correct_bias=False)
 DESCENT = Settings(correct_bias=False)
@@ -56,14 +63,16 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=corpora / "heldout")
     parser.add_argument("--calibrate", type=Path, default=corpora / "calibration")
     parser.add_argument("--tokens", type=int, default=8000, help="of each held-out file, at most")
-    parser.add_argument("--calibration-tokens", type=int, default=81920)
+    parser.add_argument("--calibration-tokens", type=int, help="81,920; --time: 24,576")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--only", default="", help="variants whose name has this in it")
-    parser.add_argument("--time", type=Path, metavar="CHECKPOINT", help="time its blocks, no more")
+    parser.add_argument("--time", type=Path, metavar="CHECKPOINT", help="time its pieces, no more")
+    parser.add_argument("--layers", type=int, help="--time: of the whole model")
     args = parser.parse_args()
     if args.time is not None:
-        time_blocks(args.time)
+        time_pieces(args.time, args.calibration_tokens or TOKENS, args.layers)
         return
+    args.calibration_tokens = args.calibration_tokens or 81920
     for text in (args.text, args.calibrate):
         if not text.exists():
             parser.error(f"{text}: no such text: name a file or folder")
@@ -82,26 +91,81 @@ def main() -> None:
             print(line(row), f"{seconds:7.1f} s", flush=True)
 
 
-def time_blocks(path: Path) -> None:
-    """Prints how long the pieces before the blocks take, and each block, of as many random tokens
-    as a calibration takes by itself: what a checkpoint of a few layers (make_checkpoint.py
-    --layers) says of one with all."""
-    vocab_size = read_checkpoint(path).config.vocab_size
-    ids = np.random.default_rng(0).integers(0, vocab_size, (TOKENS // 2048, 2048))
-    times = [(perf_counter(), process_time())]
+class Stages:
+    """Seconds, and seconds of the CPU, in each stage, less those in stages within it."""
 
-    def block_done(done: int, total: int) -> None:
-        times.append((perf_counter(), process_time()))
-        seconds, cpu = (after - before for before, after in zip(times[-2], times[-1], strict=True))
-        print(f"block {done} of {total}: {seconds:.0f} s, {cpu:.0f} s of the CPU", flush=True)
+    def __init__(self) -> None:
+        self.spent: dict[str, list[float]] = {}
+        self._within: list[list[float]] = [[0.0, 0.0]]
 
-    with tempfile.TemporaryDirectory() as folder:
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begun = perf_counter(), process_time()
+        self._within.append([0.0, 0.0])
+        yield
+        both = perf_counter() - begun[0], process_time() - begun[1]
+        for i, (seconds, inner) in enumerate(zip(both, self._within.pop(), strict=True)):
+            self.spent.setdefault(name, [0.0, 0.0])[i] += seconds - inner
+            self._within[-1][i] += seconds
+
+    def watch(self, owner: type, method: str, name: str) -> None:
+        inner = getattr(owner, method)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            with self.stage(name):
+                return inner(*arguments, **options)
+
+        setattr(owner, method, call)
+
+    def take(self, *, times: float = 1.0) -> list[float]:
+        """Print what was spent, so many times over, and forget it; the sums."""
+        total = [times * sum(spent) for spent in zip(*self.spent.values(), strict=True)]
+        parts = (f"{name} {times * s:.0f} ({times * c:.0f})" for name, (s, c) in self.spent.items())
+        print(f"    {total[0]:.0f} s ({total[1]:.0f} of the CPU): {', '.join(parts)}", flush=True)
+        self.spent.clear()
+        return total
+
+
+def time_pieces(path: Path, tokens: int, layers: int | None) -> None:
+    """Prints how long the pieces of a calibration take, of random tokens and weights as they are:
+    the head's hidden states, the table (of ROWS of its rows), each block; and the whole for
+    `layers` blocks, from a checkpoint of a few (make_checkpoint.py --layers)."""
+    stages = Stages()
+    for owner, method, name in (
+        (Runner, "through", "layers"), (Runner, "inputs_of", "layers"), (Moments, "add", "moments"),
+        (Moments, "result", "moments"), (Solver, "__init__", "factor"), (Solver, "rows", "rows"),
+    ):  # fmt: skip
+        stages.watch(owner, method, name)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(physical_cores()) as pool:
         plan = make_plan(path, Path(folder) / "pack")
-        produce = calibrated(ids, Path(folder) / "activations", progress=block_done)
-        for piece in produce(plan.checkpoint, plan.schemes, set()):
-            if piece.weight == "emb_ln" and len(times) == 1:
-                times.append((perf_counter(), process_time()))
-                print(f"embedding: {times[-1][0] - times[0][0]:.0f} s", flush=True)
+        config = plan.checkpoint.config
+        layers = layers or config.n_layer
+        ids = np.random.default_rng(0).integers(0, config.vocab_size, (tokens // 2048, 2048))
+        run = _Calibration(
+            ids, Path(folder) / "activations", Settings(), None, lambda done, total: None,
+            plan.checkpoint, plan.schemes, (), pool,
+        )  # fmt: skip
+        print("hidden states of the head, all blocks:")
+        with stages.stage("weights"):
+            moment = run._head_moment()
+        total = stages.take(times=layers / config.n_layer)[0]
+        print("the table:")
+        name, table = "wte", plan.checkpoint.tensors["wte.weight"]
+        solver = Solver(moment, plan.schemes[name], pool, damping=Settings().head_damping)
+        stages.spent.clear()
+        with stages.stage("weights"):
+            solver.rows(rows_of(table, 0, ROWS))
+        total += stages.take(times=table.shape[0] / ROWS)[0]
+        x = run.scratch.new()
+        x[:] = np.random.default_rng(1).standard_normal(x.shape, np.float32)
+        run.scratch.keep(x, 0)
+        for layer in range(config.n_layer):
+            print(f"block {layer + 1}, on {ids.size} tokens:")
+            with stages.stage("weights"):
+                for _ in run._block(layer):
+                    pass
+            seconds = stages.take()[0]
+        print(f"in all, of {layers} blocks: {(total + layers * seconds) / 60:.0f} minutes")
 
 
 def make(

@@ -119,10 +119,12 @@ class Plan:
         return shutil.disk_usage(folder).free
 
     @property
-    def peak_memory_bytes(self) -> int | None:
-        """An estimate, of round to nearest; None for a calibration."""
+    def peak_memory_bytes(self) -> int:
+        """An estimate."""
         if self.is_calibrated:
-            return None
+            from .calibration.estimate import peak_bytes
+
+            return _LIBRARIES_BYTES + peak_bytes(self)
         return _LIBRARIES_BYTES + self.workers * _WORKER_BYTES
 
     @property
@@ -182,16 +184,17 @@ class Plan:
             f"disk     {size_text(self.disk_needed_bytes)} needed, "
             f"{size_text(self.disk_free_bytes)} free{enough}",
         ]
-        memory = self.peak_memory_bytes
-        if seconds is None or memory is None:
-            return [*rows, "memory   and time are not estimated for a calibration"]
+        memory, threads = size_text(self.peak_memory_bytes), self.workers
+        rows.append(f"memory   about {memory} at the peak, {threads} threads")
+        if seconds is None:
+            return rows
         rate = source.nbytes / 1e6 / max(seconds, 1e-9)
-        return [
-            *rows,
-            f"memory   about {size_text(memory)} at the peak, {self.workers} threads",
-            f"time     about {_duration(seconds)} by a sample of reading and rounding "
-            f"({rate:.0f} MB/s), if the disk writes as fast",
-        ]
+        how = (
+            f"a sample of reading and rounding ({rate:.0f} MB/s), if the disk writes as fast"
+            if not self.is_calibrated
+            else "its operations, at rates measured now"
+        )
+        return [*rows, f"time     about {_duration(seconds)} by {how}"]
 
     def fingerprint(self) -> str:
         """The checkpoint's, or what its reader knows it by."""
@@ -295,7 +298,12 @@ def worker_count(threads: int | None) -> int:
 
 def estimate_seconds(plan: Plan) -> float:
     """How long the conversion takes here, by reading and rounding a sample of it: some blocks of
-    each scheme from all over the checkpoint. Writing is not measured, since nothing is written."""
+    each scheme from all over the checkpoint. Writing is not measured, since nothing is written. Of
+    a calibration, by its operations."""
+    if plan.is_calibrated:
+        from .calibration.estimate import measured_rates, seconds_of
+
+        return seconds_of(plan, measured_rates(plan.workers))
     groups: dict[tuple[str, str], list[Block]] = {}
     for block in blocks(plan.checkpoint, plan.schemes):
         if block.scheme is not None:

@@ -98,17 +98,20 @@ def test_dry_run_in_json_has_all_of_it(tmp_path):
     assert (facts["scheme"], facts["form"], facts["dtypes"]) == ("int4-g32", "huggingface", ["F32"])
 
 
-def test_dry_run_of_a_calibration_foretells_no_time_of_rounding(tmp_path):
+def test_dry_run_of_a_calibration_foretells_its_disk_memory_and_time(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("A few words only. " * 50)
     options = ("--calibrate", text, "--calibration-tokens", 64, "--dry-run")
     facts = json.loads(command("convert", DEMO, tmp_path / "pack", *options, "--json").stdout)
     assert (facts["method"], facts["calibration"]["tokens"]) == ("gptq", 64)
-    assert facts["estimated_seconds"] is facts["estimated_peak_memory_bytes"] is None
+    assert facts["estimated_seconds"] > 0
+    assert 170 << 20 < facts["estimated_peak_memory_bytes"] < 4 << 30
     plain = make_plan(DEMO, tmp_path / "pack").disk_needed_bytes
     assert facts["disk_needed_bytes"] == plain + 3 * 4 * 64 * 256  # activations of three blocks
     lines = command("convert", DEMO, tmp_path / "pack", *options).stdout.splitlines()
-    assert lines[-1] == "memory   and time are not estimated for a calibration"
+    assert lines[-2].startswith("memory   about")
+    assert lines[-1].startswith("time     about")
+    assert lines[-1].endswith("by its operations, at rates measured now")
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 

@@ -171,7 +171,7 @@ def _say_how_to_go_on(target: Path) -> None:
 def _print_plan(plan: Plan, as_json: bool) -> None:
     from bloomq.converters.plan import estimate_seconds
 
-    seconds = None if plan.is_calibrated else estimate_seconds(plan)
+    seconds = estimate_seconds(plan)
     if as_json:
         click.echo(json.dumps(plan.describe(seconds)))
         return

@@ -1,4 +1,5 @@
-"""The inner loops of `gptq`, compiled: 128 rows of the matrix at a time, columns first.
+"""The inner loops of `gptq` and of `factor`, compiled: 128 rows of the matrix at a time, columns
+first.
 
 Innermost loops run over these rows, the lanes, so they vectorise without reordering a sum, and a
 row's bits depend on nothing else. They hold no lock: callers give spans of rows to threads.
@@ -222,3 +223,41 @@ def descend_block(  # type: ignore[no-untyped-def]
                 _step_scale(h, at, first, lanes, codes, scale, errors, g, step, change)
             for k in range(at, at + group):
                 _step_code(h, k, first, lanes, low, high, codes, scale, errors, g, step)
+
+
+@cached
+def _triangle(u):  # type: ignore[no-untyped-def]
+    """u's upper triangle becomes U; whether it is positive definite."""
+    size = u.shape[0]
+    for i in range(size):
+        if not u[i, i] > 0:
+            return False
+        root = np.sqrt(u[i, i])
+        for j in range(i, size):
+            u[i, j] /= root
+        for row in range(i + 1, size):
+            factor = u[i, row]
+            for j in range(row, size):
+                u[row, j] -= factor * u[i, j]
+    return True
+
+
+@cached
+def corner(part, inverse):  # type: ignore[no-untyped-def]
+    """part [B, B]: its upper triangle becomes U, of which U.T @ U was that, and inverse the inverse
+    of U; both with zeros below, and float64 within. Whether it is positive definite: nothing is
+    changed where it is not."""
+    size = part.shape[0]
+    u, x = np.triu(part).astype(np.float64), np.eye(size)
+    if not _triangle(u):
+        return False
+    for i in range(size - 1, -1, -1):
+        for row in range(i + 1, size):
+            factor = u[i, row]
+            for j in range(row, size):
+                x[i, j] -= factor * x[row, j]
+        for j in range(i, size):
+            x[i, j] /= u[i, i]
+    part[:] = u.astype(np.float32)
+    inverse[:] = x.astype(np.float32)
+    return True

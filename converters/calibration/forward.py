@@ -8,6 +8,7 @@ activations and one block's weights; the activations between blocks lie in a fil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,20 +18,19 @@ from numpy.typing import NDArray
 from bloomq.backends.numba_cpu.layers import NumbaBackend
 from bloomq.config import BloomConfig
 from bloomq.errors import NumericError
-from bloomq.layers import Activation, Backend, LayerNorm, Span
+from bloomq.layers import Activation, LayerNorm, Span
 from bloomq.model import Block
-from bloomq.schemes import bf16_to_f32, get_scheme
+from bloomq.schemes import Scheme, bf16_to_f32, get_scheme
 from bloomq.weights import Matrix, Norm
 
-from ..quantize import all_finite
+from ..quantize import all_finite, quantize_block
 from ..source import Checkpoint, SourceTensor
 
 F32 = NDArray[np.float32]
-F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 Sink = Callable[[F32], None]  # is given the inputs of a matrix, [M, K]
-_SUMMED_ROWS = 8192  # 0.5 GB of 16,384 columns
-_TRIANGLE = 1024  # columns of a second moment that are summed in one product
+_ROUNDED_ROWS = 1024
+_PIECE = 256  # tokens of one product
 STEP_TOKENS = 2048  # tokens of one step, at least one window: 134 MB of 7b1's widest activations
 
 
@@ -64,14 +64,19 @@ class UnderWay:
         )
         return Norm(name, gain, bias, self.config.layer_norm_epsilon)
 
-    def add_exact(self, names: list[str]) -> None:
-        """Take matrices as the checkpoint has them. Raises: NumericError where one is damaged."""
+    def add_rounded(self, names: list[str], scheme: Scheme, pool: ThreadPoolExecutor) -> None:
+        """Take matrices of the checkpoint, rounded to nearest. Raises: NumericError where one is
+        damaged."""
         for name in names:
             tensor = self.checkpoint.tensors[f"{name}.weight"]
-            scheme = get_scheme("f32")
-            w = rows_of(tensor, 0, tensor.shape[0])
-            shape = (w.shape[0], w.shape[1])
-            self.matrices[name] = Matrix(name, scheme, shape, scheme.quantize(w))
+            n, k = tensor.shape
+            starts = range(0, n, _ROUNDED_ROWS)
+            found = list(
+                pool.map(lambda at, t=tensor, n=n: quantize_block(
+                    rows_of(t, at, min(at + _ROUNDED_ROWS, n)), "F32", scheme), starts)
+            )  # fmt: skip
+            parts = {leaf: np.concatenate([part[leaf] for part in found]) for leaf in found[0]}
+            self.matrices[name] = Matrix(name, scheme, (n, k), parts)
 
     def drop(self, names: list[str]) -> None:
         for name in names:
@@ -98,61 +103,16 @@ def vector_of(tensor: SourceTensor) -> F32:
     return rows_of(tensor, 0, tensor.shape[0])
 
 
-class Moments:
-    """Mean and second moment of rows that come a few at a time.
+@dataclass(slots=True, eq=False)
+class Kept:
+    """What a block has made of the text so far, from which passes for its later matrices go on:
+    rows [B * T, C] are what came out of its attention, then out of `attn.out`."""
 
-    Sums are taken about the first rows' mean, so that float32 holds them where a channel is large
-    and nearly constant; and of many rows at once: for 16,384 columns, adding up is 1 GB each time.
-    """
+    rows: F32
+    stage: int = 0  # 0: nothing yet, _ATTENTION or _OUT
 
-    def __init__(self) -> None:
-        self._waiting: list[F32] = []
-        self._centre: F32 | None = None
-        self._total: F64 | None = None
-        self._squares: F32 | None = None
-        self._count = 0
 
-    def add(self, x: F32) -> None:
-        """x [M, K]."""
-        self._waiting.append(x)
-        if sum(map(len, self._waiting)) >= _SUMMED_ROWS:
-            self._sum()
-
-    def _sum(self) -> None:
-        x = np.concatenate(self._waiting)
-        self._waiting = []
-        if self._centre is None:
-            self._centre = x.mean(axis=0, dtype=np.float64).astype(np.float32)
-        x -= self._centre
-        self._count += len(x)
-        if self._total is None or self._squares is None:
-            self._total = np.zeros(x.shape[1])
-            self._squares = np.zeros((x.shape[1], x.shape[1]), np.float32)
-        self._total += x.sum(axis=0, dtype=np.float64)
-        # The upper triangle alone: 11 s for 4,096 tokens of 16,384 columns, NumPy's x.T @ x 14.
-        for start in range(0, x.shape[1], _TRIANGLE):
-            stop = start + _TRIANGLE
-            self._squares[start:stop, start:] += x[:, start:stop].T @ x[:, start:]
-
-    def result(self, *, central: bool) -> tuple[F32, F32]:
-        """(mean [K], moment [K, K]), about the mean or about 0; at most once."""
-        if self._waiting:
-            self._sum()
-        moment, self._squares = self._squares, None
-        assert self._centre is not None and self._total is not None and moment is not None
-        shift = self._total / self._count
-        moment /= np.float32(self._count)
-        mean = (self._centre + shift).astype(np.float32)
-        narrow, added = shift.astype(np.float32), mean if not central else np.zeros_like(mean)
-        for start in range(0, len(moment), _TRIANGLE):
-            stop = start + _TRIANGLE
-            part = moment[start:stop, start:]
-            part -= np.outer(narrow[start:stop], narrow[start:])
-            part += np.outer(added[start:stop], added[start:])
-            moment[stop:, start:stop] = moment[start:stop, stop:].T
-            square = moment[start:stop, start:stop]
-            square[:] = np.triu(square) + np.triu(square, 1).T
-        return mean, moment
+_ATTENTION, _OUT = 1, 2
 
 
 class _Reached(BaseException):
@@ -171,11 +131,32 @@ class _Tap:
         raise _Reached
 
 
-class _Tapped:
-    """A backend for one block, with a tap in place of the matrix `name`; cached as layer 0."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _InPieces:
+    """A linear, of a few rows at a time: of more, what they are rounded to leaves the caches, and a
+    product takes twice as long."""
 
-    def __init__(self, inner: NumbaBackend, name: str | None, sink: Sink) -> None:
-        self._inner, self._name, self._sink = inner, name, sink
+    inner: Any
+
+    def __call__(self, x: F32, add: F32 | None = None, delta: F32 | None = None) -> F32:
+        pieces = [slice(at, at + _PIECE) for at in range(0, len(x), _PIECE)]
+        return np.concatenate(
+            [self.inner(x[at], add=None if add is None else add[at]) for at in pieces]
+        )
+
+
+class _Tapped:
+    """A backend for one block, with a tap in place of the matrix `name`; cached as layer 0.
+
+    tokens: those of the step under way.
+    """
+
+    def __init__(
+        self, inner: NumbaBackend, name: str | None, sink: Sink, kept: Kept | None
+    ) -> None:
+        self._inner, self._name, self._sink, self._kept = inner, name, sink, kept
+        self._stage = 0 if kept is None else kept.stage
+        self.tokens = slice(0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
@@ -186,14 +167,38 @@ class _Tapped:
     ) -> Any:  # fmt: skip
         if weight.name == self._name:
             return _Tap(_unchanged if norm is None else self._inner.norm(norm), self._sink)
-        return self._inner.linear(weight, bias, norm=norm, act=act) if weight.parts else None
+        if not weight.parts or (weight.name.endswith("attn.qkv") and self._stage):
+            return _nothing
+        made = _InPieces(self._inner.linear(weight, bias, norm=norm, act=act))
+        return self._keeping(_OUT, made) if weight.name.endswith("attn.out") else made
 
     def attention(self, layer: int, n_head: int, head_dim: int) -> Any:
-        return self._inner.attention(0, n_head, head_dim)
+        return self._keeping(_ATTENTION, self._inner.attention(0, n_head, head_dim))
+
+    def _keeping(self, stage: int, inner: Any) -> Any:
+        """A layer whose results are kept; or in its place what was kept."""
+        kept = self._kept
+        if kept is None:
+            return inner
+        if self._stage > stage:
+            return _nothing
+        if self._stage == stage:
+            return lambda *arguments, **options: np.asarray(kept.rows[self.tokens])
+
+        def run(*arguments: Any, **options: Any) -> F32:
+            result: F32 = inner(*arguments, **options)
+            kept.rows[self.tokens], kept.stage = result, stage
+            return result
+
+        return run
 
 
 def _unchanged(x: F32) -> F32:
     return x
+
+
+def _nothing(*arguments: object, **options: object) -> None:
+    """In place of a layer whose result nothing reads."""
 
 
 class Runner:
@@ -220,24 +225,35 @@ class Runner:
         for tokens, _ in self.steps():
             out[tokens] = norm(rows[index[tokens]])
 
-    def inputs_of(self, name: str, layer: int, weights: UnderWay, x: F32, sink: Sink) -> None:
-        """Give `sink` the inputs of matrix `name` of a block whose own input is x [B * T, C]."""
-        self._run(weights, layer, x, None, name, sink)
+    def inputs_of(
+        self, name: str, layer: int, weights: UnderWay, x: F32, sink: Sink,
+        kept: Kept | None = None,
+    ) -> None:  # fmt: skip
+        """Give `sink` the inputs of matrix `name` of a block whose own input is x [B * T, C].
 
-    def through(self, layer: int, weights: UnderWay, x: F32, out: F32) -> None:
-        """out [B * T, C]: what a block makes of x; may be x itself."""
-        self._run(weights, layer, x, out, None, _ignore)
+        kept: what earlier calls left there of the block's results is not computed anew; the
+        matrices before `name` must be the same in all calls.
+        """
+        self._run(weights, layer, x, None, name, sink, kept)
+
+    def through(
+        self, layer: int, weights: UnderWay, x: F32, out: F32, kept: Kept | None = None
+    ) -> None:
+        """out [B * T, C]: what a block makes of x; may be x itself, or what is kept."""
+        self._run(weights, layer, x, out, None, _ignore, kept)
 
     def _run(
-        self, weights: UnderWay, layer: int, x: F32, out: F32 | None, name: str | None, sink: Sink
+        self, weights: UnderWay, layer: int, x: F32, out: F32 | None, name: str | None, sink: Sink,
+        kept: Kept | None,
     ) -> None:  # fmt: skip
-        tapped: Any = _Tapped(self._backend, name, sink)
-        backend: Backend = tapped
+        tapped = _Tapped(self._backend, name, sink, kept)
+        backend: Any = tapped
         block = Block(weights, backend, layer)
         cache = self._backend.cache(self._one_layer, self._rows, self.ids.shape[1])
         for tokens, span in self.steps():
             for row in range(len(span.rows)):
                 cache.truncate(row, 0)
+            tapped.tokens = tokens
             try:
                 result = block(np.ascontiguousarray(x[tokens]), cache, span)
             except _Reached:

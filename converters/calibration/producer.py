@@ -22,13 +22,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bloomq.backends.numba_cpu.threads import physical_cores
 from bloomq.config import WeightSpec, weight_specs
-from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, round_up
+from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, get_scheme, round_up
 from bloomq.weights import Matrix
 
 from ..pieces import Piece, Producer, blocks, rounded_block
 from ..source import Checkpoint, SourceTensor
-from .forward import Moments, Runner, UnderWay, linears_of, places_of, rows_of
+from .forward import Kept, Runner, UnderWay, linears_of, places_of, rows_of
+from .moments import Moments
 from .scratch import Scratch
 from .solver import DAMPING, SWEEPS, Solver
 from .text import spread
@@ -41,10 +43,9 @@ Progress = Callable[[int, int], None]  # (work done, work in all), in an arbitra
 # states, as a look-up each column counts alike. So much damping is a compromise between the two
 # (docs/experiments.md).
 HEAD_DAMPING = 1.0
-_HEAD_TOKENS = (
-    16384  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
-)
-_SOLVED_BYTES = 256 << 20  # of float32 rows that are solved at a time; some five times that at hand
+HEAD_TOKENS = 8192  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
+_NEARLY_EXACT = get_scheme("int8")  # for these states: a quarter of float32's time
+SOLVED_BYTES = 256 << 20  # of float32 rows at a time; with their values twice that
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def calibrated(
     """The producer that calibrates on windows of token ids [B, T].
 
     folder: of its own, for activations: 4 bytes for each token and column, three times over; it is
-    gone when all weights are made. threads: of the loops and the layers; BLAS has its own.
+    gone when all weights are made. threads: None for one a core; no byte depends on them.
     Raises (when it produces): NumericError, OutputError, UsageError, CheckpointError.
     """
     return partial(_produce, ids, folder, settings or Settings(), threads, progress)
@@ -75,7 +76,7 @@ def _produce(
     ids: I64, folder: Path, settings: Settings, threads: int | None, progress: Progress,
     checkpoint: Checkpoint, schemes: Mapping[str, Scheme], done: Collection[str],
 ) -> Iterator[Piece]:  # fmt: skip
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads or physical_cores()) as pool:
         run = _Calibration(
             ids, folder, settings, threads, progress, checkpoint, schemes, done, pool
         )
@@ -155,19 +156,20 @@ class _Calibration:
         self.scratch.keep(x, 0)
 
     def _head_moment(self) -> F32:
-        """Of the hidden states that the checkpoint's own weights end in, over some of the text."""
+        """Of the hidden states that the checkpoint's weights, rounded to int8, end in, over some
+        of the text."""
         ids = spread(self._runner.ids)
-        ids = ids[: max(1, _HEAD_TOKENS // ids.shape[1])]
+        ids = ids[: max(1, HEAD_TOKENS // ids.shape[1])]
         runner = Runner(ids, self._config, self._threads)
         weights, wanted = UnderWay(self._checkpoint), np.unique(ids)
         tensor = self._checkpoint.tensors["wte.weight"]
         x = np.empty((ids.size, self._config.hidden_size), np.float32)
         runner.embed(weights, places_of(wanted), _picked(tensor, wanted), x)
         for layer in range(self._config.n_layer):
-            weights.add_exact(linears_of(layer))
+            weights.add_rounded(linears_of(layer), _NEARLY_EXACT, self._pool)
             runner.through(layer, weights, x, x)
             weights.drop(linears_of(layer))
-        moments = Moments()
+        moments = Moments(self._pool)
         runner.final(weights, x, moments.add)
         return moments.result(central=False)[1]
 
@@ -175,7 +177,7 @@ class _Calibration:
         yield from self._as_stored("ln_f")
         for spec in weight_specs(self._config)[-1:]:
             if spec.kind == "head" and not self._schemes[spec.name].is_float:
-                moments = Moments()
+                moments = Moments(self._pool)
                 x = self.scratch.open(self._config.n_layer)
                 self._runner.final(UnderWay(self._checkpoint), x, moments.add)
                 moment = moments.result(central=False)[1]
@@ -197,21 +199,21 @@ class _Calibration:
     def _block(self, layer: int) -> Iterator[Piece]:
         """Its weights; then the next block's input."""
         x, weights = self.scratch.open(layer), UnderWay(self._checkpoint)
+        kept = Kept(self.scratch.new())
         for spec in self._specs.values():
             if not spec.name.startswith(f"h.{layer}."):
                 continue
             if not spec.is_matrix:
                 yield from self._as_stored(spec.name)
                 continue
-            moments = Moments()
-            self._runner.inputs_of(spec.name, layer, weights, x, moments.add)
+            moments = Moments(self._pool)
+            self._runner.inputs_of(spec.name, layer, weights, x, moments.add, kept)
             mean, moment = moments.result(central=self._settings.correct_bias)
             for piece in self._linear(spec, mean, moment, weights):
                 if spec.name not in self._done:
                     yield piece
-        out = self.scratch.new()
-        self._runner.through(layer, weights, x, out)
-        self.scratch.keep(out, layer + 1)
+        self._runner.through(layer, weights, x, kept.rows, kept)
+        self.scratch.keep(kept.rows, layer + 1)
 
     def _linear(
         self, spec: WeightSpec, mean: F32, moment: F32, weights: UnderWay
@@ -227,7 +229,7 @@ class _Calibration:
             if self._settings.correct_bias:
                 tensor = self._checkpoint.tensors[f"{name}.weight"]
                 w = rows_of(tensor, start, start + len(values))
-                bias[start : start + len(values)] += (w - values) @ mean
+                bias[start : start + len(values)] += np.einsum("nk,k->n", w - values, mean)
             yield piece
         whole = {leaf: np.concatenate(arrays) for leaf, arrays in parts.items()}
         weights.matrices[name] = Matrix(
@@ -240,7 +242,7 @@ class _Calibration:
         """(piece, first row, values [n, K]) of some rows of a matrix at a time."""
         tensor = self._checkpoint.tensors[f"{name}.weight"]
         total, k = tensor.shape
-        rows = max(ROW_MULTIPLE, _SOLVED_BYTES // (4 * k) // ROW_MULTIPLE * ROW_MULTIPLE)
+        rows = max(ROW_MULTIPLE, SOLVED_BYTES // (4 * k) // ROW_MULTIPLE * ROW_MULTIPLE)
         solver = Solver(
             moment, self._schemes[name], self._pool, name=tensor.name, damping=damping,
             sweeps=self._settings.sweeps,
@@ -256,7 +258,7 @@ class _Calibration:
 def _picked(tensor: SourceTensor, wanted: I64) -> F32:
     """Rows `wanted`, ascending, of a table that is read a block at a time."""
     total, k = tensor.shape
-    picked, step = np.empty((len(wanted), k), np.float32), max(1, _SOLVED_BYTES // (16 * k))
+    picked, step = np.empty((len(wanted), k), np.float32), max(1, SOLVED_BYTES // (16 * k))
     for start in range(0, total, step):
         here = (wanted >= start) & (wanted < start + step)
         if here.any():

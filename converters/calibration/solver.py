@@ -21,9 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bloomq.backends.numba_cpu.products import add_product
 from bloomq.errors import NumericError
 from bloomq.schemes import (
     GROUP_LEVELS,
+    TILE,
     Array,
     Scheme,
     int8_scales,
@@ -34,13 +36,16 @@ from bloomq.schemes import (
     to_half,
 )
 
-from ..quantize import all_finite
-from .gptq import Codes, Factor, column_order, descend, factor, gptq
+from ..quantize import all_finite, quantize_block
+from .factor import Factor, column_order, factor
+from .gptq import Codes, descend, gptq
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 DAMPING = 0.01  # of the mean diagonal, added to it. Source: GPTQ, section 3.3
+SPAN = 256  # rows that a thread solves at a time: of 16,384 columns five times 17 MB
+_REACH = 512  # columns of a product
 SWEEPS = 2  # of descent: the second gains a fifth of the first, a third next to nothing
 # What int8's row scales are tried at, of that at which a row's largest weight gets 127.
 ROW_SHRINK = (1.0, 0.97, 0.94, 0.9, 0.86)
@@ -80,7 +85,7 @@ class Solver:
             self._low, self._high = _range(scheme)
             diagonal = np.diag(self._h).copy()
             whole = 1 if scheme.name == "int8" else self._group
-            self._factor = factor(self._h, column_order(diagonal, whole))
+            self._factor = factor(self._h, column_order(diagonal, whole), pool)
 
     def rows(self, w: F32) -> Solved:
         """w [n, K], n a multiple of 32 but for a matrix's last rows. Raises: NumericError."""
@@ -88,27 +93,39 @@ class Solver:
             return self._solved(w)
 
     def _solved(self, w: F32) -> Solved:
-        n, k = w.shape
-        stored = np.zeros(self.scheme.padded((n, k)), np.float32)
-        stored[:n, :k] = w
-        nearest = self.scheme.quantize(stored)
+        shape, spans = w.shape, range(0, len(w), SPAN)
+        values = np.empty(shape, np.float32)
+
+        def run(start: int) -> dict[str, Array]:
+            rows = w[start : start + SPAN]
+            parts = self._parts(rows)
+            values[start : start + SPAN] = self.scheme.dequantize(parts, rows.shape)
+            return parts
+
+        found = list(self._pool.map(run, spans))
+        return Solved({leaf: np.concatenate([p[leaf] for p in found]) for leaf in found[0]}, values)
+
+    def _parts(self, w: F32) -> dict[str, Array]:
+        stored = np.zeros(self.scheme.padded(w.shape), np.float32)
+        stored[: w.shape[0], : w.shape[1]] = w
+        nearest = quantize_block(stored, "F32", self.scheme)
         if self._factor is None:
-            for leaf, part in self.scheme.parts((n, k)).items():
+            for leaf, part in self.scheme.parts(w.shape).items():
                 if leaf in ("scales", "values") and not all_finite(nearest[leaf], part.dtype):
                     raise self._too_large()
-            return Solved(nearest, self.scheme.dequantize(nearest, (n, k)))
+            return nearest
         wt = np.ascontiguousarray(stored.T)  # [K, N]
-        found = self._first(wt, self._factor)
-        descend(wt, self._h, found, self._low, self._high, self._sweeps, self._pool)
+        fixed = row_scales(wt, np.diag(self._h)) if self.scheme.name == "int8" else None
+        found = gptq(wt, self._factor, self._group, self._low, self._high, fixed=fixed)
+        left = descend(wt, self._h, found, self._low, self._high, self._sweeps)
         parts = self._stored(found)
-        self._keep_better(wt, parts, nearest)
-        return Solved(parts, self.scheme.dequantize(parts, (n, k)))
-
-    def _first(self, wt: F32, by: Factor) -> Codes:
-        fixed = None
-        if self.scheme.name == "int8":
-            fixed = row_scales(wt, np.diag(self._h))
-        return gptq(wt, by, self._group, self._low, self._high, self._pool, fixed=fixed)
+        others = np.ascontiguousarray((stored - self.scheme.dequantize(nearest, stored.shape)).T)
+        ours, theirs = np.split(self.errors(np.hstack([left, others])), 2)
+        rows = np.flatnonzero(ours > theirs)
+        for leaf, array in parts.items():  # rows that rounding to nearest does better, if any
+            at = (rows,) if array.ndim == 1 else (rows // TILE, slice(None), rows % TILE)
+            array[at] = nearest[leaf][at]
+        return parts
 
     def _stored(self, found: Codes) -> dict[str, Array]:
         if self.scheme.name == "int8":
@@ -125,23 +142,18 @@ class Solver:
             f"{self._name} holds weights too large for {self.scheme.name}: choose bf16, f32 or int8"
         )
 
-    def _keep_better(self, wt: F32, parts: dict[str, Array], nearest: dict[str, Array]) -> None:
-        """Rows that rounding to nearest does better, if any: those are taken."""
-        k, n = wt.shape
-        ours, theirs = (self.scheme.dequantize(p, (n, k)).T for p in (parts, nearest))
-        worse = self.errors(wt - ours) > self.errors(wt - theirs)
-        if not worse.any():
-            return
-        rows = np.flatnonzero(worse)
-        tile, lane = rows // 16, rows % 16
-        for name, part in parts.items():
-            at = (rows,) if part.ndim == 1 else (tile, slice(None), lane)
-            part[at] = nearest[name][at]
-
     def errors(self, e: F32) -> F64:
-        """e [K, N] -> [N]: each row's error under the moment as it was, without damping."""
-        total = np.einsum("kn,kn->n", self._h @ e, e, dtype=np.float64)
-        return np.asarray(total - np.einsum("kn,kn,k->n", e, e, self._added, dtype=np.float64))
+        """e [K, N] -> [N]: each row's error under the moment as it was, without damping. H is
+        symmetric: what lies above its diagonal blocks counts twice."""
+        total = -np.einsum("kn,kn,k->n", e, e, self._added, dtype=np.float64)
+        for start in range(0, len(e), _REACH):
+            own = slice(start, start + _REACH)
+            product = np.zeros_like(e[own])
+            add_product(product, self._h[:start, own], e[:start])
+            product *= 2
+            add_product(product, self._h[own, own], e[own])
+            total += np.einsum("kn,kn->n", product, e[own], dtype=np.float64)
+        return np.asarray(total)
 
 
 def _bordered(moment: F32, k: int) -> F32:
