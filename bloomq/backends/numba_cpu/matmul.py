@@ -39,20 +39,26 @@ class Spec:
     group: int
     tier: str
     tokens: int = 1
+    limbs: int = 1  # int8 numbers that make an activation: see `prologue`
 
     def __str__(self) -> str:
-        return f"{self.scheme}/{self.group}/{self.tier}/{self.tokens}"
+        return f"{self.scheme}/{self.group}/{self.tier}/{self.tokens}/{self.limbs}"
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        scheme, group, tier, tokens = text.split("/")
-        return cls(scheme, int(group), tier, int(tokens))
+        scheme, group, tier, tokens, limbs = text.split("/")
+        return cls(scheme, int(group), tier, int(tokens), int(limbs))
+
+    @property
+    def rows(self) -> int:
+        """Rows of activations that are multiplied: a token's limbs lie side by side."""
+        return self.tokens * self.limbs
 
     @property
     def tiles(self) -> int:
         """Tiles of a call: with 32 registers of 16 lanes two, which share each activation loaded;
-        with 16 of 8 lanes one, as soon as there are several tokens."""
-        return 2 if self.tier == "avx512-vnni" or self.tokens == 1 else 1
+        with 16 of 8 lanes one, as soon as there are more than two rows."""
+        return 2 if self.tier == "avx512-vnni" or self.rows <= 2 else 1
 
     @property
     def signed(self) -> bool:
@@ -69,10 +75,11 @@ class Spec:
         return {"int8": 64, "int6": 48}.get(self.scheme, 32)
 
 
-def token_blocks(tier: str) -> tuple[int, ...]:
+def token_blocks(tier: str, limbs: int = 1) -> tuple[int, ...]:
     """The numbers of tokens that micro-kernels are made for, ascending: their sums fill half of the
     tier's registers."""
-    return (1, 4, 8) if tier == "avx512-vnni" else (1, 4)
+    rows = (1, 4, 8) if tier == "avx512-vnni" else (1, 4)
+    return tuple(max(1, n // limbs) for n in rows)
 
 
 def weight_offset(scheme: str, tier: str) -> int:
@@ -88,13 +95,13 @@ def multiply_tiles(
     typingctx: Any, spec: Any, codes: Any, tile_codes: Any, scales: Any, tile_scales: Any,
     acts: Any, act_scales: Any, act_sums: Any, groups: Any, totals: Any,
 ) -> Any:  # fmt: skip
-    """totals [tokens, tiles, 16] float32 += the products of `spec.tiles` tiles with `spec.tokens`
-    rows of activations, over `groups` groups of columns.
+    """totals [rows, tiles, 16] float32 += the products of `spec.tiles` tiles with `spec.rows` rows
+    of activations, over `groups` groups of columns.
 
     A tile's codes and scales lie tile_codes and tile_scales bytes after the last one's. acts: int8
-    [K/4, tokens, 4] (float schemes: float32 [K, tokens]): as rows they would lie a multiple of 4 KB
-    apart, in one set of the cache. act_scales float32 and act_sums int32 [groups, tokens]. All
-    after `spec` are addresses or sizes, int64.
+    [K/4, rows, 4] (float schemes: float32 [K, rows]): otherwise they would lie a multiple of 4 KB
+    apart, in one set of the cache. act_scales float32 and act_sums int32 [groups, rows]. All after
+    `spec` are addresses or sizes, int64.
     """
     rest = (codes, tile_codes, scales, tile_scales, acts, act_scales, act_sums, groups, totals)
     return emitter(_emit_product, Spec.parse, spec, rest)
@@ -106,10 +113,10 @@ def _emit_product(
     groups: ir.Value, totals: ir.Value,
 ) -> None:  # fmt: skip
     """The int32 sums live in registers through a group; the totals are touched once a group."""
-    b, tokens = v.b, spec.tokens
+    b, rows = v.b, spec.rows
     tiles = [v.at(codes, b.mul(I64(i), tile_codes)) for i in range(spec.tiles)]
     tile_scale = [v.at(scales, b.mul(I64(i), tile_scales)) for i in range(spec.tiles)]
-    slots = [v.at(totals, 4 * LANES * i) for i in range(spec.tiles * tokens)]
+    slots = [v.at(totals, 4 * LANES * i) for i in range(spec.tiles * rows)]
     with cgutils.for_range(b, groups, intp=I64) as loop:
         g = loop.index
         if spec.is_float:
@@ -117,8 +124,8 @@ def _emit_product(
             for slot, part in zip(slots, parts, strict=True):
                 v.store(b.fadd(v.load(slot, V16F), part), slot)
         else:
-            meta = b.mul(g, I64(4 * tokens))
-            start = [v.broadcast(v.at(v.at(act_sums, meta), 4 * t), I32) for t in range(tokens)]
+            meta = b.mul(g, I64(4 * rows))
+            start = [v.broadcast(v.at(v.at(act_sums, meta), 4 * t), I32) for t in range(rows)]
             sums = _group_int(v, spec, tiles, acts, g, [s for s in start for _ in tiles])
             weight_scales = [_load_scales(v, spec, at, g) for at in tile_scale]
             _fold(v, sums, weight_scales, v.at(act_scales, meta), slots)
@@ -128,7 +135,7 @@ def _fold(
     v: Vectors, sums: list[ir.Value], weight_scales: list[ir.Value], act_scales: ir.Value,
     totals: list[ir.Value],
 ) -> None:  # fmt: skip
-    """totals = fma(float(sum), weight scale * activation scale, totals), [tokens][tiles][16]."""
+    """totals = fma(float(sum), weight scale * activation scale, totals), [rows][tiles][16]."""
     b = v.b
     for i, (slot, part) in enumerate(zip(totals, sums, strict=True)):
         t, tile = divmod(i, len(weight_scales))
@@ -141,7 +148,8 @@ def finish_tiles(
     typingctx: Any, spec: Any, totals: Any, bias: Any, delta: Any, gelu: Any, add: Any, y: Any,
     stride: Any,
 ) -> Any:  # fmt: skip
-    """y [tokens, 16 * tiles] = gelu(totals + bias + delta) + add.
+    """y [tokens, 16 * tiles] = gelu(totals + bias + delta) + add, the totals of a token's limbs
+    added up first.
 
     bias: address of the tiles' (0: none); gelu: 0 or 1; delta, add: address of the first token's
     (0: none); y: address of the first output; stride: of y, delta and add, in bytes.
@@ -156,10 +164,13 @@ def _emit_finish(
     b = v.b
     with cgutils.for_range(b, I64(spec.tokens), intp=I64) as loop:  # a loop, since gelu is long
         row = b.mul(loop.index, stride)
-        source = v.at(totals, b.mul(loop.index, I64(4 * LANES * spec.tiles)))
+        source = v.at(totals, b.mul(loop.index, I64(4 * LANES * spec.tiles * spec.limbs)))
         for tile in range(spec.tiles):
             at = 4 * LANES * tile
             slot = v.at(source, at)
+            for limb in range(1, spec.limbs):
+                other = v.load(v.at(slot, 4 * LANES * spec.tiles * limb), V16F)
+                v.store(b.fadd(v.load(slot, V16F), other), slot)
 
             def plus(first: ir.Value, offset: ir.Value, slot: ir.Value = slot) -> None:
                 with b.if_then(b.icmp_signed("!=", first, I64(0))):
@@ -222,22 +233,22 @@ def _group_int(
     v: Vectors, spec: Spec, tiles: list[ir.Value], acts: ir.Value, g: ir.Value,
     start: list[ir.Value],
 ) -> list[ir.Value]:  # fmt: skip
-    """int32 sums [tokens][tiles][16 rows] over one group, 16 columns to an iteration: with 32 of
+    """int32 sums [rows][tiles][16 rows] over one group, 16 columns to an iteration: with 32 of
     them LLVM loads ahead of the accumulators, and spills."""
     k_base = v.b.mul(g, I64(spec.group))
 
     def body(step: ir.Value, sums: list[ir.Value]) -> None:
         k = v.at(k_base, v.b.mul(step, I64(_STEP)))
         offset = v.b.udiv(v.b.mul(k, I64(spec.bytes_per_k4)), I64(4))
-        block = v.at(acts, v.b.mul(k, I64(spec.tokens)))
+        block = v.at(acts, v.b.mul(k, I64(spec.rows)))
         unpacked = zip(*(_weight_bytes(v, spec, v.at(at, offset)) for at in tiles), strict=True)
         for weights in unpacked:  # 4 columns of each tile
-            for t in range(spec.tokens):
+            for t in range(spec.rows):
                 four = v.broadcast4(v.at(block, 4 * t))
                 for tile, bytes_ in enumerate(weights):
                     i = spec.tiles * t + tile
                     sums[i] = v.dot4(sums[i], bytes_, four, spec.signed)
-            block = v.at(block, 4 * spec.tokens)
+            block = v.at(block, 4 * spec.rows)
 
     return _accumulate(v, start, spec.group // _STEP, body)
 
@@ -245,21 +256,21 @@ def _group_int(
 def _group_float(
     v: Vectors, spec: Spec, tiles: list[ir.Value], acts: ir.Value, g: ir.Value
 ) -> list[ir.Value]:
-    """float32 sums [tokens][tiles][16 rows] over the columns of one group, 8 to an iteration."""
+    """float32 sums [rows][tiles][16 rows] over the columns of one group, 8 to an iteration."""
     column_bytes = LANES * (4 if spec.scheme == "f32" else 2)
     k_base, columns = v.b.mul(g, I64(spec.group)), 8
 
     def body(step: ir.Value, sums: list[ir.Value]) -> None:
         k = v.at(k_base, v.b.mul(step, I64(columns)))
         source = [v.at(tile, v.b.mul(k, I64(column_bytes))) for tile in tiles]
-        block = v.at(acts, v.b.mul(k, I64(4 * spec.tokens)))
+        block = v.at(acts, v.b.mul(k, I64(4 * spec.rows)))
         for column in range(columns):
             weights = [v.load_float(v.at(at, column * column_bytes), spec.scheme) for at in source]
-            for t in range(spec.tokens):
-                x = v.broadcast(v.at(block, 4 * (spec.tokens * column + t)), F32)
+            for t in range(spec.rows):
+                x = v.broadcast(v.at(block, 4 * (spec.rows * column + t)), F32)
                 for tile, values in enumerate(weights):
                     i = spec.tiles * t + tile
                     sums[i] = v.fma(values, x, sums[i])
 
     zero = v.constant(V16F, 0.0)
-    return _accumulate(v, [zero] * (spec.tiles * spec.tokens), spec.group // columns, body)
+    return _accumulate(v, [zero] * (spec.tiles * spec.rows), spec.group // columns, body)

@@ -1,5 +1,9 @@
 """What happens to a row of activations before a matrix product: layer norm, then int8.
 
+Where a product asks for two limbs, what rounding leaves is rounded once more, to steps of 1/254 of
+the first: a second row of int8 with its own scale, which the product takes for another token. So an
+activation has 15 bits or more, and the micro-kernels stay as they are.
+
 A row belongs to one thread, and every sum runs in one fixed order, so the bits do not depend on the
 number of threads or on the other rows.
 """
@@ -46,56 +50,63 @@ def quantize_row(
     typingctx: Any, spec: Any, x: Any, groups: Any, offset: Any, codes: Any, step: Any,
     scales: Any, sums: Any,
 ) -> Any:  # fmt: skip
-    """int8 codes of one row of `groups` whole groups, with one scale for each; see
+    """int8 codes of one row of `groups` whole groups, with one scale for each, limb by limb; see
     `Vectors.to_int8`.
 
-    spec: "tier/group"; codes, scales (float32) and sums (int32; -offset times the sum of a group's
-    codes): addresses of the first, each next four codes, scale or sum `step` bytes on.
+    spec: "tier/group/limbs"; codes, scales (float32) and sums (int32; -offset times the sum of a
+    group's codes): addresses of the first, each next four codes, scale or sum `step` bytes on, and
+    a second limb's 4 bytes behind the first's.
     """
-    tier, group = spec.literal_value.split("/")
+    tier, group, limbs = spec.literal_value.split("/")
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _emit_quantize(Vectors(builder, tier), int(group), *args[1:])
+        _emit_quantize(Vectors(builder, tier), int(group), int(limbs), *args[1:])
         return context.get_dummy_value()
 
     return types.void(spec, *[types.int64] * 7), codegen
 
 
 def _emit_quantize(
-    v: Vectors, group: int, x: ir.Value, groups: ir.Value, offset: ir.Value, codes: ir.Value,
-    step: ir.Value, scales: ir.Value, sums: ir.Value,
+    v: Vectors, group: int, limbs: int, x: ir.Value, groups: ir.Value, offset: ir.Value,
+    codes: ir.Value, step: ir.Value, scales: ir.Value, sums: ir.Value,
 ) -> None:  # fmt: skip
     b = v.b
-    fours = ir.VectorType(I32, LANES // 4)
     with cgutils.for_range(b, groups, intp=I64) as loop:
         source = v.at(x, b.mul(loop.index, I64(4 * group)))
         values = [v.load(v.at(source, 4 * i), V16F) for i in range(0, group, LANES)]
-        parts, scale = v.to_int8(values)
-        total = parts[0]
-        for part in parts[1:]:
-            total = b.add(total, part)
-        total = v.call("llvm.vector.reduce.add.v16i32", I32, [total])
-        target = v.at(codes, b.mul(loop.index, b.mul(step, I64(group // 4))))
-        for part in parts:
-            packed = b.bitcast(b.trunc(part, V16B), fours)
-            for i in range(LANES // 4):
-                v.store(b.extract_element(packed, I32(i)), target)
-                target = v.at(target, step)
         at = b.mul(loop.index, step)
-        v.store(scale, v.at(scales, at))
-        v.store(b.mul(b.neg(b.trunc(offset, I32)), total), v.at(sums, at))
+        first = v.at(codes, b.mul(at, I64(group // 4)))
+        for limb, (parts, scale) in enumerate(v.to_int8(values, limbs)):
+            total = _store_codes(v, parts, v.at(first, 4 * limb), step)
+            to = v.at(at, 4 * limb)
+            v.store(scale, v.at(scales, to))
+            v.store(b.mul(b.neg(b.trunc(offset, I32)), total), v.at(sums, to))
+
+
+def _store_codes(v: Vectors, parts: list[ir.Value], target: ir.Value, step: ir.Value) -> ir.Value:
+    """Store int32 codes as int8, four after four `step` bytes apart; their sum."""
+    b, total = v.b, parts[0]
+    fours = ir.VectorType(I32, LANES // 4)
+    for part in parts[1:]:
+        total = b.add(total, part)
+    for part in parts:
+        packed = b.bitcast(b.trunc(part, V16B), fours)
+        for i in range(LANES // 4):
+            v.store(b.extract_element(packed, I32(i)), target)
+            target = v.at(target, step)
+    return v.call("llvm.vector.reduce.add.v16i32", I32, [total])
 
 
 @lru_cache(maxsize=8)
-def prepare(tier: str, group: int) -> Any:
+def prepare(tier: str, group: int, limbs: int) -> Any:
     """The prologue of the integer products. Units: rows.
 
     Arguments: x, stride of x in bytes, C, gain (0: no norm), shift, epsilon, K (C padded to whole
     groups), offset, codes, scales, sums, tokens of a block. Results lie as the products read them,
-    blocks of tokens interleaved: codes int8 [blocks, K/4, tokens, 4]; scales float32 and sums int32
-    [blocks, K/group, tokens].
+    blocks of tokens interleaved, of each its limbs: codes int8 [blocks, K/4, tokens * limbs, 4];
+    scales float32 and sums int32 [blocks, K/group, tokens * limbs].
     """
-    spec = f"{tier}/{group}"
+    spec = f"{tier}/{group}/{limbs}"
 
     @kernel
     def prepare(arguments, first, last):  # type: ignore[no-untyped-def]
@@ -115,10 +126,10 @@ def prepare(tier: str, group: int) -> Any:
             elif c < k:
                 padded[:c] = floats(source, c)
                 source = address(padded)
-            block, t = row // tokens, row % tokens
-            meta = 4 * (block * groups * tokens + t)
+            rows, block, t = tokens * limbs, row // tokens, row % tokens * limbs
+            meta = 4 * (block * groups * rows + t)
             quantize_row(
-                spec, source, groups, offset, codes + block * k * tokens + 4 * t, 4 * tokens,
+                spec, source, groups, offset, codes + block * k * rows + 4 * t, 4 * rows,
                 scales + meta, sums + meta,
             )  # fmt: skip
         keep(padded)

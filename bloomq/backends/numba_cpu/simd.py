@@ -159,9 +159,12 @@ class Vectors:
 
     # -- int8 ----------------------------------------------------------------------------------
 
-    def to_int8(self, parts: list[ir.Value]) -> tuple[list[ir.Value], ir.Value]:
-        """16 floats each -> (int32 codes, their scale): codes = round(x * 127 / largest), half to
-        even; scale = largest / 127.
+    def to_int8(
+        self, parts: list[ir.Value], limbs: int = 1
+    ) -> list[tuple[list[ir.Value], ir.Value]]:
+        """16 floats each -> (int32 codes, their scale) of each limb: codes = round(x * 127 /
+        largest), half to even; scale = largest / 127. What is left is at most half a code: the
+        next limb's codes are 254 times that, rounded, and its scale is so much less.
 
         All zeros (below 1e-30, where 127 / largest would overflow): scale 0. NaN or infinity among
         them: codes 0 and scale NaN, so that whatever is computed with them says so.
@@ -181,12 +184,19 @@ class Vectors:
         scale = b.select(zero, F32(0.0), b.fdiv(largest, F32(127.0)))
         inverse = b.fdiv(F32(127.0), largest)
         inverse = b.select(b.and_(finite, b.not_(zero)), inverse, F32(0.0))
-        codes = []
-        for part in parts:
-            clean = b.select(finite, part, self.constant(V16F, 0.0))  # infinity * 0 is NaN
-            whole = self.call("llvm.rint.v16f32", V16F, [b.fmul(clean, self.splat(inverse))])
-            codes.append(b.fptosi(whole, V16I))
-        return codes, b.select(finite, scale, F32(float("nan")))
+        scale = b.select(finite, scale, F32(float("nan")))
+        # Infinity * 0 is NaN.
+        clean = [b.select(finite, part, self.constant(V16F, 0.0)) for part in parts]
+        left = [b.fmul(part, self.splat(inverse)) for part in clean]
+        found, whole = [], left
+        for limb in range(limbs):
+            if limb:
+                pairs = zip(left, whole, strict=True)
+                left = [b.fmul(b.fsub(x, q), self.constant(V16F, 254.0)) for x, q in pairs]
+                scale = b.fdiv(scale, F32(254.0))
+            whole = [self.call("llvm.rint.v16f32", V16F, [part]) for part in left]
+            found.append(([b.fptosi(part, V16I) for part in whole], scale))
+        return found
 
     # -- bytes ---------------------------------------------------------------------------------
 
