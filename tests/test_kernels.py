@@ -192,10 +192,10 @@ def twin(
 
     Integer schemes: the products of codes are exact; what rounds is one fused multiply-add a group,
     its scale (a product of two or three float32) and the twin's restored values: (groups + 6) EPS
-    of the terms' magnitude; with two limbs one addition more, and what they add up to may be a
-    third of their magnitudes, where one is 1 and the other -1/2. Float schemes: one fused
-    multiply-add a column within a group, then one addition a group. A norm before it moves x by
-    some EPS, and where x stood close to the middle between two codes by a whole code.
+    of the terms' magnitude; the sum of two limbs is exact too, but may be rounded once to float32.
+    Float schemes: one fused multiply-add a column within a group, then one addition a group. A norm
+    before it moves x by some EPS, and where x stood close to the middle between two codes by a
+    whole code.
     """
     scheme, x = case.weight.scheme, case.x
     if norm:
@@ -207,7 +207,7 @@ def twin(
         with np.errstate(over="ignore"):  # 127 / peak of a group under 1e-36: not used
             a = reference.round_activations(x, case.group, limbs)
         w = reference.integer_weights(case.weight)
-        steps = groups + 6 if limbs == 1 else 3 * (groups + 7)
+        steps = groups + 5 + limbs
     a64, w64 = a.astype(np.float64), w.astype(np.float64)
     # 1e-40: float32 loses digits under 1e-38.
     bound = steps * EPS * (np.abs(a64) @ np.abs(w64).T) + 1e-40

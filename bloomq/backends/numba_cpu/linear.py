@@ -44,10 +44,8 @@ def multiply(spec_text: str) -> Any:
     stride of y, delta and add in bytes, blocks.
     """
     spec = Spec.parse(spec_text)
-    text, group, k4_bytes, tokens, rows = (
-        spec_text, spec.group, spec.bytes_per_k4, spec.tokens, spec.rows,
-    )  # fmt: skip
-    tiles, row_scales, columns = spec.tiles, spec.scheme == "int8", _COLUMNS
+    text, group, k4_bytes, tokens = spec_text, spec.group, spec.bytes_per_k4, spec.tokens
+    tiles, rows, row_scales, columns = spec.tiles, spec.rows, spec.scheme == "int8", _COLUMNS
 
     @kernel
     def multiply(arguments, first, last):  # type: ignore[no-untyped-def]
@@ -57,13 +55,13 @@ def multiply(spec_text: str) -> Any:
         groups, tile_codes = k // group, k // 4 * k4_bytes
         tile_scales, group_scales = (64, 0) if row_scales else (groups * 32, 32)
         part = groups if blocks <= _FEW_BLOCKS else columns // group
-        size = 4 * TILE * tiles * rows  # bytes of a block's totals
-        totals = np.zeros((last - first) * blocks * 2 * TILE * rows + TILE, np.float32)
+        size = 4 * TILE * tiles * tokens  # bytes of a block's totals
+        totals = np.zeros((last - first) * blocks * 2 * TILE * tokens + TILE, np.float32)
         start = (address(totals) + 63) // 64 * 64
         for g in range(0, groups, part):
             count = min(part, groups - g)
             for block in range(blocks):
-                meta = 4 * rows * (block * groups + g)
+                meta = 4 * tokens * (block * groups + g)
                 to = start + block * size
                 for tile in range(2 * first, 2 * last, tiles):
                     multiply_tiles(
@@ -171,10 +169,9 @@ class Product:
     def _record_int(self, x: Buffer, tokens: int, blocks: int, end: tuple[int, ...]) -> None:
         program, groups = x.program, self.k // self.scheme.group_size
         # Rows of a block share cache lines, so one thread does them all.
-        rows = blocks * tokens * self.limbs
-        acts = program.buffer(1, rows * self.k, np.int8)
-        act_scales = program.buffer(1, rows * groups, np.float32)
-        act_sums = program.buffer(1, rows * groups, np.int32)
+        acts = program.buffer(1, blocks * tokens * self.limbs * self.k, np.int8)
+        act_scales = program.buffer(1, blocks * tokens * groups, np.float32)
+        act_sums = program.buffer(1, blocks * tokens * groups, np.int32)
         to = (acts.address, act_scales.address, act_sums.address)
         program.add(
             self._prepare(), x.rows, tokens, x.address, x.stride_bytes, x.columns, self.gain,

@@ -5,10 +5,10 @@ or two tiles (16 rows each) against a block of tokens, straight from the packed 
 through it block by block: their codes are unpacked anew for each, which costs less than writing and
 reading what was unpacked (docs/experiments.md).
 
-Integer schemes sum int8 products exactly in int32 within a group and fold groups in order with one
-fused multiply-add, y = fma(float(sum), weight scale * activation scale, y). The float schemes do
-the same with a float32 partial sum per group. So an element of y has the same bits whichever
-kernel, batch or thread computed it.
+Integer schemes sum int8 products exactly in int32 within a group, join those of an activation's
+limbs there, and fold groups in order with one fused multiply-add, y = fma(float(sum), weight scale
+* activation scale, y). The float schemes do the same with a float32 partial sum per group. So an
+element of y has the same bits whichever kernel, batch or thread computed it.
 
 All end in one epilogue, y = gelu(product + bias + delta) + add, which writes whole lanes: rows of y
 are padded to pairs of tiles.
@@ -24,7 +24,19 @@ import llvmlite.ir as ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bloomq.backends.numba_cpu.simd import F32, I32, I64, LANES, V16F, V16H, V64B, Vectors, emitter
+from bloomq.backends.numba_cpu.simd import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    LIMB,
+    V16F,
+    V16H,
+    V16I,
+    V64B,
+    Vectors,
+    emitter,
+)
 
 # Weights are asked for so far ahead: some 100 ns at full bandwidth.
 _AHEAD_BYTES = 2048
@@ -51,7 +63,7 @@ class Spec:
 
     @property
     def rows(self) -> int:
-        """Rows of activations that are multiplied: a token's limbs lie side by side."""
+        """Rows of int8 that are multiplied: a token's limbs lie side by side."""
         return self.tokens * self.limbs
 
     @property
@@ -95,13 +107,13 @@ def multiply_tiles(
     typingctx: Any, spec: Any, codes: Any, tile_codes: Any, scales: Any, tile_scales: Any,
     acts: Any, act_scales: Any, act_sums: Any, groups: Any, totals: Any,
 ) -> Any:  # fmt: skip
-    """totals [rows, tiles, 16] float32 += the products of `spec.tiles` tiles with `spec.rows` rows
-    of activations, over `groups` groups of columns.
+    """totals [tokens, tiles, 16] float32 += the products of `spec.tiles` tiles with `spec.tokens`
+    rows of activations, over `groups` groups of columns.
 
     A tile's codes and scales lie tile_codes and tile_scales bytes after the last one's. acts: int8
-    [K/4, rows, 4] (float schemes: float32 [K, rows]): otherwise they would lie a multiple of 4 KB
-    apart, in one set of the cache. act_scales float32 and act_sums int32 [groups, rows]. All after
-    `spec` are addresses or sizes, int64.
+    [K/4, tokens, limbs, 4] (float schemes: float32 [K, tokens]): as rows they would lie a multiple
+    of 4 KB apart, in one set of the cache. act_scales float32 and act_sums int32 [groups, tokens].
+    All after `spec` are addresses or sizes, int64.
     """
     rest = (codes, tile_codes, scales, tile_scales, acts, act_scales, act_sums, groups, totals)
     return emitter(_emit_product, Spec.parse, spec, rest)
@@ -113,10 +125,10 @@ def _emit_product(
     groups: ir.Value, totals: ir.Value,
 ) -> None:  # fmt: skip
     """The int32 sums live in registers through a group; the totals are touched once a group."""
-    b, rows = v.b, spec.rows
+    b, tokens = v.b, spec.tokens
     tiles = [v.at(codes, b.mul(I64(i), tile_codes)) for i in range(spec.tiles)]
     tile_scale = [v.at(scales, b.mul(I64(i), tile_scales)) for i in range(spec.tiles)]
-    slots = [v.at(totals, 4 * LANES * i) for i in range(spec.tiles * rows)]
+    slots = [v.at(totals, 4 * LANES * i) for i in range(spec.tiles * tokens)]
     with cgutils.for_range(b, groups, intp=I64) as loop:
         g = loop.index
         if spec.is_float:
@@ -124,18 +136,36 @@ def _emit_product(
             for slot, part in zip(slots, parts, strict=True):
                 v.store(b.fadd(v.load(slot, V16F), part), slot)
         else:
-            meta = b.mul(g, I64(4 * rows))
-            start = [v.broadcast(v.at(v.at(act_sums, meta), 4 * t), I32) for t in range(rows)]
+            meta = b.mul(g, I64(4 * tokens))
+            start = [v.constant(V16I, 0)] * spec.rows
+            for t in range(tokens):  # in the last limb, whose unit the joined sum has
+                at = v.at(v.at(act_sums, meta), 4 * t)
+                start[(t + 1) * spec.limbs - 1] = v.broadcast(at, I32)
             sums = _group_int(v, spec, tiles, acts, g, [s for s in start for _ in tiles])
+            sums = _joined(v, spec, sums)
             weight_scales = [_load_scales(v, spec, at, g) for at in tile_scale]
             _fold(v, sums, weight_scales, v.at(act_scales, meta), slots)
+
+
+def _joined(v: Vectors, spec: Spec, sums: list[ir.Value]) -> list[ir.Value]:
+    """[tokens][limbs][tiles] -> [tokens][tiles]: LIMB times each, and the next. In int8's groups of
+    128 columns at most 254 x 127 x 127 x 128, a quarter of what int32 holds."""
+    found, count = [], spec.tiles * spec.limbs
+    for i in range(0, len(sums), count):
+        for tile in range(i, i + spec.tiles):
+            total = sums[tile]
+            for limb in range(1, spec.limbs):
+                total = v.b.mul(total, v.constant(V16I, LIMB))
+                total = v.b.add(total, sums[tile + limb * spec.tiles])
+            found.append(total)
+    return found
 
 
 def _fold(
     v: Vectors, sums: list[ir.Value], weight_scales: list[ir.Value], act_scales: ir.Value,
     totals: list[ir.Value],
 ) -> None:  # fmt: skip
-    """totals = fma(float(sum), weight scale * activation scale, totals), [rows][tiles][16]."""
+    """totals = fma(float(sum), weight scale * activation scale, totals), [tokens][tiles][16]."""
     b = v.b
     for i, (slot, part) in enumerate(zip(totals, sums, strict=True)):
         t, tile = divmod(i, len(weight_scales))
@@ -148,8 +178,7 @@ def finish_tiles(
     typingctx: Any, spec: Any, totals: Any, bias: Any, delta: Any, gelu: Any, add: Any, y: Any,
     stride: Any,
 ) -> Any:  # fmt: skip
-    """y [tokens, 16 * tiles] = gelu(totals + bias + delta) + add, the totals of a token's limbs
-    added up first.
+    """y [tokens, 16 * tiles] = gelu(totals + bias + delta) + add.
 
     bias: address of the tiles' (0: none); gelu: 0 or 1; delta, add: address of the first token's
     (0: none); y: address of the first output; stride: of y, delta and add, in bytes.
@@ -164,13 +193,10 @@ def _emit_finish(
     b = v.b
     with cgutils.for_range(b, I64(spec.tokens), intp=I64) as loop:  # a loop, since gelu is long
         row = b.mul(loop.index, stride)
-        source = v.at(totals, b.mul(loop.index, I64(4 * LANES * spec.tiles * spec.limbs)))
+        source = v.at(totals, b.mul(loop.index, I64(4 * LANES * spec.tiles)))
         for tile in range(spec.tiles):
             at = 4 * LANES * tile
             slot = v.at(source, at)
-            for limb in range(1, spec.limbs):
-                other = v.load(v.at(slot, 4 * LANES * spec.tiles * limb), V16F)
-                v.store(b.fadd(v.load(slot, V16F), other), slot)
 
             def plus(first: ir.Value, offset: ir.Value, slot: ir.Value = slot) -> None:
                 with b.if_then(b.icmp_signed("!=", first, I64(0))):

@@ -1,8 +1,7 @@
 """What happens to a row of activations before a matrix product: layer norm, then int8.
 
 Where a product asks for two limbs, what rounding leaves is rounded once more, to steps of 1/254 of
-the first: a second row of int8 with its own scale, which the product takes for another token. So an
-activation has 15 bits or more, and the micro-kernels stay as they are.
+the first: a second int8, which the product multiplies as it does another token's.
 
 A row belongs to one thread, and every sum runs in one fixed order, so the bits do not depend on the
 number of threads or on the other rows.
@@ -22,7 +21,7 @@ from numba.extending import intrinsic
 
 from bloomq.backends.numba_cpu.jit import kernel
 from bloomq.backends.numba_cpu.memory import address, as_float, fields, floats, keep, longs
-from bloomq.backends.numba_cpu.simd import I32, I64, LANES, V16B, V16F, Vectors
+from bloomq.backends.numba_cpu.simd import I32, I64, LANES, LIMB, V16B, V16F, Vectors
 
 # Sums may be vectorised; NaN and infinity keep their meaning (fastmath=True would drop them).
 _VECTOR_SUMS = {"reassoc", "contract", "nsz"}
@@ -50,12 +49,12 @@ def quantize_row(
     typingctx: Any, spec: Any, x: Any, groups: Any, offset: Any, codes: Any, step: Any,
     scales: Any, sums: Any,
 ) -> Any:  # fmt: skip
-    """int8 codes of one row of `groups` whole groups, with one scale for each, limb by limb; see
+    """int8 codes of one row of `groups` whole groups, with one scale for each; see
     `Vectors.to_int8`.
 
     spec: "tier/group/limbs"; codes, scales (float32) and sums (int32; -offset times the sum of a
-    group's codes): addresses of the first, each next four codes, scale or sum `step` bytes on, and
-    a second limb's 4 bytes behind the first's.
+    group's codes): addresses of the first. step: bytes from each scale or sum to the next; times
+    limbs, from four codes to the next four, each limb's 4 bytes behind the one's before.
     """
     tier, group, limbs = spec.literal_value.split("/")
 
@@ -74,13 +73,15 @@ def _emit_quantize(
     with cgutils.for_range(b, groups, intp=I64) as loop:
         source = v.at(x, b.mul(loop.index, I64(4 * group)))
         values = [v.load(v.at(source, 4 * i), V16F) for i in range(0, group, LANES)]
-        at = b.mul(loop.index, step)
-        first = v.at(codes, b.mul(at, I64(group // 4)))
-        for limb, (parts, scale) in enumerate(v.to_int8(values, limbs)):
-            total = _store_codes(v, parts, v.at(first, 4 * limb), step)
-            to = v.at(at, 4 * limb)
-            v.store(scale, v.at(scales, to))
-            v.store(b.mul(b.neg(b.trunc(offset, I32)), total), v.at(sums, to))
+        at, apart = b.mul(loop.index, step), b.mul(step, I64(limbs))
+        first = v.at(codes, b.mul(loop.index, b.mul(apart, I64(group // 4))))
+        found, scale = v.to_int8(values, limbs)
+        total: ir.Value = I32(0)
+        for limb, parts in enumerate(found):
+            here = _store_codes(v, parts, v.at(first, 4 * limb), apart)
+            total = b.add(b.mul(total, I32(LIMB)), here)
+        v.store(scale, v.at(scales, at))
+        v.store(b.mul(b.neg(b.trunc(offset, I32)), total), v.at(sums, at))
 
 
 def _store_codes(v: Vectors, parts: list[ir.Value], target: ir.Value, step: ir.Value) -> ir.Value:
@@ -104,7 +105,7 @@ def prepare(tier: str, group: int, limbs: int) -> Any:
     Arguments: x, stride of x in bytes, C, gain (0: no norm), shift, epsilon, K (C padded to whole
     groups), offset, codes, scales, sums, tokens of a block. Results lie as the products read them,
     blocks of tokens interleaved, of each its limbs: codes int8 [blocks, K/4, tokens * limbs, 4];
-    scales float32 and sums int32 [blocks, K/group, tokens * limbs].
+    scales float32 and sums int32 [blocks, K/group, tokens].
     """
     spec = f"{tier}/{group}/{limbs}"
 
@@ -126,11 +127,11 @@ def prepare(tier: str, group: int, limbs: int) -> Any:
             elif c < k:
                 padded[:c] = floats(source, c)
                 source = address(padded)
-            rows, block, t = tokens * limbs, row // tokens, row % tokens * limbs
-            meta = 4 * (block * groups * rows + t)
+            block, t = row // tokens, row % tokens
+            meta = 4 * (block * groups * tokens + t)
             quantize_row(
-                spec, source, groups, offset, codes + block * k * rows + 4 * t, 4 * rows,
-                scales + meta, sums + meta,
+                spec, source, groups, offset, codes + (block * k * tokens + 4 * t) * limbs,
+                4 * tokens, scales + meta, sums + meta,
             )  # fmt: skip
         keep(padded)
 
