@@ -14,6 +14,7 @@ from models import Tiny, pack
 
 from bloomq import backends
 from bloomq.backends.placed.layers import Place, PlacedBackend
+from bloomq.backends.reference import layer_norm
 from bloomq.errors import BackendError, CapacityError, UsageError
 from bloomq.heads import Head
 from bloomq.layers import Backend, Span
@@ -130,6 +131,16 @@ def test_a_scheme_runs_or_is_refused_when_the_layer_is_built(build: Build, schem
     # int8 activations: a step of peak / 127 is about 1 / 40 of a deviation, its error 1 / 140: NMSE
     # 5e-5; the bound of the project is 5e-4
     assert np.square(y - expected).sum() <= 5e-4 * np.square(expected).sum()
+
+
+def test_the_head_of_an_int8_pack_reads_more_than_int8(build: Build, tmp_path_factory):
+    """Rounded once its activations would have the NMSE of 5e-5 above; bfloat16 has 2^-9 / sqrt(3)
+    squared, 1e-6."""
+    lm, source = build("int8"), Pack.open(pack(tmp_path_factory.getbasetemp(), TINY, "int8"))
+    x = np.random.default_rng(1).standard_normal((9, TINY.config.hidden_size)).astype(np.float32)
+    y = lm.backend.numpy(lm.read(x))
+    expected = layer_norm(x, source.norm("ln_f")) @ source.matrix("wte").dequantize().T
+    assert np.square(y - expected).sum() <= 5e-6 * np.square(expected).sum()
 
 
 def test_a_backend_says_what_it_chose(build: Build, name: str):

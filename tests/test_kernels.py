@@ -59,6 +59,7 @@ CASES = [
     for tier in TIERS_HERE
     if tier == BEST or scheme.label in ON_OTHER_TIERS.get(tier, ("int4-g64",))
 ]
+INT8 = get_scheme("int8")  # the head's, whose activations have two limbs
 ON_BEST = [pytest.param(scheme, id=scheme.label) for scheme in SCHEMES]
 # One weight; less than a tile and a group; over a pair of tiles and a group by one; whole pairs.
 SIZES = [(1, 1), (15, 31), (33, 65), (47, 129), (16, 32), (100, 200), (96, 256)]
@@ -117,6 +118,8 @@ def compile_from_the_end() -> None:
     """What the tests ask for in the order of CASES, and then on every tier."""
     if "avx2" in TIERS_HERE:
         run_lowered_to_avx2(os.devnull)
+    for tier in TIERS_HERE:
+        linear(tier, random_matrix(INT8, (16, 32)), limbs=2)
     for case in [*reversed(LONG_CASES), *reversed(CASES)]:
         scheme, tier = case.values
         linear(tier, random_matrix(scheme, (16, 32)))
@@ -139,10 +142,10 @@ POOLS = {threads: Pool(threads) for threads in (1, 2, 7)}
 
 def linear(
     tier: str, weight: Matrix, bias: np.ndarray | None = None, norm: Norm | None = None,
-    act: str | None = None, threads: int = 2,
+    act: str | None = None, threads: int = 2, limbs: int = 1,
 ) -> NumbaLinear:  # fmt: skip
     """A layer on a tier of the test's choice."""
-    return NumbaLinear(POOLS[threads], tier, weight, bias, norm, act)
+    return NumbaLinear(POOLS[threads], tier, weight, bias, norm, act, limbs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,15 +186,17 @@ def product(case: Case, tier: str, x: np.ndarray | None = None, threads: int = 2
 
 
 def twin(
-    case: Case, *, bias: bool = False, gelu: bool = False, add: bool = False, norm: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+    case: Case, *, bias: bool = False, gelu: bool = False, add: bool = False, norm: bool = False,
+    limbs: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """The same in NumPy, float64 from the rounded operands on, and how far a right kernel may be.
 
     Integer schemes: the products of codes are exact; what rounds is one fused multiply-add a group,
     its scale (a product of two or three float32) and the twin's restored values: (groups + 6) EPS
-    of the terms' magnitude. Float schemes: one fused multiply-add a column within a group, then one
-    addition a group. A norm before it moves x by some EPS, and where x stood close to the middle
-    between two codes by a whole code.
+    of the terms' magnitude; the sum of two limbs is exact too, but may be rounded once to float32.
+    Float schemes: one fused multiply-add a column within a group, then one addition a group. A norm
+    before it moves x by some EPS, and where x stood close to the middle between two codes by a
+    whole code.
     """
     scheme, x = case.weight.scheme, case.x
     if norm:
@@ -201,8 +206,9 @@ def twin(
         a, w, steps = x, case.weight.dequantize(), case.group + groups
     else:
         with np.errstate(over="ignore"):  # 127 / peak of a group under 1e-36: not used
-            a = reference.round_activations(x, case.group)
-        w, steps = reference.integer_weights(case.weight), groups + 6
+            a = reference.round_activations(x, case.group, limbs)
+        w = reference.integer_weights(case.weight)
+        steps = groups + 5 + limbs
     a64, w64 = a.astype(np.float64), w.astype(np.float64)
     # 1e-40: float32 loses digits under 1e-38.
     bound = steps * EPS * (np.abs(a64) @ np.abs(w64).T) + 1e-40
@@ -211,7 +217,7 @@ def twin(
         slack = (8 + x.shape[1]) * EPS
         moved = slack * (np.abs(x) + np.abs(case.norm.bias) + np.abs(case.norm.gain))
         if not scheme.is_float:
-            moved += code_flips(x, case.group, moved)
+            moved += code_flips(x, case.group, moved, limbs)
         bound += moved @ np.abs(w64).T
     y = a64 @ w64.T
     if bias:
@@ -226,13 +232,13 @@ def twin(
     return y, bound
 
 
-def code_flips(x: np.ndarray, group: int, moved: np.ndarray) -> np.ndarray:
-    """A code's worth [M, K] where moving x by `moved` may change its int8 code."""
+def code_flips(x: np.ndarray, group: int, moved: np.ndarray, limbs: int) -> np.ndarray:
+    """A code's worth [M, K] of the last limb where moving x by `moved` may change its int8 code."""
     m, k = x.shape
     padded = np.zeros((m, round_up(k, group)))
     padded[:, :k] = x
     peak = np.abs(padded.reshape(m, -1, group)).max(axis=2)
-    step = np.repeat(peak / 127, group, axis=1)[:, :k]
+    step = np.repeat(peak / 127, group, axis=1)[:, :k] / 254 ** (limbs - 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         real = np.where(step > 0, x / step, 0)
         near = 0.5 - np.abs(real - np.rint(real)) < 4 * moved / step
@@ -381,6 +387,61 @@ def test_two_python_threads_at_once_get_the_right_bits(scheme):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize("tier", TIERS_HERE)
+def test_two_limbs_equal_their_twin_for_odd_sizes_and_every_batch(tier):
+    for shape in SIZES:
+        for batch in BATCHES:
+            case = random_case(INT8, shape, batch)
+            expected, bound = twin(case, limbs=2)
+            y = linear(tier, case.weight, limbs=2)(case.x)
+            assert (np.abs(y - expected) <= bound).all(), (shape, batch)
+    case = random_case(INT8, (47, 129), 9)
+    layer = linear(tier, case.weight, case.bias, case.norm, "gelu", limbs=2)
+    expected, bound = twin(case, norm=True, bias=True, gelu=True, add=True, limbs=2)
+    assert (np.abs(layer(case.x, case.add) - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("tier", TIERS_HERE)
+def test_two_limbs_are_254_times_as_close_to_what_was_given(tier):
+    case = random_case(INT8, (64, 1024), 9)
+    exact = case.x.astype(np.float64) @ case.weight.dequantize().astype(np.float64).T
+    one, two = (linear(tier, case.weight, limbs=limbs)(case.x) for limbs in (1, 2))
+    # Either deviation is known to 1 / sqrt(2 * 576) from its 576 outputs, their ratio to 4 %.
+    assert np.std(two - exact) == pytest.approx(np.std(one - exact) / 254, rel=0.1)
+
+
+@pytest.mark.parametrize("tier", TIERS_HERE)
+def test_two_limbs_have_the_same_bits_in_any_batch_and_with_any_number_of_threads(tier):
+    for shape in ((100, 200), (4200, 512), LONG):
+        case = random_case(INT8, shape, 40)
+        layers = [
+            linear(tier, case.weight, case.bias, case.norm, "gelu", threads, limbs=2)
+            for threads in (1, 2)
+        ]
+        singles = np.concatenate([layers[0](case.x[i : i + 1]) for i in range(40)])
+        for batch in (*BATCHES, 40):
+            for layer in layers:
+                assert same_bits(layer(case.x[:batch]), singles[:batch]), (shape, batch)
+
+
+@pytest.mark.parametrize("tier", TIERS_HERE)
+def test_two_limbs_keep_extremes_within_the_bound_and_not_a_number_for_what_it_is(tier):
+    case = random_case(INT8, (47, 200), 9)
+    case.x[0, 3] = 3500.0
+    case.x[1] *= np.float32(1e-38)
+    case.x[2] *= np.float32(1e-30)
+    case.x[3] = 0
+    case.x[4] = 3e35
+    layer = linear(tier, case.weight, limbs=2)
+    (expected, bound), y = twin(case, limbs=2), layer(case.x)
+    assert (np.abs(y - expected) <= bound).all()
+    for bad in (np.nan, np.inf):
+        case.x[5, 199] = bad
+        found = layer(case.x)
+        assert not np.isfinite(found[5]).any()
+        assert same_bits(np.delete(found, 5, axis=0), np.delete(y, 5, axis=0))
 
 
 @pytest.mark.parametrize("tier", TIERS_HERE)

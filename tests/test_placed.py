@@ -360,8 +360,10 @@ class Device(ReferenceBackend):
         inner = super().norm(norm)
         return lambda x: Tensor(self.device, inner(self._values(x)))
 
-    def linear(self, weight: Matrix, bias: Any = None, *, norm: Any = None, act: Any = None) -> Any:
-        inner = super().linear(weight, bias, norm=norm, act=act)
+    def linear(
+        self, weight: Matrix, bias: Any = None, *, norm: Any = None, act: Any = None, limbs: int = 1
+    ) -> Any:
+        inner = super().linear(weight, bias, norm=norm, act=act, limbs=limbs)
 
         def call(x: Any, add: Any = None, delta: Any = None) -> Tensor:
             given = (self._values(each) for each in (x, add, delta))

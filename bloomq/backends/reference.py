@@ -50,9 +50,10 @@ class ReferenceBackend:
         *,
         norm: Norm | None = None,
         act: Activation | None = None,
+        limbs: int = 1,
     ) -> ReferenceLinear:
         rounded = self.activations == "int8" and not weight.scheme.is_float
-        return ReferenceLinear(weight, bias, norm, act, rounded)
+        return ReferenceLinear(weight, bias, norm, act, limbs if rounded else 0)
 
     def attention(
         self, layer: int, n_head: int, head_dim: int, *, slope: F32 | None = None
@@ -115,15 +116,19 @@ def gelu(x: F32) -> F32:
     return np.asarray(x * np.float32(0.5) * (1 + np.tanh(inner)), np.float32)
 
 
-def round_activations(x: F32, group: int) -> F32:
-    """x [M, K] as int8 codes with one scale a group of columns would restore it."""
+def round_activations(x: F32, group: int, limbs: int = 1) -> F32:
+    """x [M, K] as int8 codes with one scale a group of columns would restore it; two limbs: as
+    these and 1/254 of the codes of what they leave."""
     m, k = x.shape
     padded = np.zeros((m, round_up(k, group)), np.float32)
     padded[:, :k] = x
     groups = padded.reshape(m, -1, group)
     peak = np.abs(groups).max(axis=2, keepdims=True)
     inverse = np.where(peak < 1e-30, 0, np.float32(127) / np.where(peak == 0, 1, peak))
-    codes = np.rint(groups * inverse.astype(np.float32))
+    scaled = groups * inverse.astype(np.float32)
+    codes = np.rint(scaled)
+    if limbs == 2:
+        codes += np.rint((scaled - codes) * np.float32(254)) / np.float32(254)
     restored = codes * (peak / np.float32(127))
     return np.asarray(restored.reshape(m, -1)[:, :k], np.float32)
 
@@ -152,16 +157,16 @@ class ReferenceLinear:
         bias: F32 | None,
         norm: Norm | None,
         act: Activation | None,
-        rounded: bool,
+        limbs: int,
     ) -> None:
         self._weight, self._bias, self._norm, self._act = weight, bias, norm, act
-        self._rounded = rounded
+        self._limbs = limbs  # 0: activations stay as they are
 
     def __call__(self, x: F32, add: F32 | None = None, delta: F32 | None = None) -> F32:
         if self._norm is not None:
             x = layer_norm(x, self._norm)
-        if self._rounded:
-            x = round_activations(x, self._weight.scheme.group_size)
+        if self._limbs:
+            x = round_activations(x, self._weight.scheme.group_size, self._limbs)
             y = x @ integer_weights(self._weight).T
         else:
             y = x @ self._weight.dequantize().T  # [M, N]

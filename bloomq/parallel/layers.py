@@ -96,14 +96,15 @@ class ParallelBackend:
         *,
         norm: Norm | None = None,
         act: Activation | None = None,
+        limbs: int = 1,
     ) -> Linear:
         cut, rank = self.cuts.cut(weight.name), self.group.rank
         if cut.axis == "whole":
-            return self.inner.linear(weight, bias, norm=norm, act=act)
+            return self.inner.linear(weight, bias, norm=norm, act=act, limbs=limbs)
         mine = self._mine(weight)
         if cut.axis == "rows":
             some = None if bias is None else bias[slice(*cut.of(rank))]
-            inner = self.inner.linear(mine, some, norm=norm, act=act)
+            inner = self.inner.linear(mine, some, norm=norm, act=act, limbs=limbs)
             return _SplitOutput(inner, cut.edges)
         assert norm is None and act is None, "neither can be computed of a part of the sum"
         # One rank's part has the bias, so the sum has it once.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,10 +109,12 @@ class CudaBackend:
         *,
         norm: Norm | None = None,
         act: Activation | None = None,
+        limbs: int = 1,
     ) -> Linear:
+        # 16 bits are what activations have here where they are not rounded to int8.
         apply = CudaLinear(
             self._loader.load(weight),
-            self._how,
+            self._how if limbs == 1 else replace(self._how, activations="float"),
             None if bias is None else self._there(bias),
             None if norm is None else self._norm(norm),
             act,

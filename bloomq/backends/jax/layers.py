@@ -57,6 +57,7 @@ class JaxBackend:
         *,
         norm: Norm | None = None,
         act: Activation | None = None,
+        limbs: int = 1,
     ) -> Linear:
         parts = _placed_parts(weight)
         shift = None if bias is None else placed(bias)

@@ -79,7 +79,7 @@ def _emit_store(
     if spec.dtype == "f16":
         parts = [b.fptrunc(part, V16H) for part in parts]
     elif spec.dtype == "int8":
-        codes, step_size = v.to_int8(parts)
+        (codes,), step_size = v.to_int8(parts)
         parts = [b.trunc(code, V16B) for code in codes]
         v.store(step_size, scale)
     for i, part in enumerate(parts):

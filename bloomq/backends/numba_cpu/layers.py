@@ -89,8 +89,9 @@ class NumbaBackend:
         *,
         norm: Norm | None = None,
         act: Activation | None = None,
+        limbs: int = 1,
     ) -> NumbaLinear:
-        return NumbaLinear(self.pool, self.tier, weight, bias, norm, act)
+        return NumbaLinear(self.pool, self.tier, weight, bias, norm, act, limbs)
 
     def attention(
         self, layer: int, n_head: int, head_dim: int, *, slope: F32 | None = None
@@ -231,6 +232,7 @@ class NumbaLinear:
         bias: F32 | None,
         norm: Norm | None,
         act: Activation | None,
+        limbs: int = 1,
     ) -> None:
         scheme = weight.scheme
         stored_n, stored_k = scheme.padded(weight.shape)
@@ -243,7 +245,7 @@ class NumbaLinear:
             scheme=scheme, tier=tier, n=weight.shape[0], k=stored_k,
             codes=parts[0].ctypes.data, scales=parts[-1].ctypes.data, nbytes=weight.nbytes,
             bias=bias_at, gelu=int(act == "gelu"), gain=gain_at, shift=shift_at,
-            epsilon=0.0 if norm is None else norm.epsilon,
+            epsilon=0.0 if norm is None else norm.epsilon, limbs=1 if scheme.is_float else limbs,
         )  # fmt: skip
         self._product.compile()
 

@@ -45,7 +45,7 @@ def multiply(spec_text: str) -> Any:
     """
     spec = Spec.parse(spec_text)
     text, group, k4_bytes, tokens = spec_text, spec.group, spec.bytes_per_k4, spec.tokens
-    tiles, row_scales, columns = spec.tiles, spec.scheme == "int8", _COLUMNS
+    tiles, rows, row_scales, columns = spec.tiles, spec.rows, spec.scheme == "int8", _COLUMNS
 
     @kernel
     def multiply(arguments, first, last):  # type: ignore[no-untyped-def]
@@ -67,7 +67,7 @@ def multiply(spec_text: str) -> Any:
                     multiply_tiles(
                         text, codes + tile * tile_codes + g * group // 4 * k4_bytes, tile_codes,
                         scales + tile * tile_scales + g * group_scales, tile_scales,
-                        acts + tokens * (block * k + g * group), act_scales + meta,
+                        acts + rows * (block * k + g * group), act_scales + meta,
                         act_sums + meta, count, to,
                     )  # fmt: skip
                     to += blocks * size
@@ -119,9 +119,9 @@ def multiply_float(spec_text: str) -> Any:
     return multiply_float
 
 
-def block_of(m: int, tier: str) -> int:
+def block_of(m: int, tier: str, limbs: int = 1) -> int:
     """Tokens of a micro-kernel's block, for a step of m."""
-    sizes = token_blocks(tier)
+    sizes = token_blocks(tier, limbs)
     return next((size for size in sizes if m <= size), sizes[-1])
 
 
@@ -141,21 +141,25 @@ class Product:
     gain: int
     shift: int
     epsilon: float
+    limbs: int  # of activations that are rounded
 
     def compile(self) -> None:
         """Compile every kernel that `record` may ask for, or take it from the cache."""
-        spread_rows() if self.scheme.is_float else prepare(self.tier, self.scheme.group_size)
-        for tokens in token_blocks(self.tier):
+        spread_rows() if self.scheme.is_float else self._prepare()
+        for tokens in token_blocks(self.tier, self.limbs):
             (multiply_float if self.scheme.is_float else multiply)(self._spec(tokens))
 
     def _spec(self, tokens: int) -> str:
-        return str(Spec(self.scheme.name, self.scheme.group_size, self.tier, tokens))
+        return str(Spec(self.scheme.name, self.scheme.group_size, self.tier, tokens, self.limbs))
+
+    def _prepare(self) -> Any:
+        return prepare(self.tier, self.scheme.group_size, self.limbs)
 
     def record(self, x: Buffer, add: Buffer | None, delta: Buffer | None) -> Buffer:
         """Append this layer to x's program; returns y."""
         y = x.program.buffer(x.rows, self.n, np.float32)
         if x.rows:
-            tokens = block_of(x.rows, self.tier)
+            tokens = block_of(x.rows, self.tier, self.limbs)
             added, moved = (0 if other is None else other.address for other in (add, delta))
             end = (self.bias, moved, self.gelu, added, y.address, y.stride_bytes)
             record = self._record_float if self.scheme.is_float else self._record_int
@@ -165,14 +169,14 @@ class Product:
     def _record_int(self, x: Buffer, tokens: int, blocks: int, end: tuple[int, ...]) -> None:
         program, groups = x.program, self.k // self.scheme.group_size
         # Rows of a block share cache lines, so one thread does them all.
-        acts = program.buffer(1, blocks * tokens * self.k, np.int8)
+        acts = program.buffer(1, blocks * tokens * self.limbs * self.k, np.int8)
         act_scales = program.buffer(1, blocks * tokens * groups, np.float32)
         act_sums = program.buffer(1, blocks * tokens * groups, np.int32)
         to = (acts.address, act_scales.address, act_sums.address)
         program.add(
-            prepare(self.tier, self.scheme.group_size), x.rows, tokens, x.address, x.stride_bytes,
-            x.columns, self.gain, self.shift, self.epsilon, self.k,
-            weight_offset(self.scheme.name, self.tier), *to, tokens,
+            self._prepare(), x.rows, tokens, x.address, x.stride_bytes, x.columns, self.gain,
+            self.shift, self.epsilon, self.k, weight_offset(self.scheme.name, self.tier), *to,
+            tokens,
         )  # fmt: skip
         program.add(
             multiply(self._spec(tokens)), self._pairs, self._chunk(blocks), self.codes, self.scales,

@@ -5,10 +5,10 @@ or two tiles (16 rows each) against a block of tokens, straight from the packed 
 through it block by block: their codes are unpacked anew for each, which costs less than writing and
 reading what was unpacked (docs/experiments.md).
 
-Integer schemes sum int8 products exactly in int32 within a group and fold groups in order with one
-fused multiply-add, y = fma(float(sum), weight scale * activation scale, y). The float schemes do
-the same with a float32 partial sum per group. So an element of y has the same bits whichever
-kernel, batch or thread computed it.
+Integer schemes sum int8 products exactly in int32 within a group, join those of an activation's
+limbs there, and fold groups in order with one fused multiply-add, y = fma(float(sum), weight scale
+* activation scale, y). The float schemes do the same with a float32 partial sum per group. So an
+element of y has the same bits whichever kernel, batch or thread computed it.
 
 All end in one epilogue, y = gelu(product + bias + delta) + add, which writes whole lanes: rows of y
 are padded to pairs of tiles.
@@ -24,7 +24,19 @@ import llvmlite.ir as ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bloomq.backends.numba_cpu.simd import F32, I32, I64, LANES, V16F, V16H, V64B, Vectors, emitter
+from bloomq.backends.numba_cpu.simd import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    LIMB,
+    V16F,
+    V16H,
+    V16I,
+    V64B,
+    Vectors,
+    emitter,
+)
 
 # Weights are asked for so far ahead: some 100 ns at full bandwidth.
 _AHEAD_BYTES = 2048
@@ -39,20 +51,26 @@ class Spec:
     group: int
     tier: str
     tokens: int = 1
+    limbs: int = 1  # int8 numbers that make an activation: see `prologue`
 
     def __str__(self) -> str:
-        return f"{self.scheme}/{self.group}/{self.tier}/{self.tokens}"
+        return f"{self.scheme}/{self.group}/{self.tier}/{self.tokens}/{self.limbs}"
 
     @classmethod
     def parse(cls, text: str) -> Spec:
-        scheme, group, tier, tokens = text.split("/")
-        return cls(scheme, int(group), tier, int(tokens))
+        scheme, group, tier, tokens, limbs = text.split("/")
+        return cls(scheme, int(group), tier, int(tokens), int(limbs))
+
+    @property
+    def rows(self) -> int:
+        """Rows of int8 that are multiplied: a token's limbs lie side by side."""
+        return self.tokens * self.limbs
 
     @property
     def tiles(self) -> int:
         """Tiles of a call: with 32 registers of 16 lanes two, which share each activation loaded;
-        with 16 of 8 lanes one, as soon as there are several tokens."""
-        return 2 if self.tier == "avx512-vnni" or self.tokens == 1 else 1
+        with 16 of 8 lanes one, as soon as there are more than two rows."""
+        return 2 if self.tier == "avx512-vnni" or self.rows <= 2 else 1
 
     @property
     def signed(self) -> bool:
@@ -69,10 +87,11 @@ class Spec:
         return {"int8": 64, "int6": 48}.get(self.scheme, 32)
 
 
-def token_blocks(tier: str) -> tuple[int, ...]:
+def token_blocks(tier: str, limbs: int = 1) -> tuple[int, ...]:
     """The numbers of tokens that micro-kernels are made for, ascending: their sums fill half of the
     tier's registers."""
-    return (1, 4, 8) if tier == "avx512-vnni" else (1, 4)
+    rows = (1, 4, 8) if tier == "avx512-vnni" else (1, 4)
+    return tuple(max(1, n // limbs) for n in rows)
 
 
 def weight_offset(scheme: str, tier: str) -> int:
@@ -92,9 +111,9 @@ def multiply_tiles(
     rows of activations, over `groups` groups of columns.
 
     A tile's codes and scales lie tile_codes and tile_scales bytes after the last one's. acts: int8
-    [K/4, tokens, 4] (float schemes: float32 [K, tokens]): as rows they would lie a multiple of 4 KB
-    apart, in one set of the cache. act_scales float32 and act_sums int32 [groups, tokens]. All
-    after `spec` are addresses or sizes, int64.
+    [K/4, tokens, limbs, 4] (float schemes: float32 [K, tokens]): as rows they would lie a multiple
+    of 4 KB apart, in one set of the cache. act_scales float32 and act_sums int32 [groups, tokens].
+    All after `spec` are addresses or sizes, int64.
     """
     rest = (codes, tile_codes, scales, tile_scales, acts, act_scales, act_sums, groups, totals)
     return emitter(_emit_product, Spec.parse, spec, rest)
@@ -118,10 +137,28 @@ def _emit_product(
                 v.store(b.fadd(v.load(slot, V16F), part), slot)
         else:
             meta = b.mul(g, I64(4 * tokens))
-            start = [v.broadcast(v.at(v.at(act_sums, meta), 4 * t), I32) for t in range(tokens)]
+            start = [v.constant(V16I, 0)] * spec.rows
+            for t in range(tokens):  # in the last limb, whose unit the joined sum has
+                at = v.at(v.at(act_sums, meta), 4 * t)
+                start[(t + 1) * spec.limbs - 1] = v.broadcast(at, I32)
             sums = _group_int(v, spec, tiles, acts, g, [s for s in start for _ in tiles])
+            sums = _joined(v, spec, sums)
             weight_scales = [_load_scales(v, spec, at, g) for at in tile_scale]
             _fold(v, sums, weight_scales, v.at(act_scales, meta), slots)
+
+
+def _joined(v: Vectors, spec: Spec, sums: list[ir.Value]) -> list[ir.Value]:
+    """[tokens][limbs][tiles] -> [tokens][tiles]: LIMB times each, and the next. In int8's groups of
+    128 columns at most 254 x 127 x 127 x 128, a quarter of what int32 holds."""
+    found, count = [], spec.tiles * spec.limbs
+    for i in range(0, len(sums), count):
+        for tile in range(i, i + spec.tiles):
+            total = sums[tile]
+            for limb in range(1, spec.limbs):
+                total = v.b.mul(total, v.constant(V16I, LIMB))
+                total = v.b.add(total, sums[tile + limb * spec.tiles])
+            found.append(total)
+    return found
 
 
 def _fold(
@@ -222,22 +259,22 @@ def _group_int(
     v: Vectors, spec: Spec, tiles: list[ir.Value], acts: ir.Value, g: ir.Value,
     start: list[ir.Value],
 ) -> list[ir.Value]:  # fmt: skip
-    """int32 sums [tokens][tiles][16 rows] over one group, 16 columns to an iteration: with 32 of
+    """int32 sums [rows][tiles][16 rows] over one group, 16 columns to an iteration: with 32 of
     them LLVM loads ahead of the accumulators, and spills."""
     k_base = v.b.mul(g, I64(spec.group))
 
     def body(step: ir.Value, sums: list[ir.Value]) -> None:
         k = v.at(k_base, v.b.mul(step, I64(_STEP)))
         offset = v.b.udiv(v.b.mul(k, I64(spec.bytes_per_k4)), I64(4))
-        block = v.at(acts, v.b.mul(k, I64(spec.tokens)))
+        block = v.at(acts, v.b.mul(k, I64(spec.rows)))
         unpacked = zip(*(_weight_bytes(v, spec, v.at(at, offset)) for at in tiles), strict=True)
         for weights in unpacked:  # 4 columns of each tile
-            for t in range(spec.tokens):
+            for t in range(spec.rows):
                 four = v.broadcast4(v.at(block, 4 * t))
                 for tile, bytes_ in enumerate(weights):
                     i = spec.tiles * t + tile
                     sums[i] = v.dot4(sums[i], bytes_, four, spec.signed)
-            block = v.at(block, 4 * spec.tokens)
+            block = v.at(block, 4 * spec.rows)
 
     return _accumulate(v, start, spec.group // _STEP, body)
 
@@ -245,21 +282,21 @@ def _group_int(
 def _group_float(
     v: Vectors, spec: Spec, tiles: list[ir.Value], acts: ir.Value, g: ir.Value
 ) -> list[ir.Value]:
-    """float32 sums [tokens][tiles][16 rows] over the columns of one group, 8 to an iteration."""
+    """float32 sums [rows][tiles][16 rows] over the columns of one group, 8 to an iteration."""
     column_bytes = LANES * (4 if spec.scheme == "f32" else 2)
     k_base, columns = v.b.mul(g, I64(spec.group)), 8
 
     def body(step: ir.Value, sums: list[ir.Value]) -> None:
         k = v.at(k_base, v.b.mul(step, I64(columns)))
         source = [v.at(tile, v.b.mul(k, I64(column_bytes))) for tile in tiles]
-        block = v.at(acts, v.b.mul(k, I64(4 * spec.tokens)))
+        block = v.at(acts, v.b.mul(k, I64(4 * spec.rows)))
         for column in range(columns):
             weights = [v.load_float(v.at(at, column * column_bytes), spec.scheme) for at in source]
-            for t in range(spec.tokens):
-                x = v.broadcast(v.at(block, 4 * (spec.tokens * column + t)), F32)
+            for t in range(spec.rows):
+                x = v.broadcast(v.at(block, 4 * (spec.rows * column + t)), F32)
                 for tile, values in enumerate(weights):
                     i = spec.tiles * t + tile
                     sums[i] = v.fma(values, x, sums[i])
 
     zero = v.constant(V16F, 0.0)
-    return _accumulate(v, [zero] * (spec.tiles * spec.tokens), spec.group // columns, body)
+    return _accumulate(v, [zero] * (spec.tiles * spec.rows), spec.group // columns, body)

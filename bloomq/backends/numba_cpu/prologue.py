@@ -1,5 +1,8 @@
 """What happens to a row of activations before a matrix product: layer norm, then int8.
 
+Where a product asks for two limbs, what rounding leaves is rounded once more, to steps of 1/254 of
+the first: a second int8, which the product multiplies as it does another token's.
+
 A row belongs to one thread, and every sum runs in one fixed order, so the bits do not depend on the
 number of threads or on the other rows.
 """
@@ -18,7 +21,7 @@ from numba.extending import intrinsic
 
 from bloomq.backends.numba_cpu.jit import kernel
 from bloomq.backends.numba_cpu.memory import address, as_float, fields, floats, keep, longs
-from bloomq.backends.numba_cpu.simd import I32, I64, LANES, V16B, V16F, Vectors
+from bloomq.backends.numba_cpu.simd import I32, I64, LANES, LIMB, V16B, V16F, Vectors
 
 # Sums may be vectorised; NaN and infinity keep their meaning (fastmath=True would drop them).
 _VECTOR_SUMS = {"reassoc", "contract", "nsz"}
@@ -49,53 +52,62 @@ def quantize_row(
     """int8 codes of one row of `groups` whole groups, with one scale for each; see
     `Vectors.to_int8`.
 
-    spec: "tier/group"; codes, scales (float32) and sums (int32; -offset times the sum of a group's
-    codes): addresses of the first, each next four codes, scale or sum `step` bytes on.
+    spec: "tier/group/limbs"; codes, scales (float32) and sums (int32; -offset times the sum of a
+    group's codes): addresses of the first. step: bytes from each scale or sum to the next; times
+    limbs, from four codes to the next four, each limb's 4 bytes behind the one's before.
     """
-    tier, group = spec.literal_value.split("/")
+    tier, group, limbs = spec.literal_value.split("/")
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _emit_quantize(Vectors(builder, tier), int(group), *args[1:])
+        _emit_quantize(Vectors(builder, tier), int(group), int(limbs), *args[1:])
         return context.get_dummy_value()
 
     return types.void(spec, *[types.int64] * 7), codegen
 
 
 def _emit_quantize(
-    v: Vectors, group: int, x: ir.Value, groups: ir.Value, offset: ir.Value, codes: ir.Value,
-    step: ir.Value, scales: ir.Value, sums: ir.Value,
+    v: Vectors, group: int, limbs: int, x: ir.Value, groups: ir.Value, offset: ir.Value,
+    codes: ir.Value, step: ir.Value, scales: ir.Value, sums: ir.Value,
 ) -> None:  # fmt: skip
     b = v.b
-    fours = ir.VectorType(I32, LANES // 4)
     with cgutils.for_range(b, groups, intp=I64) as loop:
         source = v.at(x, b.mul(loop.index, I64(4 * group)))
         values = [v.load(v.at(source, 4 * i), V16F) for i in range(0, group, LANES)]
-        parts, scale = v.to_int8(values)
-        total = parts[0]
-        for part in parts[1:]:
-            total = b.add(total, part)
-        total = v.call("llvm.vector.reduce.add.v16i32", I32, [total])
-        target = v.at(codes, b.mul(loop.index, b.mul(step, I64(group // 4))))
-        for part in parts:
-            packed = b.bitcast(b.trunc(part, V16B), fours)
-            for i in range(LANES // 4):
-                v.store(b.extract_element(packed, I32(i)), target)
-                target = v.at(target, step)
-        at = b.mul(loop.index, step)
+        at, apart = b.mul(loop.index, step), b.mul(step, I64(limbs))
+        first = v.at(codes, b.mul(loop.index, b.mul(apart, I64(group // 4))))
+        found, scale = v.to_int8(values, limbs)
+        total: ir.Value = I32(0)
+        for limb, parts in enumerate(found):
+            here = _store_codes(v, parts, v.at(first, 4 * limb), apart)
+            total = b.add(b.mul(total, I32(LIMB)), here)
         v.store(scale, v.at(scales, at))
         v.store(b.mul(b.neg(b.trunc(offset, I32)), total), v.at(sums, at))
 
 
+def _store_codes(v: Vectors, parts: list[ir.Value], target: ir.Value, step: ir.Value) -> ir.Value:
+    """Store int32 codes as int8, four after four `step` bytes apart; their sum."""
+    b, total = v.b, parts[0]
+    fours = ir.VectorType(I32, LANES // 4)
+    for part in parts[1:]:
+        total = b.add(total, part)
+    for part in parts:
+        packed = b.bitcast(b.trunc(part, V16B), fours)
+        for i in range(LANES // 4):
+            v.store(b.extract_element(packed, I32(i)), target)
+            target = v.at(target, step)
+    return v.call("llvm.vector.reduce.add.v16i32", I32, [total])
+
+
 @lru_cache(maxsize=8)
-def prepare(tier: str, group: int) -> Any:
+def prepare(tier: str, group: int, limbs: int) -> Any:
     """The prologue of the integer products. Units: rows.
 
     Arguments: x, stride of x in bytes, C, gain (0: no norm), shift, epsilon, K (C padded to whole
     groups), offset, codes, scales, sums, tokens of a block. Results lie as the products read them,
-    blocks of tokens interleaved: codes int8 [blocks, K/4, tokens, 4]; scales float32 and sums int32
-    [blocks, K/group, tokens].
+    blocks of tokens interleaved, of each its limbs: codes int8 [blocks, K/4, tokens * limbs, 4];
+    scales float32 and sums int32 [blocks, K/group, tokens].
     """
-    spec = f"{tier}/{group}"
+    spec = f"{tier}/{group}/{limbs}"
 
     @kernel
     def prepare(arguments, first, last):  # type: ignore[no-untyped-def]
@@ -118,8 +130,8 @@ def prepare(tier: str, group: int) -> Any:
             block, t = row // tokens, row % tokens
             meta = 4 * (block * groups * tokens + t)
             quantize_row(
-                spec, source, groups, offset, codes + block * k * tokens + 4 * t, 4 * tokens,
-                scales + meta, sums + meta,
+                spec, source, groups, offset, codes + (block * k * tokens + 4 * t) * limbs,
+                4 * tokens, scales + meta, sums + meta,
             )  # fmt: skip
         keep(padded)
 

@@ -19,6 +19,7 @@ from numba import types
 from bloomq.schemes import NF4_INT8_CODEBOOK
 
 LANES = 16
+LIMB = 254  # what is left of half a code, in codes of the next limb: 127, as far as int8 reaches
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F32, F16 = ir.FloatType(), ir.HalfType()
@@ -159,9 +160,12 @@ class Vectors:
 
     # -- int8 ----------------------------------------------------------------------------------
 
-    def to_int8(self, parts: list[ir.Value]) -> tuple[list[ir.Value], ir.Value]:
-        """16 floats each -> (int32 codes, their scale): codes = round(x * 127 / largest), half to
-        even; scale = largest / 127.
+    def to_int8(
+        self, parts: list[ir.Value], limbs: int = 1
+    ) -> tuple[list[list[ir.Value]], ir.Value]:
+        """16 floats each -> (int32 codes of each limb, the last one's scale): codes = round(x * 127
+        / largest), half to even; scale = largest / 127. What is left is at most half a code: the
+        next limb's codes are LIMB times that, rounded, and its scale is so much less.
 
         All zeros (below 1e-30, where 127 / largest would overflow): scale 0. NaN or infinity among
         them: codes 0 and scale NaN, so that whatever is computed with them says so.
@@ -181,12 +185,18 @@ class Vectors:
         scale = b.select(zero, F32(0.0), b.fdiv(largest, F32(127.0)))
         inverse = b.fdiv(F32(127.0), largest)
         inverse = b.select(b.and_(finite, b.not_(zero)), inverse, F32(0.0))
-        codes = []
-        for part in parts:
-            clean = b.select(finite, part, self.constant(V16F, 0.0))  # infinity * 0 is NaN
-            whole = self.call("llvm.rint.v16f32", V16F, [b.fmul(clean, self.splat(inverse))])
-            codes.append(b.fptosi(whole, V16I))
-        return codes, b.select(finite, scale, F32(float("nan")))
+        # Infinity * 0 is NaN.
+        clean = [b.select(finite, part, self.constant(V16F, 0.0)) for part in parts]
+        left = [b.fmul(part, self.splat(inverse)) for part in clean]
+        found, whole = [], left
+        for limb in range(limbs):
+            if limb:
+                pairs = zip(left, whole, strict=True)
+                left = [b.fmul(b.fsub(x, q), self.constant(V16F, LIMB)) for x, q in pairs]
+                scale = b.fdiv(scale, F32(LIMB))
+            whole = [self.call("llvm.rint.v16f32", V16F, [part]) for part in left]
+            found.append([b.fptosi(part, V16I) for part in whole])
+        return found, b.select(finite, scale, F32(float("nan")))
 
     # -- bytes ---------------------------------------------------------------------------------
 

@@ -119,9 +119,10 @@ class PlacedBackend:
         *,
         norm: Norm | None = None,
         act: Activation | None = None,
+        limbs: int = 1,
     ) -> Linear:
         place = self._place(weight.name)
-        layer = self._backends[place].linear(weight, bias, norm=norm, act=act)
+        layer = self._backends[place].linear(weight, bias, norm=norm, act=act, limbs=limbs)
 
         def call(x: X, add: X | None = None, delta: X | None = None) -> X:
             return self._call(place, lambda given, *_: layer(*given), x, add, delta)
