@@ -29,6 +29,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 Sink = Callable[[F32], None]  # is given the inputs of a matrix, [M, K]
+StreamSink = Callable[[F32, F32], None]  # and the stream that its output is added to, [M, C]
 _SUMMED_ROWS = 8192  # 0.5 GB of 16,384 columns
 _TRIANGLE = 1024  # columns of a second moment that are summed in one product
 STEP_TOKENS = 2048  # tokens of one step, at least one window: 134 MB of 7b1's widest activations
@@ -164,17 +165,19 @@ class _Tap:
     """In place of a linear: hands its input on and ends the step."""
 
     norm: LayerNorm
-    sink: Sink
+    sink: Callable[[F32, Any], None]
 
     def __call__(self, x: F32, add: F32 | None = None, delta: F32 | None = None) -> F32:
-        self.sink(self.norm(x))
+        self.sink(self.norm(x), add)
         raise _Reached
 
 
 class _Tapped:
     """A backend for one block, with a tap in place of the matrix `name`; cached as layer 0."""
 
-    def __init__(self, inner: NumbaBackend, name: str | None, sink: Sink) -> None:
+    def __init__(
+        self, inner: NumbaBackend, name: str | None, sink: Callable[[F32, Any], None]
+    ) -> None:
         self._inner, self._name, self._sink = inner, name, sink
 
     def __getattr__(self, name: str) -> Any:
@@ -222,6 +225,11 @@ class Runner:
 
     def inputs_of(self, name: str, layer: int, weights: UnderWay, x: F32, sink: Sink) -> None:
         """Give `sink` the inputs of matrix `name` of a block whose own input is x [B * T, C]."""
+        self._run(weights, layer, x, None, name, lambda inputs, add: sink(inputs))
+
+    def stream_at(self, name: str, layer: int, weights: UnderWay, x: F32, sink: StreamSink) -> None:
+        """Give `sink` also the stream that the output of `name`, one that writes to it, is added
+        to."""
         self._run(weights, layer, x, None, name, sink)
 
     def through(self, layer: int, weights: UnderWay, x: F32, out: F32) -> None:
@@ -229,7 +237,8 @@ class Runner:
         self._run(weights, layer, x, out, None, _ignore)
 
     def _run(
-        self, weights: UnderWay, layer: int, x: F32, out: F32 | None, name: str | None, sink: Sink
+        self, weights: UnderWay, layer: int, x: F32, out: F32 | None, name: str | None,
+        sink: Callable[[F32, Any], None],
     ) -> None:  # fmt: skip
         tapped: Any = _Tapped(self._backend, name, sink)
         backend: Backend = tapped
@@ -264,5 +273,5 @@ def places_of(wanted: I64) -> dict[int, int]:
     return {token: place for place, token in enumerate(wanted.tolist())}
 
 
-def _ignore(x: F32) -> None:
+def _ignore(x: F32, add: Any) -> None:
     return None

@@ -1,9 +1,11 @@
 """The producer of calibrated weights: block by block, each matrix solved for what reaches it
 through the blocks and matrices before it as they are stored.
 
-Rounding errors that a matrix makes on average over the text go into its bias. The embedding comes
-first in a pack; where it is the head too it is solved for the hidden states that the checkpoint's
-own weights end in, which takes a pass over the text before all else.
+Those that write to the residual stream are solved for what brings it back to the checkpoint's own,
+which goes along (`making_up`). Rounding errors that the others make on average over the text go
+into their biases. The embedding comes first in a pack; where it is the head too it is solved for
+the hidden states that the checkpoint's own weights end in, which takes a pass over the text before
+all else.
 
 Invariant: the pieces depend on the checkpoint, the schemes, the token ids and the settings alone,
 not on where a run was interrupted.
@@ -29,12 +31,14 @@ from bloomq.weights import Matrix
 from ..pieces import Piece, Producer, blocks, rounded_block
 from ..source import Checkpoint, SourceTensor
 from .forward import Moments, Runner, UnderWay, linears_of, places_of, rows_of
+from .making_up import Wanted, own_block, stream_behind, writes_to_stream
 from .scratch import Scratch
-from .solver import DAMPING, SWEEPS, Solver
+from .solver import DAMPING, SWEEPS, Calibrated, Solver
 from .text import spread
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
+Rows = Callable[[int, int], F32]  # first and last of a matrix -> [n, K]
 Progress = Callable[[int, int], None]  # (work done, work in all), in an arbitrary unit
 
 # An embedding that is also the head serves two ends: as the head its error is weighed by the hidden
@@ -50,12 +54,14 @@ _SOLVED_BYTES = 256 << 20  # of float32 rows that are solved at a time; some fiv
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How matrices are solved. damping: of their moments; head_damping: of the embedding's where it
-    is the head; sweeps: of descent; correct_bias: whether mean errors go into the biases."""
+    is the head; sweeps: of descent; correct_bias: whether mean errors go into the biases; make_up:
+    whether, then, errors made before are made up for."""
 
     damping: float = DAMPING
     head_damping: float = HEAD_DAMPING
     sweeps: int = SWEEPS
     correct_bias: bool = True
+    make_up: bool = True
 
 
 def calibrated(
@@ -64,7 +70,7 @@ def calibrated(
 ) -> Producer:  # fmt: skip
     """The producer that calibrates on windows of token ids [B, T].
 
-    folder: of its own, for activations: 4 bytes for each token and column, three times over; it is
+    folder: of its own, for activations: 4 bytes for each token and column, six times over; it is
     gone when all weights are made. threads: of the loops and the layers; BLAS has its own.
     Raises (when it produces): NumericError, OutputError, UsageError, CheckpointError.
     """
@@ -108,7 +114,8 @@ class _Calibration:
         self._runner = Runner(ids, self._config, threads)
         self._threads = threads
         key = _key(ids, settings, checkpoint, schemes)
-        self.scratch = Scratch(folder, key, ids.size, self._config.hidden_size)
+        self._tokens = ids.size
+        self.scratch = Scratch(folder, key, 2 * ids.size, self._config.hidden_size)
         self._report, self._work = progress, 0
 
     def pieces(self) -> Iterator[Piece]:
@@ -143,15 +150,17 @@ class _Calibration:
         if self._config.head_is_embedding and not self._schemes["wte"].is_float:
             moment, damping = self._head_moment(), self._settings.head_damping
         stored = np.empty((len(wanted), self._config.hidden_size), np.float32)
-        for piece, start, values in self._solved("wte", moment, damping):
+        rows = partial(rows_of, self._checkpoint.tensors["wte.weight"])
+        for piece, start, values in self._solved("wte", rows, moment, damping):
             here = (wanted >= start) & (wanted < start + len(values))
             stored[here] = values[wanted[here] - start]
             if "wte" not in self._done:
                 yield piece
         yield from self._as_stored("emb_ln")
-        x = self.scratch.new()
-        weights = UnderWay(self._checkpoint)
-        self._runner.embed(weights, places_of(wanted), stored, x)
+        x, weights = self.scratch.new(), UnderWay(self._checkpoint)
+        own = _picked(self._checkpoint.tensors["wte.weight"], wanted)
+        for table, stream in zip((stored, own), self._streams(x), strict=True):
+            self._runner.embed(weights, places_of(wanted), table, stream)
         self.scratch.keep(x, 0)
 
     def _head_moment(self) -> F32:
@@ -176,10 +185,11 @@ class _Calibration:
         for spec in weight_specs(self._config)[-1:]:
             if spec.kind == "head" and not self._schemes[spec.name].is_float:
                 moments = Moments()
-                x = self.scratch.open(self._config.n_layer)
+                x, _ = self._streams(self.scratch.open(self._config.n_layer))
                 self._runner.final(UnderWay(self._checkpoint), x, moments.add)
                 moment = moments.result(central=False)[1]
-                for piece, _, _ in self._solved(spec.name, moment, self._settings.damping):
+                rows = partial(rows_of, self._checkpoint.tensors[f"{spec.name}.weight"])
+                for piece, _, _ in self._solved(spec.name, rows, moment, self._settings.damping):
                     if spec.name not in self._done:
                         yield piece
             elif spec.name != "ln_f":
@@ -196,38 +206,58 @@ class _Calibration:
 
     def _block(self, layer: int) -> Iterator[Piece]:
         """Its weights; then the next block's input."""
-        x, weights = self.scratch.open(layer), UnderWay(self._checkpoint)
+        x, own = self._streams(self.scratch.open(layer))
+        new, weights = self.scratch.new(), UnderWay(self._checkpoint)
+        out, wanted = self._streams(new)
+        exact = own_block(self._checkpoint, layer)
         for spec in self._specs.values():
             if not spec.name.startswith(f"h.{layer}."):
                 continue
             if not spec.is_matrix:
                 yield from self._as_stored(spec.name)
                 continue
-            moments = Moments()
-            self._runner.inputs_of(spec.name, layer, weights, x, moments.add)
-            mean, moment = moments.result(central=self._settings.correct_bias)
-            for piece in self._linear(spec, mean, moment, weights):
+            if writes_to_stream(spec.name):
+                stream_behind(spec.name, layer, exact, own, self._runner, wanted)
+            for piece in self._linear(spec, layer, weights, x, wanted):
                 if spec.name not in self._done:
                     yield piece
-        out = self.scratch.new()
         self._runner.through(layer, weights, x, out)
-        self.scratch.keep(out, layer + 1)
+        self.scratch.keep(new, layer + 1)
+
+    def _streams(self, both: F32) -> tuple[F32, F32]:
+        """Of the weights as they are stored, and of the checkpoint's own."""
+        return both[: self._tokens], both[self._tokens :]
+
+    def _makes_up(self, name: str) -> bool:
+        calibrated = self._schemes[name].name in Calibrated
+        asked = self._settings.correct_bias and self._settings.make_up
+        return asked and calibrated and writes_to_stream(name)
 
     def _linear(
-        self, spec: WeightSpec, mean: F32, moment: F32, weights: UnderWay
+        self, spec: WeightSpec, layer: int, weights: UnderWay, x: F32, wanted: F32
     ) -> Iterator[Piece]:
-        """The pieces of a matrix and its bias, which `weights` then has."""
-        name, parts = spec.name, dict[str, list[Array]]()
-        key = f"{name}.bias"
-        bias = np.zeros(round_up(spec.shape[0], 32), np.float32)
-        bias[: spec.shape[0]] = weights.vector(key, spec.shape[0])
-        for piece, start, values in self._solved(name, moment, self._settings.damping):
+        """The pieces of a matrix and its bias, which `weights` then has. x: the block's input;
+        wanted: the checkpoint's own stream behind the matrix."""
+        name, key, parts = spec.name, f"{spec.name}.bias", dict[str, list[Array]]()
+        moments, n = Moments(), spec.shape[0]
+        rows = partial(rows_of, self._checkpoint.tensors[f"{name}.weight"])
+        bias = np.zeros(round_up(n, 32), np.float32)
+        if self._makes_up(name):
+            target = Wanted(wanted, moments)
+            self._runner.stream_at(name, layer, weights, x, target.add)
+            mean, moment = moments.result(central=True)
+            w, bias[:n] = target.weights(rows(0, n), mean, moment)
+            rows = partial(_rows, w)
+        else:
+            self._runner.inputs_of(name, layer, weights, x, moments.add)
+            mean, moment = moments.result(central=self._settings.correct_bias)
+            bias[:n] = weights.vector(key, n)
+        for piece, start, values in self._solved(name, rows, moment, self._settings.damping):
             for leaf, array in piece.arrays.items():
                 parts.setdefault(leaf.removeprefix(f"{name}."), []).append(array)
             if self._settings.correct_bias:
-                tensor = self._checkpoint.tensors[f"{name}.weight"]
-                w = rows_of(tensor, start, start + len(values))
-                bias[start : start + len(values)] += (w - values) @ mean
+                stop = start + len(values)
+                bias[start:stop] += (rows(start, stop) - values) @ mean
             yield piece
         whole = {leaf: np.concatenate(arrays) for leaf, arrays in parts.items()}
         weights.matrices[name] = Matrix(
@@ -236,21 +266,27 @@ class _Calibration:
         weights.biases[key] = bias
         yield Piece(name, {key: bias}, self._checkpoint.tensors[key].nbytes)
 
-    def _solved(self, name: str, moment: F32, damping: float) -> Iterator[tuple[Piece, int, F32]]:
+    def _solved(
+        self, name: str, rows: Rows, moment: F32, damping: float
+    ) -> Iterator[tuple[Piece, int, F32]]:
         """(piece, first row, values [n, K]) of some rows of a matrix at a time."""
         tensor = self._checkpoint.tensors[f"{name}.weight"]
         total, k = tensor.shape
-        rows = max(ROW_MULTIPLE, _SOLVED_BYTES // (4 * k) // ROW_MULTIPLE * ROW_MULTIPLE)
+        step = max(ROW_MULTIPLE, _SOLVED_BYTES // (4 * k) // ROW_MULTIPLE * ROW_MULTIPLE)
         solver = Solver(
             moment, self._schemes[name], self._pool, name=tensor.name, damping=damping,
             sweeps=self._settings.sweeps,
         )  # fmt: skip
-        for start in range(0, total, rows):
-            stop = min(start + rows, total)
-            solved = solver.rows(rows_of(tensor, start, stop))
+        for start in range(0, total, step):
+            stop = min(start + step, total)
+            solved = solver.rows(rows(start, stop))
             arrays = {f"{name}.{leaf}": part for leaf, part in solved.parts.items()}
             nbytes = tensor.nbytes * (stop - start) // total
             yield Piece(name, arrays, nbytes), start, solved.values
+
+
+def _rows(w: F32, start: int, stop: int) -> F32:
+    return w[start:stop]
 
 
 def _picked(tensor: SourceTensor, wanted: I64) -> F32:

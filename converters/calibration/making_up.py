@@ -1,0 +1,122 @@
+"""What a matrix that writes to the residual stream should add to it: what brings the stored model's
+stream back to the checkpoint's own.
+
+The wanted contribution r [N] is the checkpoint's own stream behind the matrix less the stored one
+before it; the inputs a [K] are the stored ones. The weights that come closest over the text, and
+stay near what they were, minimise E|r - W* a|^2 + damping |W* - W|^2, about the means of both:
+W* = (E[r a.T] + damping W) (E[a a.T] + damping)^-1, and the means go into the bias.
+
+Source: GPTAQ (arXiv 2504.02692) for targets of the unquantized model; here they are those of the
+stream, so errors made before are made up for too (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bloomq.errors import NumericError
+from bloomq.schemes import get_scheme
+from bloomq.weights import Matrix
+
+from ..quantize import quantize_block
+from ..source import Checkpoint
+from .forward import Moments, Runner, UnderWay, linears_of, rows_of
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+# Of the mean diagonal of the inputs' moment. With fewer tokens for each column a regression fits
+# noise; with so much it gains from 2 of them on (docs/experiments.md).
+DAMPING = 1.0
+_OWN = get_scheme("int8")  # of the checkpoint's own stream: a quarter of f32's time
+_ROWS = 64 << 20  # bytes of float32 rows that are rounded at a time
+
+
+def writes_to_stream(name: str) -> bool:
+    """Is a matrix's output added to the residual stream?"""
+    return name.endswith(("attn.out", "mlp.down"))
+
+
+def own_block(checkpoint: Checkpoint, layer: int) -> UnderWay:
+    """A block's own weights, in int8: their errors are no part of any weight, they are averaged
+    over the text. Raises: NumericError where one is damaged."""
+    weights = UnderWay(checkpoint)
+    for name in linears_of(layer):
+        tensor = checkpoint.tensors[f"{name}.weight"]
+        n, k = tensor.shape
+        step = max(32, _ROWS // (4 * k) // 32 * 32)
+        parts = [
+            quantize_block(rows_of(tensor, start, min(start + step, n)), "F32", _OWN)
+            for start in range(0, n, step)
+        ]
+        whole = {leaf: np.concatenate([part[leaf] for part in parts]) for leaf in parts[0]}
+        weights.matrices[name] = Matrix(name, _OWN, (n, k), whole)
+    return weights
+
+
+def stream_behind(
+    name: str, layer: int, weights: UnderWay, x: F32, runner: Runner, out: F32
+) -> None:
+    """out [tokens, C]: the stream behind matrix `name`, one that writes to it, of a block whose own
+    input is x."""
+    at = 0
+
+    def keep(inputs: F32, before: F32) -> None:
+        nonlocal at
+        out[at : at + len(before)] = before
+        at += len(before)
+
+    if name.endswith("mlp.down"):
+        runner.through(layer, weights, x, out)
+    else:
+        runner.stream_at(f"h.{layer}.mlp.down", layer, weights, x, keep)
+
+
+class Wanted:
+    """Sums over a text of what a matrix should add, and of that times its inputs.
+
+    stream: [tokens, N], the checkpoint's own behind the matrix, in the order in which `add` is
+    called; moments: of the inputs, added up beside. Sums are taken about the first rows' means, so
+    that float32 holds them.
+    """
+
+    def __init__(self, stream: F32, moments: Moments) -> None:
+        self._stream, self._moments, self._count = stream, moments, 0
+        self._centres: tuple[F32, F32] | None = None
+        self._totals: tuple[F64, F64] | None = None
+        self._cross: F32 | None = None
+
+    def add(self, a: F32, before: F32) -> None:
+        """a [M, K]: the matrix's inputs; before [M, N]: the stored stream that it adds to."""
+        self._moments.add(a)
+        r = self._stream[self._count : self._count + len(a)] - before
+        if self._centres is None or self._totals is None or self._cross is None:
+            self._centres = r.mean(axis=0), a.mean(axis=0)
+            self._totals = np.zeros(r.shape[1]), np.zeros(a.shape[1])
+            self._cross = np.zeros((r.shape[1], a.shape[1]), np.float32)
+        r, a = r - self._centres[0], a - self._centres[1]
+        self._totals[0][:] += r.sum(axis=0, dtype=np.float64)
+        self._totals[1][:] += a.sum(axis=0, dtype=np.float64)
+        self._cross += r.T @ a
+        self._count += len(a)
+
+    def weights(self, w: F32, mean: F32, moment: F32) -> tuple[F32, F32]:
+        """(W* [N, K], its bias [N]); at most once. w: as the checkpoint has it; mean [K], moment
+        [K, K]: of the inputs, about their mean. Raises: NumericError."""
+        assert self._centres is not None and self._totals is not None and self._cross is not None
+        cross, self._cross = self._cross, None
+        shift_r, shift_a = (total / self._count for total in self._totals)
+        cross /= np.float32(self._count)
+        cross -= np.outer(shift_r, shift_a).astype(np.float32)
+        if not np.isfinite(cross.sum(dtype=np.float64)):
+            raise NumericError(
+                "the checkpoint's own activations are not finite: it is damaged or overflows"
+            )
+        damping = np.float32(DAMPING * np.diag(moment).mean(dtype=np.float64) or 1.0)
+        cross += damping * w
+        damped = moment.copy()
+        damped[np.diag_indices(len(damped))] += damping
+        found = np.ascontiguousarray(np.linalg.solve(damped, cross.T).T, np.float32)
+        wanted = (self._centres[0] + shift_r).astype(np.float32)
+        return found, wanted - found @ mean
