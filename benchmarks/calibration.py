@@ -32,12 +32,14 @@ ROOT = Path(__file__).resolve().parent.parent
 G32, G64, G128 = ({"scheme": "int4", "group_size": g} for g in (32, 64, 128))
 GPTQ_ALONE = Settings(sweeps=0, correct_bias=False)
 DESCENT = Settings(correct_bias=False)
+BIASES = Settings(make_up=False)
 # name, options of the plan, settings (None: round to nearest)
 VARIANTS: tuple[tuple[str, dict[str, Any], Settings | None], ...] = (
     ("int4-g32 int6 nearest", G32, None),
     ("int4-g32 int6 gptq", G32, GPTQ_ALONE),
     ("int4-g32 int6 +descent", G32, DESCENT),
-    ("int4-g32 int6 +bias", G32, Settings()),
+    ("int4-g32 int6 +bias", G32, BIASES),
+    ("int4-g32 int6 +stream", G32, Settings()),
     ("int4-g32 nearest", {**G32, "head_scheme": "int4"}, None),
     ("int4-g32 calibrated", {**G32, "head_scheme": "int4"}, Settings()),
     ("int4-g128 nearest", {**G128, "head_scheme": "int4"}, None),

@@ -26,9 +26,9 @@ from .forward import Moments, Runner, UnderWay, linears_of, rows_of
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
-# Of the mean diagonal of the inputs' moment. With fewer tokens for each column a regression fits
-# noise; with so much it gains from 2 of them on (docs/experiments.md).
-DAMPING = 1.0
+# Of the mean diagonal of the inputs' moment, and as much again for each column that there is to a
+# token: what a regression fits of noise grows so (docs/experiments.md).
+_DAMPING, _BY_COLUMNS = 0.4, 10.0
 _OWN = get_scheme("int8")  # of the checkpoint's own stream: a quarter of f32's time
 _ROWS = 64 << 20  # bytes of float32 rows that are rounded at a time
 
@@ -113,7 +113,8 @@ class Wanted:
             raise NumericError(
                 "the checkpoint's own activations are not finite: it is damaged or overflows"
             )
-        damping = np.float32(DAMPING * np.diag(moment).mean(dtype=np.float64) or 1.0)
+        part = _DAMPING + _BY_COLUMNS * len(moment) / self._count
+        damping = np.float32(part * np.diag(moment).mean(dtype=np.float64) or 1.0)
         cross += damping * w
         damped = moment.copy()
         damped[np.diag_indices(len(damped))] += damping

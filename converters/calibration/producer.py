@@ -31,6 +31,7 @@ from bloomq.weights import Matrix
 from ..pieces import Piece, Producer, blocks, rounded_block
 from ..source import Checkpoint, SourceTensor
 from .forward import Moments, Runner, UnderWay, linears_of, places_of, rows_of
+from .look_up import look_up_moment
 from .making_up import Wanted, own_block, stream_behind, writes_to_stream
 from .scratch import Scratch
 from .solver import DAMPING, SWEEPS, Calibrated, Solver
@@ -42,9 +43,9 @@ Rows = Callable[[int, int], F32]  # first and last of a matrix -> [n, K]
 Progress = Callable[[int, int], None]  # (work done, work in all), in an arbitrary unit
 
 # An embedding that is also the head serves two ends: as the head its error is weighed by the hidden
-# states, as a look-up each column counts alike. So much damping is a compromise between the two
-# (docs/experiments.md).
-HEAD_DAMPING = 1.0
+# states, as a look-up by what the first block reads, which weighs so much beside it, of mean
+# diagonals (docs/experiments.md).
+LOOK_UP = 0.7
 _HEAD_TOKENS = (
     16384  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
 )
@@ -53,12 +54,12 @@ _SOLVED_BYTES = 256 << 20  # of float32 rows that are solved at a time; some fiv
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How matrices are solved. damping: of their moments; head_damping: of the embedding's where it
-    is the head; sweeps: of descent; correct_bias: whether mean errors go into the biases; make_up:
-    whether, then, errors made before are made up for."""
+    """How matrices are solved. damping: of their moments; look_up: what errors of looked-up rows
+    weigh beside the head's, in an embedding that is both; sweeps: of descent; correct_bias: whether
+    mean errors go into the biases; make_up: whether, then, errors made before are made up for."""
 
     damping: float = DAMPING
-    head_damping: float = HEAD_DAMPING
+    look_up: float = LOOK_UP
     sweeps: int = SWEEPS
     correct_bias: bool = True
     make_up: bool = True
@@ -145,10 +146,12 @@ class _Calibration:
     def _embedding(self) -> Iterator[Piece]:
         """The table, and the first block's input."""
         wanted = np.unique(self._runner.ids)
-        moment = np.eye(self._config.hidden_size, dtype=np.float32)
-        damping = self._settings.damping
+        moment, damping = look_up_moment(self._checkpoint), self._settings.damping
         if self._config.head_is_embedding and not self._schemes["wte"].is_float:
-            moment, damping = self._head_moment(), self._settings.head_damping
+            moment *= self._settings.look_up
+            head = self._head_moment()
+            moment *= np.diag(head).mean(dtype=np.float64)
+            moment += head
         stored = np.empty((len(wanted), self._config.hidden_size), np.float32)
         rows = partial(rows_of, self._checkpoint.tensors["wte.weight"])
         for piece, start, values in self._solved("wte", rows, moment, damping):
@@ -229,9 +232,10 @@ class _Calibration:
         return both[: self._tokens], both[self._tokens :]
 
     def _makes_up(self, name: str) -> bool:
-        calibrated = self._schemes[name].name in Calibrated
+        """Not where a regression would fit what few tokens happen to be."""
+        possible = writes_to_stream(name) and self._tokens >= self._specs[name].shape[1]
         asked = self._settings.correct_bias and self._settings.make_up
-        return asked and calibrated and writes_to_stream(name)
+        return possible and asked and self._schemes[name].name in Calibrated
 
     def _linear(
         self, spec: WeightSpec, layer: int, weights: UnderWay, x: F32, wanted: F32
