@@ -524,8 +524,8 @@ def test_matrices_that_write_to_the_stream_bring_it_back(small, tmp_path):
     assert ends[True] < ends[False]
 
 
-@pytest.mark.parametrize(("windows", "columns"), [(1, []), (6, [64]), (10, [64, 256])])
-def test_a_matrix_of_more_columns_than_tokens_makes_up_for_nothing(
+@pytest.mark.parametrize(("windows", "columns"), [(7, []), (8, [64]), (31, [64]), (32, [64, 256])])
+def test_a_matrix_of_less_than_four_tokens_a_column_makes_up_for_nothing(
     windows, columns, small, tmp_path, monkeypatch
 ):
     solved: list[int] = []

@@ -106,7 +106,7 @@ def test_dry_run_of_a_calibration_foretells_no_time_of_rounding(tmp_path):
     assert (facts["method"], facts["calibration"]["tokens"]) == ("gptq", 64)
     assert facts["estimated_seconds"] is facts["estimated_peak_memory_bytes"] is None
     plain = make_plan(DEMO, tmp_path / "pack").disk_needed_bytes
-    assert facts["disk_needed_bytes"] == plain + 3 * 4 * 64 * 256  # activations of three blocks
+    assert facts["disk_needed_bytes"] == plain + 6 * 4 * 64 * 256  # of two streams, three blocks
     lines = command("convert", DEMO, tmp_path / "pack", *options).stdout.splitlines()
     assert lines[-1] == "memory   and time are not estimated for a calibration"
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

@@ -32,7 +32,7 @@ from ..pieces import Piece, Producer, blocks, rounded_block
 from ..source import Checkpoint, SourceTensor
 from .forward import Moments, Runner, UnderWay, linears_of, places_of, rows_of
 from .look_up import look_up_moment
-from .making_up import Wanted, own_block, stream_behind, writes_to_stream
+from .making_up import TOKENS_A_COLUMN, Wanted, own_block, stream_behind, writes_to_stream
 from .scratch import Scratch
 from .solver import DAMPING, SWEEPS, Calibrated, Solver
 from .text import spread
@@ -232,8 +232,9 @@ class _Calibration:
         return both[: self._tokens], both[self._tokens :]
 
     def _makes_up(self, name: str) -> bool:
-        """Not where a regression would fit what few tokens happen to be."""
-        possible = writes_to_stream(name) and self._tokens >= self._specs[name].shape[1]
+        """Not where the tokens are few: see `making_up.TOKENS_A_COLUMN`."""
+        enough = self._tokens >= TOKENS_A_COLUMN * self._specs[name].shape[1]
+        possible = writes_to_stream(name) and enough
         asked = self._settings.correct_bias and self._settings.make_up
         return possible and asked and self._schemes[name].name in Calibrated
 
