@@ -32,9 +32,9 @@ from ..pieces import Piece, Producer, blocks, rounded_block
 from ..source import Checkpoint, SourceTensor
 from .forward import Moments, Runner, UnderWay, linears_of, places_of, rows_of
 from .look_up import look_up_moment
-from .making_up import TOKENS_A_COLUMN, Wanted, own_block, stream_behind, writes_to_stream
+from .making_up import SCHEMES, TOKENS_A_COLUMN, Wanted, own_block, stream_behind, writes_to_stream
 from .scratch import Scratch
-from .solver import DAMPING, SWEEPS, Calibrated, Solver
+from .solver import DAMPING, SWEEPS, Solver
 from .text import spread
 
 F32 = NDArray[np.float32]
@@ -45,7 +45,7 @@ Progress = Callable[[int, int], None]  # (work done, work in all), in an arbitra
 # An embedding that is also the head serves two ends: as the head its error is weighed by the hidden
 # states, as a look-up by what the first block reads, which weighs so much beside it, of mean
 # diagonals (docs/experiments.md).
-LOOK_UP = 0.7
+LOOK_UP = 0.35
 _HEAD_TOKENS = (
     16384  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
 )
@@ -236,7 +236,7 @@ class _Calibration:
         enough = self._tokens >= TOKENS_A_COLUMN * self._specs[name].shape[1]
         possible = writes_to_stream(name) and enough
         asked = self._settings.correct_bias and self._settings.make_up
-        return possible and asked and self._schemes[name].name in Calibrated
+        return possible and asked and self._schemes[name].name in SCHEMES
 
     def _linear(
         self, spec: WeightSpec, layer: int, weights: UnderWay, x: F32, wanted: F32
