@@ -21,8 +21,10 @@ from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
+from bloomq.converters.calibration import producer
 from bloomq.converters.calibration.conversion import plan_calibrated
 from bloomq.converters.calibration.forward import Runner, rows_of
+from bloomq.converters.calibration.making_up import Wanted
 from bloomq.converters.calibration.moments import Moments
 from bloomq.converters.calibration.producer import Settings, _Calibration
 from bloomq.converters.calibration.solver import Solver
@@ -39,12 +41,14 @@ ROWS = 8192  # of the table, that --time solves
 G32, G64, G128 = ({"scheme": "int4", "group_size": g} for g in (32, 64, 128))
 GPTQ_ALONE = Settings(sweeps=0, correct_bias=False)
 DESCENT = Settings(correct_bias=False)
+BIASES = Settings(make_up=False)
 # name, options of the plan, settings (None: round to nearest)
 VARIANTS: tuple[tuple[str, dict[str, Any], Settings | None], ...] = (
     ("int4-g32 int6 nearest", G32, None),
     ("int4-g32 int6 gptq", G32, GPTQ_ALONE),
     ("int4-g32 int6 +descent", G32, DESCENT),
-    ("int4-g32 int6 +bias", G32, Settings()),
+    ("int4-g32 int6 +bias", G32, BIASES),
+    ("int4-g32 int6 +stream", G32, Settings()),
     ("int4-g32 nearest", {**G32, "head_scheme": "int4"}, None),
     ("int4-g32 calibrated", {**G32, "head_scheme": "int4"}, Settings()),
     ("int4-g128 nearest", {**G128, "head_scheme": "int4"}, None),
@@ -108,7 +112,7 @@ class Stages:
             self.spent.setdefault(name, [0.0, 0.0])[i] += seconds - inner
             self._within[-1][i] += seconds
 
-    def watch(self, owner: type, method: str, name: str) -> None:
+    def watch(self, owner: Any, method: str, name: str) -> None:
         inner = getattr(owner, method)
 
         def call(*arguments: Any, **options: Any) -> Any:
@@ -132,8 +136,11 @@ def time_pieces(path: Path, tokens: int, layers: int | None) -> None:
     `layers` blocks, from a checkpoint of a few (make_checkpoint.py --layers)."""
     stages = Stages()
     for owner, method, name in (
-        (Runner, "through", "layers"), (Runner, "inputs_of", "layers"), (Moments, "add", "moments"),
-        (Moments, "result", "moments"), (Solver, "__init__", "factor"), (Solver, "rows", "rows"),
+        (Runner, "through", "layers"), (Runner, "inputs_of", "layers"),
+        (Runner, "stream_at", "layers"), (Wanted, "add", "making up"),
+        (Wanted, "weights", "making up"), (Moments, "add", "moments"),
+        (Moments, "result", "moments"), (producer, "_picked", "looked up"),
+        (Solver, "__init__", "factor"), (Solver, "rows", "rows"),
     ):  # fmt: skip
         stages.watch(owner, method, name)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(physical_cores()) as pool:
@@ -148,10 +155,11 @@ def time_pieces(path: Path, tokens: int, layers: int | None) -> None:
         print("hidden states of the head, all blocks:")
         with stages.stage("weights"):
             moment = run._head_moment()
-        total = stages.take(times=layers / config.n_layer)[0]
+        once = stages.spent.pop("looked up")[0]  # whatever the number of blocks
+        total = once + stages.take(times=layers / config.n_layer)[0]
         print("the table:")
         name, table = "wte", plan.checkpoint.tensors["wte.weight"]
-        solver = Solver(moment, plan.schemes[name], pool, damping=Settings().head_damping)
+        solver = Solver(moment, plan.schemes[name], pool, damping=Settings().damping)
         stages.spent.clear()
         with stages.stage("weights"):
             solver.rows(rows_of(table, 0, ROWS))

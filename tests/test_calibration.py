@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from bloomq.converters.calibration import forward
 from bloomq.converters.calibration import moments as moments_module
+from bloomq.converters.calibration import producer as producer_module
 from bloomq.converters.calibration import scratch as scratch_module
 from bloomq.converters.calibration.compiled import corner
 from bloomq.converters.calibration.conversion import plan_calibrated
@@ -21,6 +22,8 @@ from bloomq.converters.calibration.estimate import Rates, peak_bytes, seconds_of
 from bloomq.converters.calibration.factor import column_order, factor
 from bloomq.converters.calibration.forward import Kept, Runner, UnderWay, linears_of
 from bloomq.converters.calibration.gptq import SHRINK, Codes, descend, gptq
+from bloomq.converters.calibration.look_up import look_up_moment
+from bloomq.converters.calibration.making_up import Wanted, stream_behind
 from bloomq.converters.calibration.moments import Moments
 from bloomq.converters.calibration.producer import HEAD_TOKENS, Settings, calibrated
 from bloomq.converters.calibration.scratch import Scratch
@@ -368,6 +371,80 @@ def test_inputs_are_those_of_the_references_block(pool, tmp_path, post, monkeypa
         assert np.allclose(seen[name], expected[name], atol=1e-4), name
 
 
+# -- what is wanted of a matrix --------------------------------------------------------------------
+
+
+def test_what_a_matrix_should_add_is_a_regression_held_to_its_own_weights(pool):
+    rng = np.random.default_rng(0)
+    a, before, stream = (rng.standard_normal((300, n)).astype(np.float32) for n in (24, 16, 16))
+    w = rng.standard_normal((16, 24)).astype(np.float32)
+    moments = Moments(pool)
+    wanted = Wanted(stream, moments, pool)
+    for start in range(0, 300, 70):
+        wanted.add(a[start : start + 70], before[start : start + 70])
+    mean, moment = moments.result(central=True)
+    found, bias = wanted.weights(w, mean, moment)
+    r = (stream - before).astype(np.float64)
+    x, y = a - a.mean(axis=0, dtype=np.float64), r - r.mean(axis=0)
+    h = x.T @ x / 300
+    damping = (0.4 + 10 * 24 / 300) * np.diag(h).mean() * np.eye(24)
+    expected = np.linalg.solve(h + damping, (y.T @ x / 300 + w @ damping).T).T
+    assert np.allclose(found, expected, atol=1e-5)
+    assert np.allclose(bias, r.mean(axis=0) - expected @ a.mean(axis=0), atol=1e-5)
+
+
+def test_a_stream_that_is_not_finite_is_told(pool):
+    wanted = Wanted(np.full((4, 2), np.inf, np.float32), Moments(pool), pool)
+    with np.errstate(invalid="ignore"):
+        wanted.add(np.ones((4, 3), np.float32), np.zeros((4, 2), np.float32))
+    with pytest.raises(NumericError, match="the checkpoint's own activations are not finite"):
+        wanted.weights(np.ones((2, 3), np.float32), np.ones(3, np.float32), np.eye(3, dtype="f4"))
+
+
+def test_streams_behind_matrices_are_those_of_the_block(small, pool):
+    checkpoint = read_checkpoint(small)
+    runner, weights = Runner(IDS, checkpoint.config, 1), UnderWay(checkpoint)
+    weights.add_rounded(linears_of(1), get_scheme("f32"), pool)
+    x = np.random.default_rng(1).standard_normal((IDS.size, 64)).astype(np.float32)
+    found, kept = {}, Kept(np.empty_like(x))
+    for name in ("attn.out", "mlp.down"):
+        stream_behind(f"h.1.{name}", 1, weights, x, runner, kept)
+        found[name] = kept.rows.copy()
+    reference = ReferenceBackend()
+    block, span = Block(weights, reference, 1), Span.of(range(6), [32] * 6)
+    cache = reference.cache(checkpoint.config, 6, 32)
+    middle = block.out(block.attention(block.qkv(x, cache, span), cache, span), cache, span, add=x)
+    assert np.allclose(found["attn.out"], middle, atol=1e-4)
+    end = block.down(block.up(middle, cache, span), cache, span, add=middle)
+    assert np.allclose(found["mlp.down"], end, atol=1e-4)
+
+
+def test_errors_of_looked_up_rows_count_as_the_first_block_sees_them(small, pool):
+    checkpoint = read_checkpoint(small)
+    moment = look_up_moment(checkpoint).astype(np.float64)
+    weights, e = UnderWay(checkpoint), np.random.default_rng(0).standard_normal((5, 64))
+    weights.add_rounded(linears_of(0), get_scheme("f32"), pool)
+
+    def behind(rows: np.ndarray, norm: str) -> np.ndarray:
+        gain = weights.norm(norm).gain.astype(np.float64)
+        return np.asarray((rows - rows.mean(axis=1, keepdims=True)) * gain)
+
+    def seen(rows: np.ndarray) -> np.ndarray:
+        """Summed over what is seen of each matrix, each as much on average over the columns."""
+        total = np.zeros(len(rows))
+        for norm, name in (("ln_1", "attn.qkv"), ("ln_2", "mlp.up")):
+            w = weights.matrix(f"h.0.{name}").dequantize().astype(np.float64)
+            both = [
+                np.square(behind(x, f"h.0.{norm}") @ w.T).sum(axis=1) for x in (rows, np.eye(64))
+            ]
+            total += both[0] / both[1].mean()
+        return total
+
+    expected = seen(behind(e, "emb_ln")) / seen(behind(np.eye(64), "emb_ln")).mean()
+    assert np.allclose(((e @ moment) * e).sum(axis=1), expected, rtol=1e-4)
+    assert np.allclose(moment.sum(axis=0), 0, atol=1e-4)  # a norm takes off what all have alike
+
+
 # -- conversions -----------------------------------------------------------------------------------
 
 
@@ -381,13 +458,15 @@ def small(tmp_path_factory) -> Path:
 IDS = np.random.default_rng(5).integers(0, 200, (6, 32))
 
 
-def pieces(checkpoint: Path, folder: Path, done: tuple[str, ...] = (), **options: Any) -> list[Any]:
+def pieces(
+    checkpoint: Path, folder: Path, done: tuple[str, ...] = (), *, ids: Any = IDS, **options: Any
+) -> list[Any]:
     source = read_checkpoint(checkpoint)
     schemes = {
         spec.name: get_scheme("int6") if spec.name == "wte" else get_scheme("int4", 32)
         for spec in weight_specs(source.config) if spec.is_matrix
     }  # fmt: skip
-    return list(calibrated(IDS, folder, **options)(source, schemes, done))
+    return list(calibrated(ids, folder, **options)(source, schemes, done))
 
 
 def bytes_of(found: list[Any]) -> dict[str, bytes]:
@@ -473,6 +552,42 @@ def test_biases_take_the_mean_error(small, tmp_path):
     bias = np.frombuffer(arrays[key], np.float32)[:192]
     assert not np.array_equal(bias, exact)
     assert np.abs(bias - exact).max() < 0.1
+
+
+def test_matrices_that_write_to_the_stream_bring_it_back(small, tmp_path):
+    """Behind the last block the stored model is nearer to the checkpoint's own than without."""
+    ends = {}
+    for make_up in (False, True):
+        folder, source = tmp_path / str(make_up), read_checkpoint(small)
+        schemes = {
+            s.name: get_scheme("int4", 32) for s in weight_specs(source.config) if s.is_matrix
+        }
+        ids = np.random.default_rng(5).integers(0, 200, (64, 32))
+        producer = calibrated(ids, folder, settings=Settings(make_up=make_up))
+        for piece in producer(source, schemes, ()):
+            if piece.weight == "ln_f":
+                break
+        (path,) = folder.glob("x-*-00002.npy")
+        stored, own = np.split(np.load(path), 2)
+        ends[make_up] = np.square(stored - own).sum() / np.square(own).sum()
+    assert ends[True] < ends[False]
+
+
+@pytest.mark.parametrize(("windows", "columns"), [(7, []), (8, [64]), (31, [64]), (32, [64, 256])])
+def test_a_matrix_of_less_than_four_tokens_a_column_makes_up_for_nothing(
+    windows, columns, small, tmp_path, monkeypatch
+):
+    solved: list[int] = []
+
+    class Recording(Wanted):
+        def weights(self, w: Any, *moments: Any) -> Any:
+            solved.append(w.shape[1])
+            return super().weights(w, *moments)
+
+    monkeypatch.setattr(producer_module, "Wanted", Recording)
+    ids = np.random.default_rng(5).integers(0, 200, (windows, 32))
+    pieces(small, tmp_path / "scratch", ids=ids)
+    assert solved == 2 * columns
 
 
 def test_a_damaged_weight_is_named(tmp_path):

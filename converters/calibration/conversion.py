@@ -17,7 +17,7 @@ from bloomq.pack_writer import partial_folder
 from ..pieces import Producer
 from ..plan import Plan, make_plan
 from .budget import check_bits, choose
-from .producer import Settings, calibrated
+from .producer import VERSION, Settings, calibrated
 from .scratch import ACTIVATIONS
 from .sensitivity import Progress, measure
 from .text import TOKENS, read_windows, spread
@@ -73,7 +73,8 @@ def plan_calibrated(
     method = {
         "method": METHOD,
         "calibration": {
-            "tokens": int(ids.size), "window": int(ids.shape[1]), **asdict(settings),
+            "version": VERSION, "tokens": int(ids.size), "window": int(ids.shape[1]),
+            **asdict(settings),
             "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
         },
     }  # fmt: skip

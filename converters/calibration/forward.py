@@ -29,6 +29,7 @@ from ..source import Checkpoint, SourceTensor
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 Sink = Callable[[F32], None]  # is given the inputs of a matrix, [M, K]
+StreamSink = Callable[[F32, F32], None]  # and the stream that its output is added to, [M, C]
 _ROUNDED_ROWS = 1024
 _PIECE = 256  # tokens of one product
 STEP_TOKENS = 2048  # tokens of one step, at least one window: 134 MB of 7b1's widest activations
@@ -124,10 +125,10 @@ class _Tap:
     """In place of a linear: hands its input on and ends the step."""
 
     norm: LayerNorm
-    sink: Sink
+    sink: Callable[[F32, Any], None]
 
     def __call__(self, x: F32, add: F32 | None = None, delta: F32 | None = None) -> F32:
-        self.sink(self.norm(x))
+        self.sink(self.norm(x), add)
         raise _Reached
 
 
@@ -152,8 +153,9 @@ class _Tapped:
     """
 
     def __init__(
-        self, inner: NumbaBackend, name: str | None, sink: Sink, kept: Kept | None
-    ) -> None:
+        self, inner: NumbaBackend, name: str | None, sink: Callable[[F32, Any], None],
+        kept: Kept | None,
+    ) -> None:  # fmt: skip
         self._inner, self._name, self._sink, self._kept = inner, name, sink, kept
         self._stage = 0 if kept is None else kept.stage
         self.tokens = slice(0)
@@ -234,6 +236,14 @@ class Runner:
         kept: what earlier calls left there of the block's results is not computed anew; the
         matrices before `name` must be the same in all calls.
         """
+        self._run(weights, layer, x, None, name, lambda inputs, add: sink(inputs), kept)
+
+    def stream_at(
+        self, name: str, layer: int, weights: UnderWay, x: F32, sink: StreamSink,
+        kept: Kept | None = None,
+    ) -> None:  # fmt: skip
+        """Give `sink` also the stream that the output of `name`, one that writes to it, is added
+        to."""
         self._run(weights, layer, x, None, name, sink, kept)
 
     def through(
@@ -243,8 +253,8 @@ class Runner:
         self._run(weights, layer, x, out, None, _ignore, kept)
 
     def _run(
-        self, weights: UnderWay, layer: int, x: F32, out: F32 | None, name: str | None, sink: Sink,
-        kept: Kept | None,
+        self, weights: UnderWay, layer: int, x: F32, out: F32 | None, name: str | None,
+        sink: Callable[[F32, Any], None], kept: Kept | None,
     ) -> None:  # fmt: skip
         tapped = _Tapped(self._backend, name, sink, kept)
         backend: Any = tapped
@@ -280,5 +290,5 @@ def places_of(wanted: I64) -> dict[int, int]:
     return {token: place for place, token in enumerate(wanted.tolist())}
 
 
-def _ignore(x: F32) -> None:
+def _ignore(x: F32, add: Any) -> None:
     return None

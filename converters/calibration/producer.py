@@ -1,9 +1,11 @@
 """The producer of calibrated weights: block by block, each matrix solved for what reaches it
 through the blocks and matrices before it as they are stored.
 
-Rounding errors that a matrix makes on average over the text go into its bias. The embedding comes
-first in a pack; where it is the head too it is solved for the hidden states that the checkpoint's
-own weights end in, which takes a pass over the text before all else.
+Those that write to the residual stream are solved for what brings it back to the checkpoint's own,
+which goes along (`making_up`). Rounding errors that the others make on average over the text go
+into their biases. The embedding comes first in a pack; where it is the head too it is solved for
+the hidden states that the checkpoint's own weights end in, which takes a pass over the text before
+all else.
 
 Invariant: the pieces depend on the checkpoint, the schemes, the token ids and the settings alone,
 not on where a run was interrupted.
@@ -30,6 +32,8 @@ from bloomq.weights import Matrix
 from ..pieces import Piece, Producer, blocks, rounded_block
 from ..source import Checkpoint, SourceTensor
 from .forward import Kept, Runner, UnderWay, linears_of, places_of, rows_of
+from .look_up import look_up_moment
+from .making_up import SCHEMES, TOKENS_A_COLUMN, Wanted, stream_behind, writes_to_stream
 from .moments import Moments
 from .scratch import Scratch
 from .solver import DAMPING, SWEEPS, Solver
@@ -37,12 +41,14 @@ from .text import spread
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
+Rows = Callable[[int, int], F32]  # first and last of a matrix -> [n, K]
 Progress = Callable[[int, int], None]  # (work done, work in all), in an arbitrary unit
 
+VERSION = 2  # raised whenever the same text and settings give other bytes
 # An embedding that is also the head serves two ends: as the head its error is weighed by the hidden
-# states, as a look-up each column counts alike. So much damping is a compromise between the two
-# (docs/experiments.md).
-HEAD_DAMPING = 1.0
+# states, as a look-up by what the first block reads, which weighs so much beside it, of mean
+# diagonals (docs/experiments.md).
+LOOK_UP = 0.35
 HEAD_TOKENS = 8192  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
 _NEARLY_EXACT = get_scheme("int8")  # for these states: a quarter of float32's time
 SOLVED_BYTES = 256 << 20  # of float32 rows at a time; with their values twice that
@@ -50,13 +56,15 @@ SOLVED_BYTES = 256 << 20  # of float32 rows at a time; with their values twice t
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How matrices are solved. damping: of their moments; head_damping: of the embedding's where it
-    is the head; sweeps: of descent; correct_bias: whether mean errors go into the biases."""
+    """How matrices are solved. damping: of their moments; look_up: what errors of looked-up rows
+    weigh beside the head's, in an embedding that is both; sweeps: of descent; correct_bias: whether
+    mean errors go into the biases; make_up: whether, then, errors made before are made up for."""
 
     damping: float = DAMPING
-    head_damping: float = HEAD_DAMPING
+    look_up: float = LOOK_UP
     sweeps: int = SWEEPS
     correct_bias: bool = True
+    make_up: bool = True
 
 
 def calibrated(
@@ -65,7 +73,7 @@ def calibrated(
 ) -> Producer:  # fmt: skip
     """The producer that calibrates on windows of token ids [B, T].
 
-    folder: of its own, for activations: 4 bytes for each token and column, three times over; it is
+    folder: of its own, for activations: 4 bytes for each token and column, six times over; it is
     gone when all weights are made. threads: None for one a core; no byte depends on them.
     Raises (when it produces): NumericError, OutputError, UsageError, CheckpointError.
     """
@@ -91,7 +99,7 @@ def _key(
     labels = {name: scheme.label for name, scheme in schemes.items()}
     known = checkpoint.provenance.get("fingerprint") or checkpoint.fingerprint
     text = hashlib.sha256(ids.tobytes()).hexdigest()
-    facts = [known, labels, text, list(ids.shape), repr(settings)]
+    facts = [VERSION, known, labels, text, list(ids.shape), repr(settings)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -109,7 +117,10 @@ class _Calibration:
         self._runner = Runner(ids, self._config, threads)
         self._threads = threads
         key = _key(ids, settings, checkpoint, schemes)
-        self.scratch = Scratch(folder, key, ids.size, self._config.hidden_size)
+        self._tokens = ids.size
+        self._follows = any(map(self._makes_up, schemes))
+        streams = 2 if self._follows else 1
+        self.scratch = Scratch(folder, key, streams * ids.size, self._config.hidden_size)
         self._report, self._work = progress, 0
 
     def pieces(self) -> Iterator[Piece]:
@@ -139,20 +150,26 @@ class _Calibration:
     def _embedding(self) -> Iterator[Piece]:
         """The table, and the first block's input."""
         wanted = np.unique(self._runner.ids)
-        moment = np.eye(self._config.hidden_size, dtype=np.float32)
-        damping = self._settings.damping
+        moment, damping = look_up_moment(self._checkpoint), self._settings.damping
         if self._config.head_is_embedding and not self._schemes["wte"].is_float:
-            moment, damping = self._head_moment(), self._settings.head_damping
+            moment *= self._settings.look_up
+            head = self._head_moment()
+            moment *= np.diag(head).mean(dtype=np.float64)
+            moment += head
         stored = np.empty((len(wanted), self._config.hidden_size), np.float32)
-        for piece, start, values in self._solved("wte", moment, damping):
+        rows = partial(rows_of, self._checkpoint.tensors["wte.weight"])
+        for piece, start, values in self._solved("wte", rows, moment, damping):
             here = (wanted >= start) & (wanted < start + len(values))
             stored[here] = values[wanted[here] - start]
             if "wte" not in self._done:
                 yield piece
         yield from self._as_stored("emb_ln")
-        x = self.scratch.new()
-        weights = UnderWay(self._checkpoint)
-        self._runner.embed(weights, places_of(wanted), stored, x)
+        x, weights = self.scratch.new(), UnderWay(self._checkpoint)
+        out, followed = self._streams(x)
+        self._runner.embed(weights, places_of(wanted), stored, out)
+        if self._follows:
+            own = _picked(self._checkpoint.tensors["wte.weight"], wanted)
+            self._runner.embed(weights, places_of(wanted), own, followed)
         self.scratch.keep(x, 0)
 
     def _head_moment(self) -> F32:
@@ -178,10 +195,11 @@ class _Calibration:
         for spec in weight_specs(self._config)[-1:]:
             if spec.kind == "head" and not self._schemes[spec.name].is_float:
                 moments = Moments(self._pool)
-                x = self.scratch.open(self._config.n_layer)
+                x, _ = self._streams(self.scratch.open(self._config.n_layer))
                 self._runner.final(UnderWay(self._checkpoint), x, moments.add)
                 moment = moments.result(central=False)[1]
-                for piece, _, _ in self._solved(spec.name, moment, self._settings.damping):
+                rows = partial(rows_of, self._checkpoint.tensors[f"{spec.name}.weight"])
+                for piece, _, _ in self._solved(spec.name, rows, moment, self._settings.damping):
                     if spec.name not in self._done:
                         yield piece
             elif spec.name != "ln_f":
@@ -198,38 +216,62 @@ class _Calibration:
 
     def _block(self, layer: int) -> Iterator[Piece]:
         """Its weights; then the next block's input."""
-        x, weights = self.scratch.open(layer), UnderWay(self._checkpoint)
-        kept = Kept(self.scratch.new())
+        x, own = self._streams(self.scratch.open(layer))
+        new, weights = self.scratch.new(), UnderWay(self._checkpoint)
+        out, wanted = self._streams(new)
+        kept, followed, exact = Kept(out), Kept(wanted), UnderWay(self._checkpoint)
+        if self._follows:
+            exact.add_rounded(linears_of(layer), _NEARLY_EXACT, self._pool)
         for spec in self._specs.values():
             if not spec.name.startswith(f"h.{layer}."):
                 continue
             if not spec.is_matrix:
                 yield from self._as_stored(spec.name)
                 continue
-            moments = Moments(self._pool)
-            self._runner.inputs_of(spec.name, layer, weights, x, moments.add, kept)
-            mean, moment = moments.result(central=self._settings.correct_bias)
-            for piece in self._linear(spec, mean, moment, weights):
+            if self._follows and writes_to_stream(spec.name):
+                stream_behind(spec.name, layer, exact, own, self._runner, followed)
+            for piece in self._linear(spec, layer, weights, x, kept, wanted):
                 if spec.name not in self._done:
                     yield piece
-        self._runner.through(layer, weights, x, kept.rows, kept)
-        self.scratch.keep(kept.rows, layer + 1)
+        self._runner.through(layer, weights, x, out, kept)
+        self.scratch.keep(new, layer + 1)
+
+    def _streams(self, both: F32) -> tuple[F32, F32]:
+        """Of the weights as they are stored, and of the checkpoint's own, if it is followed."""
+        return both[: self._tokens], both[self._tokens :]
+
+    def _makes_up(self, name: str) -> bool:
+        """Not where the tokens are few: see `making_up.TOKENS_A_COLUMN`."""
+        enough = self._tokens >= TOKENS_A_COLUMN * self._specs[name].shape[1]
+        possible = writes_to_stream(name) and enough
+        asked = self._settings.correct_bias and self._settings.make_up
+        return possible and asked and self._schemes[name].name in SCHEMES
 
     def _linear(
-        self, spec: WeightSpec, mean: F32, moment: F32, weights: UnderWay
+        self, spec: WeightSpec, layer: int, weights: UnderWay, x: F32, kept: Kept, wanted: F32
     ) -> Iterator[Piece]:
-        """The pieces of a matrix and its bias, which `weights` then has."""
-        name, parts = spec.name, dict[str, list[Array]]()
-        key = f"{name}.bias"
-        bias = np.zeros(round_up(spec.shape[0], 32), np.float32)
-        bias[: spec.shape[0]] = weights.vector(key, spec.shape[0])
-        for piece, start, values in self._solved(name, moment, self._settings.damping):
+        """The pieces of a matrix and its bias, which `weights` then has. x: the block's input;
+        kept: what it has made of that; wanted: the checkpoint's own stream behind the matrix."""
+        name, key, parts = spec.name, f"{spec.name}.bias", dict[str, list[Array]]()
+        moments, n = Moments(self._pool), spec.shape[0]
+        rows = partial(rows_of, self._checkpoint.tensors[f"{name}.weight"])
+        bias = np.zeros(round_up(n, 32), np.float32)
+        if self._makes_up(name):
+            target = Wanted(wanted, moments, self._pool)
+            self._runner.stream_at(name, layer, weights, x, target.add, kept)
+            mean, moment = moments.result(central=True)
+            w, bias[:n] = target.weights(rows(0, n), mean, moment)
+            rows = partial(_rows, w)
+        else:
+            self._runner.inputs_of(name, layer, weights, x, moments.add, kept)
+            mean, moment = moments.result(central=self._settings.correct_bias)
+            bias[:n] = weights.vector(key, n)
+        for piece, start, values in self._solved(name, rows, moment, self._settings.damping):
             for leaf, array in piece.arrays.items():
                 parts.setdefault(leaf.removeprefix(f"{name}."), []).append(array)
             if self._settings.correct_bias:
-                tensor = self._checkpoint.tensors[f"{name}.weight"]
-                w = rows_of(tensor, start, start + len(values))
-                bias[start : start + len(values)] += np.einsum("nk,k->n", w - values, mean)
+                stop = start + len(values)
+                bias[start:stop] += np.einsum("nk,k->n", rows(start, stop) - values, mean)
             yield piece
         whole = {leaf: np.concatenate(arrays) for leaf, arrays in parts.items()}
         weights.matrices[name] = Matrix(
@@ -238,21 +280,27 @@ class _Calibration:
         weights.biases[key] = bias
         yield Piece(name, {key: bias}, self._checkpoint.tensors[key].nbytes)
 
-    def _solved(self, name: str, moment: F32, damping: float) -> Iterator[tuple[Piece, int, F32]]:
+    def _solved(
+        self, name: str, rows: Rows, moment: F32, damping: float
+    ) -> Iterator[tuple[Piece, int, F32]]:
         """(piece, first row, values [n, K]) of some rows of a matrix at a time."""
         tensor = self._checkpoint.tensors[f"{name}.weight"]
         total, k = tensor.shape
-        rows = max(ROW_MULTIPLE, SOLVED_BYTES // (4 * k) // ROW_MULTIPLE * ROW_MULTIPLE)
+        step = max(ROW_MULTIPLE, SOLVED_BYTES // (4 * k) // ROW_MULTIPLE * ROW_MULTIPLE)
         solver = Solver(
             moment, self._schemes[name], self._pool, name=tensor.name, damping=damping,
             sweeps=self._settings.sweeps,
         )  # fmt: skip
-        for start in range(0, total, rows):
-            stop = min(start + rows, total)
-            solved = solver.rows(rows_of(tensor, start, stop))
+        for start in range(0, total, step):
+            stop = min(start + step, total)
+            solved = solver.rows(rows(start, stop))
             arrays = {f"{name}.{leaf}": part for leaf, part in solved.parts.items()}
             nbytes = tensor.nbytes * (stop - start) // total
             yield Piece(name, arrays, nbytes), start, solved.values
+
+
+def _rows(w: F32, start: int, stop: int) -> F32:
+    return w[start:stop]
 
 
 def _picked(tensor: SourceTensor, wanted: I64) -> F32:

@@ -1,6 +1,7 @@
 """The activations between two blocks, on disk, so that memory is bounded and work can go on.
 
-    x-KEY-00007.npy    float32 [tokens, C], the input of block 7
+    x-KEY-00007.npy    float32 [2, tokens, C], the input of block 7: of the weights as they are
+                       stored, and of the checkpoint's own
 
 Invariant: a file with its final name is whole; KEY is a digest of all that it depends on.
 """
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from bloomq.errors import OutputError
 
 F32 = NDArray[np.float32]
-ACTIVATIONS = 3  # of so many blocks at once, at most
+ACTIVATIONS = 6  # rows of so many times the tokens at once, at most
 
 
 class Scratch:
