@@ -34,7 +34,7 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 Activation = Literal["gelu"]
 CacheDtype = Literal["f32", "f16", "int8"]
-SURVEYED_ROWS = 64  # logits' rows of a step; where there are more, nobody asks about all of them
+SURVEYED_ROWS = 64  # logits' rows of a step; in longer ones what is asked later costs little
 PAGE_TOKENS = 64  # `Cache.drop` forgets multiples of it: the CPU kernels score so many keys at once
 
 
@@ -298,17 +298,22 @@ class Backend(Protocol):
 
     def top(self, logits: X, k: int) -> Top: ...
 
-    # Of one row, [1, V]:
     def best(self, logits: X, k: int) -> tuple[I64, F32]:
-        """Ids and logits [k], as of `top`."""
+        """Ids and logits [k] of one row, [1, V], as of `top`."""
         ...
 
     def masked(self, logits: X, allowed: NDArray[np.bool_]) -> X:
-        """The same, -infinity where a token is not allowed, [V]."""
+        """One row, [1, V], with -infinity where a token is not allowed, [V]."""
         ...
 
-    def sums(self, logits: X, temperature: float = 1.0) -> Sums: ...
-    def levels(self, logits: X, temperature: float = 1.0) -> Levels: ...
+    def sums(self, logits: X, temperature: float = 1.0) -> Sums:
+        """Of one row, [1, V]."""
+        ...
+
+    def levels(self, logits: X, temperature: float = 1.0) -> Levels:
+        """Of one row, [1, V]."""
+        ...
+
     def numpy(self, x: X) -> F32: ...
 
 

@@ -123,14 +123,32 @@ def levels_of(values: F32, temperature: float) -> Levels:
     return Levels(levels, masses, sums_of(values, temperature))
 
 
+def merged(parts: Sequence[Sums]) -> Sums:
+    """The sums of a row that lies in parts. A part that is all -infinity adds nothing."""
+    best = float(np.max([part.best for part in parts]))  # NaN, if one is
+    mass = count = total = squares = moment = 0.0
+    for part in parts:
+        if part.best == -math.inf < best:
+            continue
+        shift = (part.best - best) / part.temperature
+        scale = math.exp(shift)
+        mass += scale * part.mass
+        moment += scale * (part.moment + shift * part.mass)
+        squares += part.squares + shift * (2 * part.total + shift * part.count)
+        total += part.total + shift * part.count
+        count += part.count
+    return Sums(best, parts[0].temperature, mass, count, total, squares, moment)
+
+
 def sums_of(values: F32, temperature: float) -> Sums:
     """The sums of logits [V], in NumPy. The mass is NaN where a logit is, or +infinity."""
     best = float(values.max())
     with np.errstate(invalid="ignore"):
         below = (values.astype(np.float64) - best) / temperature
-    terms, d = np.exp(below), below[below > -np.inf]
+    terms, possible = np.exp(below), below > -np.inf
+    d = below[possible]
     sums = float(terms.sum()), len(d), float(d.sum()), float(np.square(d).sum())
-    return Sums(best, temperature, *sums, float((np.exp(d) * d).sum()))
+    return Sums(best, temperature, *sums, float(terms[possible] @ d))
 
 
 def _runs(wanted: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -158,8 +158,10 @@ def test_top_takes_zeros_of_either_sign_for_equal_and_sums_exactly():
     top = backend.top(np.array([[0.0, -0.0, -1.0, 0.0]], np.float32), 9)
     assert top.ids.tolist() == [[0, 1, 3, 2]]
     flat = np.random.default_rng(0).standard_normal((2, 250_880)).astype(np.float32)
-    expected = np.log(np.exp(flat.astype(np.float64) / 0.7).sum(axis=1))
-    assert backend.top(flat, 1, 0.7).logsumexp == pytest.approx(expected, abs=1e-9)
+    expected = np.log(np.exp(flat.astype(np.float64)).sum(axis=1))
+    assert backend.top(flat, 1).logsumexp == pytest.approx(expected, abs=1e-9)
+    scaled = np.log(np.exp(flat[0].astype(np.float64) / 0.7).sum())
+    assert backend.sums(flat[:1], 0.7).logsumexp() == pytest.approx(scaled, abs=1e-9)
     flat[1, 7], flat[0, 3] = np.nan, np.inf
     assert not np.isfinite(backend.top(flat, 1).logsumexp).any()
 

@@ -9,7 +9,7 @@ that is decided from them.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from bloomq.layers import (
     X,
     slopes,
 )
-from bloomq.levels import Levels, Sums
+from bloomq.levels import Levels, Sums, merged
 from bloomq.parallel.cache import ParallelCache
 from bloomq.parallel.cuts import Cuts
 from bloomq.parallel.slices import part_of
@@ -179,16 +179,22 @@ class ParallelBackend:
         return top.ids[0], top.logits[0]
 
     def masked(self, logits: X, allowed: NDArray[np.bool_]) -> X:
-        return self.inner.masked(self._whole(logits), allowed)
+        if not isinstance(logits, Split):
+            return self.inner.masked(logits, allowed)
+        start, stop = logits.edges[self.group.rank : self.group.rank + 2]
+        return Split(self.inner.masked(logits.mine, allowed[start:stop]), logits.edges)
 
     def sums(self, logits: X, temperature: float = 1.0) -> Sums:
-        return self.inner.sums(self._whole(logits), temperature)
+        if not isinstance(logits, Split):
+            return self.inner.sums(logits, temperature)
+        with np.errstate(invalid="ignore"):  # a part may be all -infinity
+            mine = self.inner.sums(logits.mine, temperature)
+        told = self.group.gather(np.array(astuple(mine)))
+        return merged([Sums(*part.tolist()) for part in told])
 
     def levels(self, logits: X, temperature: float = 1.0) -> Levels:
-        return self.inner.levels(self._whole(logits), temperature)
-
-    def _whole(self, logits: X) -> X:
-        return self.numpy(logits) if isinstance(logits, Split) else logits
+        whole = self.numpy(logits) if isinstance(logits, Split) else logits
+        return self.inner.levels(whole, temperature)
 
     def numpy(self, x: X) -> F32:
         """Of a `Split`, the columns of all ranks."""

@@ -2,7 +2,8 @@
 top-n-sigma, XTC, mirostat.
 
 A filter takes candidates and gives candidates; None means that the answer depends on tokens that
-are not listed. Then the filters start anew, on the whole row by its levels.
+are not listed. Then the filters start anew, on a longer list, and at last on the whole row by its
+levels.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class Chain:
 
     def left(self, row: Logits, turn: Turn, few: int = FEW[0]) -> Candidates:
         """What the filters leave of a row; at least one token. few: tokens listed at first (0:
-        none), which changes the time and nothing else."""
+        none), which changes the time, and where two are equally good to rounding which is taken."""
         sizes = [self.sampling.top_k or few]
         if not self.sampling.top_k:
             sizes += [size for size in FEW if size > few]

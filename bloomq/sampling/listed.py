@@ -112,22 +112,26 @@ class Listed:
     def size(self) -> int:
         if not self.more:
             return len(self.ids)
-        return self._whole().size() if self.start else int(self._sums().count)
+        return self._whole().size() if self.start is not None else int(self._sums().count)
 
     def logsumexp(self) -> float:
         if not self.more:
             return float(self.scores[0] + np.log(np.exp(self.scores - self.scores[0]).sum()))
-        return self._whole().logsumexp() if self.start else self.row.logsumexp(self.temperature)
+        return (
+            self._whole().logsumexp()
+            if self.start is not None
+            else self.row.logsumexp(self.temperature)
+        )
 
     def entropy(self) -> float:
         if self.more:
-            return self._whole().entropy() if self.start else self._sums().entropy()
+            return self._whole().entropy() if self.start is not None else self._sums().entropy()
         logs = self.scores - self.logsumexp()
         return float(-(np.exp(logs) * logs).sum())
 
     def deviation(self) -> float:
         if self.more:
-            return self._whole().deviation() if self.start else self._sums().deviation()
+            return self._whole().deviation() if self.start is not None else self._sums().deviation()
         return float(self.scores.std())
 
     def few(self, count: int) -> bool:

@@ -90,8 +90,9 @@ class Restorable:
 
     def restore(self) -> None:
         while self._before:
-            ids, scores = self._before.pop()
+            ids, scores = self._before[-1]
             self._values[ids] = scores
+            self._before.pop()  # last: interrupted before, it is put back again
 
 
 def add_biases(out: F32 | Restorable, biases: dict[int, float]) -> None:

@@ -122,7 +122,7 @@ class Sampler:
                 f"the constraint's mask is {allowed.shape}, expected one truth value for each of "
                 f"{self._vocab_size} tokens"
             )
-        return None if allowed.all() else allowed
+        return None if allowed.all() else np.ascontiguousarray(allowed, np.bool_)
 
     def _greedy(self, row: Logits, allowed: NDArray[np.bool_] | None) -> int:
         ids, values = row.best(1)

@@ -18,7 +18,7 @@ from bloomq.backends.cuda.products import KERNELS, Activations, Arithmetic, Kern
 from bloomq.backends.cuda.steps import in_graphs
 from bloomq.backends.cuda.stored import Loader
 from bloomq.backends.cuda.surveyed import LogitRows
-from bloomq.backends.cuda.top import best_of, logsumexp
+from bloomq.backends.cuda.top import best_of, logsumexp, row_sums
 from bloomq.config import BloomConfig
 from bloomq.errors import BackendError, UsageError
 from bloomq.layers import (
@@ -33,7 +33,7 @@ from bloomq.layers import (
     Step,
     Top,
 )
-from bloomq.levels import Levels, Sums, levels_of, sums_of
+from bloomq.levels import Levels, Sums, levels_of
 from bloomq.weights import Matrix, Norm
 
 Tensor = torch.Tensor
@@ -169,8 +169,8 @@ class CudaBackend:
         return self._there(logits).masked_fill(~self._there(allowed), -torch.inf)
 
     def sums(self, logits: Any, temperature: float = 1.0) -> Sums:
-        """NumPy's, as `levels`."""
-        return sums_of(self.numpy(logits)[0], temperature)
+        best, *sums = row_sums(self._there(logits)[0], temperature).tolist()
+        return Sums(best, temperature, *sums)
 
     def levels(self, logits: Any, temperature: float = 1.0) -> Levels:
         """NumPy's: summed on a GPU, the masses would not be the same each time."""

@@ -44,3 +44,13 @@ def logsumexp(logits: Tensor) -> Tensor:
     scaled = logits.double()
     peak = scaled.amax(dim=1, keepdim=True)
     return peak[:, 0] + (scaled - peak).exp().sum(dim=1).log()
+
+
+def row_sums(row: Tensor, temperature: float) -> Tensor:
+    """[V] -> float64 [6]: the best logit and what `levels.Sums` has of the others, in its order."""
+    wide = row.double()
+    best = wide.max()
+    d = (wide - best) / temperature
+    possible = d != -torch.inf
+    term, d = d.exp(), torch.where(possible, d, 0.0)
+    return torch.stack([best, term.sum(), possible.sum(), d.sum(), (d * d).sum(), (term * d).sum()])

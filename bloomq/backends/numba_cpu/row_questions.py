@@ -45,6 +45,7 @@ class RowQuestions:
 
     def survey(self, tier: str, logits: F32) -> LogitRows:
         """See `Backend.survey`."""
+        logits = _in_rows(logits)
         program = Program()
         where = np.array([logits.ctypes.data, logits.strides[0]], np.int64)
         program.keep(logits, where)
@@ -67,13 +68,13 @@ class RowQuestions:
             return top.ids[0], top.logits[0]
         k = min(max(k, 1), logits.shape[1])
         ids, best = np.empty(k, np.int64), np.empty(k, np.float32)
-        best_of_plain(tier)(logits[0], ids, best)
+        best_of_plain(tier)(_in_rows(logits)[0], ids, best)
         return ids, best
 
     def masked(self, logits: F32, allowed: NDArray[np.bool_]) -> F32:
         """See `Backend.masked`."""
-        out = np.empty_like(logits)
-        mask_row()(logits[0], allowed, out[0])
+        out = np.empty(logits.shape, np.float32)
+        mask_row()(_in_rows(logits)[0], allowed, out[0])
         return out
 
     def sums(self, tier: str, logits: F32 | LogitRows, temperature: float) -> Sums:
@@ -104,7 +105,13 @@ def _row(tier: str, logits: F32 | LogitRows) -> tuple[F32, np.float32]:
     """A row's logits [V], and the largest of them."""
     if isinstance(logits, LogitRows):
         return logits.values[0], logits.top.logits[0, 0]
-    return logits[0], row_peak(tier)(logits[0])
+    values = _in_rows(logits)[0]
+    return values, row_peak(tier)(values)
+
+
+def _in_rows(logits: F32) -> F32:
+    """Logits [B, V] whose rows lie each in one piece."""
+    return logits if logits.strides[1] == logits.itemsize else np.ascontiguousarray(logits)
 
 
 def _found(

@@ -36,6 +36,9 @@ class LogitRows:
         return len(self.values)
 
     def take(self, index: Any) -> LogitRows:
+        """Some of the rows: copies, but a single one is a view."""
+        if len(index) == 1:
+            index = slice(int(index[0]), int(index[0]) + 1)
         top = Top(self.top.ids[index], self.top.logits[index], self.top.logsumexp[index])
         return LogitRows(self.values[index], self.maxima[index], top)
 

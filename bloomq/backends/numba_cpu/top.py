@@ -1,9 +1,9 @@
-"""The best few of 250,880 logits, and the log of the sum of all their exponentials.
+"""The best of 250,880 logits, the log of the sum of all their exponentials, and what to find the
+best few by.
 
-A row is cut into parts that threads share, a part into blocks. The largest logit of each block is
-noted: the k-th largest of these is at most the k-th best logit, so only blocks that reach it are
-looked into. What the parts found is merged in their order, so the result does not depend on who did
-which. Bytes touched: the logits twice, mostly from the caches, then a block for each of the best.
+A row is cut into parts that threads share, a part into blocks, of each of which the largest logit
+is noted: `best` looks into few of them. What the parts found is merged in their order, so the
+result does not depend on who did which. Bytes touched: the logits twice, mostly from the caches.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def top_parts(tier: str) -> Any:
             total = np.float64(0)
             for lane in range(LANES):
                 total += np.float64(sums[lane]) + np.float64(rest[lane])
-            doubles(to_peaks, unit + 1)[unit] = shift[0]
+            doubles(to_peaks, unit + 1)[unit] = peak
             doubles(to_sums, unit + 1)[unit] = total
         keep(shift)
         keep(ends)
