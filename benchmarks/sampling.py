@@ -8,10 +8,11 @@ With a pack, each token is drawn right behind a real decode step, in which the m
 through the caches: what generation pays. The settings take turns, a step before each. Logits are
 the model's own behind places of a text (default: this project's README; random tokens where the
 pack has no tokenizer). Without a pack, tokens are drawn one after another, all code and data warm,
-which takes half as long; what a step finds out about its logits is printed apart, and a step is taken for 12.4 ms, bloom-560m's on the README's machine.
-Logits are then those of the demo model behind places of the text, widened to a larger vocabulary,
-or normal numbers of this spread, at 3 flatter than nearly all places of a text. --synthetic draws
-from such logits between the steps of a pack, for one whose weights were never trained.
+which takes half as long; a step is taken for 12.4 ms, bloom-560m's on the README's machine, and
+what it finds out about its logits is printed apart. Logits are then those of the demo model behind
+places of the text, widened to a larger vocabulary, or normal numbers of this spread, at 3 flatter
+than nearly all places of a text. --synthetic draws from such logits between the steps of a pack,
+for one whose weights were never trained.
 Printed for each setting: the median microseconds of a token and the middle half of the samples, its
 share of a step, and what transformers takes (processors, softmax, one draw; PyTorch with as many
 threads), in turn with ours. Penalties, DRY and n-grams look at 2,048 tokens; of the penalties

@@ -3,6 +3,8 @@ of threads."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from bloomq.backends.numba_cpu.layers import NumbaBackend
 from bloomq.backends.numba_cpu.levels import BLOCK, PART
 from bloomq.backends.numba_cpu.simd import TIERS
 from bloomq.backends.reference import ReferenceBackend
-from bloomq.levels import LEVELS, level_of, levels_of, sums_of
+from bloomq.levels import LEVELS, level_of, levels_of, merged, sums_of
 
 TIERS_HERE = [tier for tier, needs in TIERS.items() if cpu_features().issuperset(needs)]
 BACKENDS = [NumbaBackend(1), NumbaBackend(2)]
@@ -123,3 +125,12 @@ def test_extremes_fall_into_a_level(values):
         found, wanted = BACKENDS[0].levels(logits), levels_of(logits[0], 1.0)
     assert found.levels.tolist() == wanted.levels.tolist()
     assert np.isnan(found.masses.sum()) == np.isnan(wanted.masses.sum())
+
+
+@pytest.mark.parametrize("edges", [[0, 100, 1000], [0, 7, 8, 1000], [0, 1000]], ids=str)
+def test_sums_of_parts_are_those_of_the_row(edges):
+    values = row(1000)
+    values[:7] = -np.inf
+    with np.errstate(invalid="ignore"):
+        parts = [sums_of(values[a:b], 0.7) for a, b in pairwise(edges)]
+    same_sums(merged(parts), sums_of(values, 0.7))

@@ -273,9 +273,16 @@ def test_the_best_of_all_ranks_are_those_of_the_whole(k: int, opened: Callable[.
         edges = backend.cuts.vocabulary
         split = Split(logits[:, edges[group.rank] : edges[group.rank + 1]], edges)
         levels = backend.levels(backend.take(split, np.array([3])), 0.7)
-        return backend.top(split, k), levels, backend.numpy(split)
+        row = backend.take(split, np.array([1]))
+        masked = backend.numpy(backend.masked(row, np.arange(131) % 2 == 0))
+        return backend.top(split, k), levels, backend.numpy(split), backend.sums(row, 0.7), masked
 
-    for top, levels, everything in on_ranks(3, work):
+    alone = reference.sums(logits[1:2], 0.7)
+    for top, levels, everything, sums, masked in on_ranks(3, work):
+        assert sums.logsumexp() == pytest.approx(alone.logsumexp())
+        assert sums.entropy() == pytest.approx(alone.entropy())
+        assert masked[0, ::2].tolist() == logits[1, ::2].tolist()
+        assert (masked[0, 1::2] == -np.inf).all()
         np.testing.assert_array_equal(top.ids, wanted.ids)
         np.testing.assert_array_equal(top.logits, wanted.logits)
         np.testing.assert_allclose(top.logsumexp, wanted.logsumexp, rtol=1e-14)

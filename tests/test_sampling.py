@@ -470,9 +470,11 @@ def test_a_mask_leaves_scores_as_they_are_and_forbids_the_rest():
 # -- logits, and how much is asked of the backend --------------------------------------------------
 
 
-def test_logits_are_one_row_of_many_and_no_copy():
+@pytest.mark.parametrize("surveyed", [False, True], ids=["plain", "surveyed"])
+def test_logits_are_one_row_of_many_and_no_copy(surveyed):
     rows = np.random.default_rng(0).standard_normal((3, 50)).astype(np.float32)
-    logits = Logits(ReferenceBackend(), rows, 1)
+    backend = NumbaBackend(1) if surveyed else ReferenceBackend()
+    logits = Logits(backend, backend.survey(rows), 1)
     assert logits.vocab_size == 50
     assert np.shares_memory(logits.values(), rows)
     assert logits.values().tolist() == rows[1].tolist()
@@ -523,6 +525,80 @@ def test_a_nucleus_is_listed_only_where_the_few_reach_it(scale, large):
     assert (backend.tops, backend.leveled) == ([] if large else [FEW[0]], int(large))
 
 
+EDITS: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.25},
+    {"logit_bias": {0: 3.0, 5: -9.0}, "bad_words": [[0], [6, 5]], "no_repeat_ngram_size": 2},
+    {"dry_multiplier": 0.8, "repetition_penalty": 0.5, "logit_bias": {6: 1.0}},
+    {"forced_prefix": [1, 2, 3, 4]},
+    {"min_new_tokens": 9},
+]
+
+
+@pytest.mark.parametrize("options", EDITS, ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_is_as_it_was_after_every_edit(options, temperature):
+    values = np.random.default_rng(0).standard_normal((2, 40)).astype(np.float32)
+    values[:, 7], values[:, 9] = -0.0, -np.inf
+    before, second = values.tobytes(), values[1].copy()
+    numba = NumbaBackend(1)
+    tokens = []
+    for backend, rows in (
+        (ReferenceBackend(), values), (numba, values), (numba, numba.survey(values))
+    ):  # fmt: skip
+        made = Sampler(
+            Sampling(temperature=temperature, seed=1, **options), [5, 6, 7, 5, 6], 0, 40, ends=(2,)
+        )
+        produced: list[int] = []
+        for _ in range(4):
+            row = Logits(backend, rows, 1, backend.top(rows, 1))
+            produced.append(made(row, produced))
+            assert row.logit(produced[-1]) == second[produced[-1]]
+            assert values.tobytes() == before
+        tokens.append(produced)
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
+def test_a_row_is_as_it_was_after_an_edit_that_ended_in_an_error():
+    values = np.zeros((1, 3), np.float32)
+    draws = sampler(3, constraint=Only([], 3), logit_bias={1: 2.0})
+    with pytest.raises(UsageError, match="no token is left to choose"):
+        draws(Logits(NumbaBackend(1), values, 0), [])
+    assert values.tolist() == [[0, 0, 0]]
+
+
+def test_a_mask_may_be_a_column_of_a_table():
+    table = np.zeros((3, 2), np.bool_)
+    table[2, 1] = True
+
+    class Column(Only):
+        def allowed(self) -> np.ndarray:
+            return table[:, 1]
+
+    row = Logits(NumbaBackend(1), np.array([[3, 2, 1]], np.float32), 0)
+    assert sampler(3, constraint=Column([2], 3))(row, []) == 2
+
+
+@pytest.mark.parametrize("top", [0.0, 9.0, 25.0], ids=["little", "half", "nearly all"])
+def test_what_xtc_spares_is_drawn_by_its_own_probabilities(top):
+    """A long row: against float64 over all of it, where the spared ones have little of it or nearly
+    all."""
+    values = (5 * np.random.default_rng(1).standard_normal(20_000)).astype(np.float32)
+    order = np.argsort(-values, kind="stable")
+    values[order[:2]] += np.float32(top)
+    p = np.exp(values.astype(np.float64) - values.max())
+    threshold = float(p[order[2]] / p.sum()) * 0.99
+    left = order[2:]
+    total = p[left].cumsum() / p[left].sum()
+    options = {"temperature": 1.0, "xtc_probability": 1.0, "xtc_threshold": threshold}
+    for backend in (ReferenceBackend(), NumbaBackend(1)):
+        for u in np.linspace(0.01, 0.99, 37):
+            token = sampler(20_000, Always(float(u)), **options)(row_of(values, backend), [])
+            place = int(np.flatnonzero(left == token)[0])
+            # Sums of float32 terms are good to 1e-7 of the row, of which 1 % is left at least.
+            before = total[place - 1] if place else 0.0
+            assert before - 2e-5 <= u <= total[place] + 2e-5
+
+
 EVERYTHING: list[dict[str, Any]] = [
     {}, {"temperature": 0.8}, {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05},
     {"temperature": 1.0, "top_p": 0.9}, {"temperature": 1.0, "typical_p": 0.5},
@@ -536,13 +612,17 @@ EVERYTHING: list[dict[str, Any]] = [
 def test_tokens_are_the_same_for_one_thread_and_two_and_in_any_batch(options):
     rows = (3 * np.random.default_rng(2).standard_normal((3, VOCABULARY))).astype(np.float32)
     tokens = []
-    for threads, batched in ((1, True), (2, True), (2, False)):
+    for threads, batched, surveyed in (
+        (1, True, True), (2, True, True), (2, False, True), (1, False, False)
+    ):  # fmt: skip
         backend = NumbaBackend(threads)
         draws = Sampler(Sampling(**options, seed=4), [5, 6, 7], 2, VOCABULARY)
         produced: list[int] = []
         for index in range(3):
             given = rows if batched else rows[index : index + 1]
-            row = Logits(backend, given, index if batched else 0)
+            known = backend.survey(given) if surveyed else given
+            best = backend.top(known, 2000 if batched else draws.wants)
+            row = Logits(backend, known, index if batched else 0, best)
             produced.append(draws(row, produced))
         tokens.append(produced)
-    assert tokens[0] == tokens[1] == tokens[2]
+    assert all(found == tokens[0] for found in tokens)

@@ -90,3 +90,41 @@ def test_a_row_has_the_same_top_in_any_batch_and_for_any_number_of_threads():
         assert alone.ids[0].tolist() == together.ids[row].tolist()
         assert alone.logsumexp[0] == together.logsumexp[row]
         assert BACKENDS[1].top(values[row : row + 1], 1).logsumexp[0] == alone.logsumexp[0]
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 127, 1000, 4096, 8193])
+def test_the_best_of_one_row_are_those_of_a_stable_sort(size):
+    for values in rows(size):
+        values[-1] = 9  # in the last block, which may not be whole
+        order = np.argsort(-values, kind="stable")
+        for k in sorted({1, min(5, size), size // 64, size // 64 + 1, size}):
+            ids, best = BACKENDS[0].best(values[None], k)
+            assert ids.tolist() == order[: max(k, 1)].tolist()
+            assert best.tolist() == values[ids].tolist()
+
+
+def test_rows_taken_from_surveyed_ones_are_known_as_they_were():
+    values = rows(3000)
+    values[0] += 50
+    surveyed = BACKENDS[1].survey(values)
+    for index in ([1], [2, 0], [0, 1, 2]):
+        found = BACKENDS[1].top(BACKENDS[1].take(surveyed, np.array(index)), 40)
+        wanted = BACKENDS[0].top(values[index], 40)
+        assert found.ids.tolist() == wanted.ids.tolist()
+        assert found.logsumexp.tolist() == wanted.logsumexp.tolist()
+
+
+def test_a_row_that_is_all_forbidden_begins_with_the_lowest_id():
+    values = np.full((1, 3000), -np.inf, np.float32)
+    assert BACKENDS[0].top(values, 1).ids.tolist() == [[0]]
+    values[0, 900] = -3.2e38
+    top = BACKENDS[0].top(values, 1)
+    assert (top.ids[0, 0], top.logits[0, 0]) == (900, np.float32(-3.2e38))
+
+
+def test_rows_whose_columns_lie_apart_are_read_as_they_are():
+    plain = rows(500)[:2]
+    apart, backend = np.asfortranarray(plain), BACKENDS[0]
+    assert backend.top(apart, 3).ids.tolist() == backend.top(plain, 3).ids.tolist()
+    assert backend.best(apart[:1], 3)[0].tolist() == backend.top(plain, 3).ids[0].tolist()
+    assert backend.sums(apart[:1]) == backend.sums(plain[:1])
