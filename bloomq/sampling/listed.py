@@ -33,6 +33,7 @@ class Listed:
     more: bool = False
     start: Place | None = None
     spared: float = 0.0
+    picked: int = 0  # the place of the token that was picked last
 
     @classmethod
     def of(cls, row: Logits, size: int) -> Listed:
@@ -99,7 +100,7 @@ class Listed:
         surprise = self.logsumexp() - self.scores
         entropy = self.entropy()
         distance = np.abs(surprise - entropy)
-        nearest = np.argsort(distance, kind="stable")
+        nearest = distance.argsort()  # of equally near ones all are kept, in whatever order
         reached = int(np.exp(-surprise[nearest]).cumsum().searchsorted(share))
         # Any other token is at least as surprising as the last that is listed.
         others = surprise[-1] - entropy
@@ -117,11 +118,9 @@ class Listed:
     def logsumexp(self) -> float:
         if not self.more:
             return float(self.scores[0] + np.log(np.exp(self.scores - self.scores[0]).sum()))
-        return (
-            self._whole().logsumexp()
-            if self.start is not None
-            else self.row.logsumexp(self.temperature)
-        )
+        if self.start is not None:
+            return self._whole().logsumexp()
+        return self.row.logsumexp(self.temperature)
 
     def entropy(self) -> float:
         if self.more:
@@ -138,6 +137,8 @@ class Listed:
         return not self.more and len(self.ids) <= count
 
     def rank(self, token: int) -> int:
+        if self.ids[self.picked] == token:
+            return self.picked
         here = np.flatnonzero(self.ids == token)
         return int(here[0]) if len(here) else self._whole().rank(token)
 
@@ -147,12 +148,14 @@ class Listed:
     def pick(self, u: float) -> int:
         terms = np.exp(self.scores - self.scores[0])
         if not self.more:
-            return int(self.ids[pick(terms, u)])
+            self.picked = pick(terms, u)
+            return int(self.ids[self.picked])
         # Of the others the sum is known; where nearly all is spared, it is not precise enough.
         if self.spared < _MOST_SPARED:
             whole = np.exp(self.row.logsumexp(self.temperature) - self.scores[0])
             place = int(terms.cumsum().searchsorted(u * whole * (1 - self.spared), side="right"))
             if place < len(self.ids):
+                self.picked = place
                 return int(self.ids[place])
         return self._whole().pick(u)
 
