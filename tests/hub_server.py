@@ -24,7 +24,7 @@ _LARGE_BYTES = 4096  # what Git LFS keeps
 @dataclass
 class Hub:
     """What the server has, and what it was asked. cut: file -> bytes to send before the connection
-    is cut, one for each of the next answers; status: path's end -> (status, error code)."""
+    is cut, one for each of the next answers to who asks for all of it or the rest; status: path's end -> (status, error code)."""
 
     id: str = "owner/model"
     files: dict[str, bytes] = field(default_factory=dict)
@@ -116,7 +116,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 stop = min(int(last) + 1, len(data)) if last else len(data)
                 headers["Content-Range"] = f"bytes {first}-{stop - 1}/{len(data)}"
                 data, status = data[int(first) : stop], 206
-            if not head and hub.cut.get(name):
+            if not head and not re.fullmatch(r"bytes=\d+-\d+", part) and hub.cut.get(name):
                 limit = hub.cut[name].pop(0)
             self._send(status, data, headers, head, limit)
 

@@ -306,17 +306,16 @@ def test_a_tensor_in_two_streamed_shards_is_refused(tmp_path, hub):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_cut_connection_is_gone_on_with(tmp_path, hub, impatient, stream):
     name = "model-00002-of-00003.safetensors"
-    headers = [10**9] if stream else []
-    hub.cut[name] = [*headers, 5000, 7000]
+    hub.cut[name] = [5000, 7000]
     convert(ID, tmp_path / "pack", stream=stream)
-    assert hub.sent(name)[len(headers) :] == ["", "bytes=5000-", "bytes=12000-"]
+    parts = [part for part in hub.sent(name) if not re.fullmatch(r"bytes=\d+-\d+", part)]
+    assert parts == ["", "bytes=5000-", "bytes=12000-"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_next_run_goes_on_where_a_cut_one_stopped(tmp_path, hub, impatient, stream, checkpoint):
     name = "model-00002-of-00003.safetensors"
-    headers = [10**9] if stream else []
-    hub.cut[name] = [*headers, 6000, *[0] * 99]  # every worker tries
+    hub.cut[name] = [6000, *[0] * 99]  # every worker tries
     message = f"no connection to {hub.endpoint}"
     refused(CheckpointError, message, tmp_path, stream=stream)
     assert sum(part.endswith("incomplete") for part in left(tmp_path)) == 1
