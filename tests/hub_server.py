@@ -24,7 +24,8 @@ _LARGE_BYTES = 4096  # what Git LFS keeps
 @dataclass
 class Hub:
     """What the server has, and what it was asked. cut: file -> bytes to send before the connection
-    is cut, one for each of the next answers to who asks for all of it or the rest; status: path's end -> (status, error code)."""
+    is cut, one for each of the next answers to who asks for all of it or the rest; status: path's
+    end -> (status, error code)."""
 
     id: str = "owner/model"
     files: dict[str, bytes] = field(default_factory=dict)
