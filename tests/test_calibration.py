@@ -278,9 +278,12 @@ def test_weights_beyond_the_scales_range_are_refused(pool, name):
 @pytest.mark.parametrize(
     "chosen", [{"scheme": "int4"}, {"scheme": "int6"}, {"scheme": "nf4"}, {"bits": 5}], ids=str
 )
-def test_weights_too_large_are_one_error_and_no_warning(tmp_path, text, chosen):
+@pytest.mark.parametrize(
+    ("matrix", "size"), [("h_to_4h", 1e30), ("4h_to_h", 1e30), ("4h_to_h", 2e38)]
+)
+def test_weights_too_large_are_one_error_and_no_warning(tmp_path, text, chosen, matrix, size):
     def enlarge(tensors: Any) -> None:
-        tensors["transformer.h.0.mlp.dense_h_to_4h.weight"][1][3, 5] = 1e30
+        tensors[f"transformer.h.0.mlp.dense_{matrix}.weight"][1][3, 5] = size
 
     source = write_checkpoint(tmp_path / "c", vocab_size=8192, edit=enlarge)
     shutil.copy(DEMO / "tokenizer.json", source)
@@ -456,6 +459,7 @@ def small(tmp_path_factory) -> Path:
 
 
 IDS = np.random.default_rng(5).integers(0, 200, (6, 32))
+MANY = np.random.default_rng(6).integers(0, 200, (32, 32))  # four tokens to a column of mlp.down
 
 
 def pieces(
@@ -493,17 +497,18 @@ def test_pieces_come_in_order_and_whole(small, tmp_path):
     assert not (tmp_path / "scratch").exists()
 
 
-def test_going_on_gives_the_same_bytes_wherever_it_stopped(small, tmp_path):
+@pytest.mark.parametrize("ids", [IDS, MANY], ids=["few tokens", "enough to make up for errors"])
+def test_going_on_gives_the_same_bytes_wherever_it_stopped(small, tmp_path, ids):
     source = read_checkpoint(small)
     names = [spec.name for spec in weight_specs(source.config)]
-    undisturbed = bytes_of(pieces(small, tmp_path / "undisturbed"))
+    undisturbed = bytes_of(pieces(small, tmp_path / "undisturbed", ids=ids))
     schemes = {
         spec.name: get_scheme("int6") if spec.name == "wte" else get_scheme("int4", 32)
         for spec in weight_specs(source.config) if spec.is_matrix
     }  # fmt: skip
     for stop in range(1, len(names), 2):
         folder = tmp_path / f"stopped-{stop}"
-        producer = calibrated(IDS, folder)
+        producer = calibrated(ids, folder)
         begun = producer(source, schemes, ())
         first = []
         for piece in begun:
@@ -518,11 +523,32 @@ def test_going_on_gives_the_same_bytes_wherever_it_stopped(small, tmp_path):
         assert bytes_of(first + rest) == undisturbed, names[stop]
 
 
-def test_no_byte_depends_on_the_number_of_threads(small, tmp_path):
+@pytest.mark.parametrize("ids", [IDS, MANY], ids=["few tokens", "enough to make up for errors"])
+def test_no_byte_depends_on_the_number_of_threads(small, tmp_path, ids, monkeypatch):
+    made, weights = [], Wanted.weights
+    monkeypatch.setattr(
+        Wanted, "weights", lambda *given: made.append(given) or weights(*given)
+    )  # fmt: skip
     one, all_cores = (
-        bytes_of(pieces(small, tmp_path / str(threads), threads=threads)) for threads in (1, None)
+        bytes_of(pieces(small, tmp_path / str(threads), ids=ids, threads=threads))
+        for threads in (1, None)
     )
     assert one == all_cores
+    assert len(made) == (8 if ids is MANY else 0)  # two matrices of two blocks, twice
+
+
+def test_what_an_interrupted_block_left_makes_room_for_the_next(tmp_path, monkeypatch):
+    scratch = Scratch(tmp_path / "scratch", "key", 4, 8)
+    scratch.new()
+    seen = []
+
+    def usage(folder: Path) -> Any:
+        seen.append((folder / "new.npy").exists())
+        return shutil._ntuple_diskusage(1000, 0, 4 * 4 * 8)
+
+    monkeypatch.setattr(scratch_module.shutil, "disk_usage", usage)
+    assert scratch.new().shape == (4, 8)
+    assert seen == [False]
 
 
 def test_the_next_blocks_work_does_not_repeat_the_last_ones(small, tmp_path):

@@ -115,6 +115,8 @@ def round_block(  # type: ignore[no-untyped-def]
         lanes = min(_LANES, end - first)
         for at in range(0, w.shape[0], group):
             least[:] = np.float32(np.inf)
+            best[:] = np.float32(np.inf)  # where nothing fits: a scale that is refused
+            best_q[:], best_e[:] = np.float32(0), np.float32(0)
             if len(given):
                 best[:lanes] = given[0, first : first + lanes]
                 _round_group(

@@ -109,4 +109,4 @@ class Wanted:
         damped[np.diag_indices(len(damped))] += damping
         found = np.ascontiguousarray(np.linalg.solve(damped, cross.T).T, np.float32)
         wanted = (self._centres[0] + shift_r).astype(np.float32)
-        return found, wanted - found @ mean
+        return found, wanted - np.einsum("nk,k->n", found, mean)

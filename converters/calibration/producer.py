@@ -44,7 +44,7 @@ I64 = NDArray[np.int64]
 Rows = Callable[[int, int], F32]  # first and last of a matrix -> [n, K]
 Progress = Callable[[int, int], None]  # (work done, work in all), in an arbitrary unit
 
-VERSION = 2  # raised whenever the same text and settings give other bytes
+VERSION = 3  # raised whenever the same text and settings give other bytes
 # An embedding that is also the head serves two ends: as the head its error is weighed by the hidden
 # states, as a look-up by what the first block reads, which weighs so much beside it, of mean
 # diagonals (docs/experiments.md).

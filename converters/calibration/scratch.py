@@ -49,6 +49,7 @@ class Scratch:
         need = 4 * self._shape[0] * self._shape[1]
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / "new.npy").unlink(missing_ok=True)  # an interrupted run's
             free = shutil.disk_usage(self._folder).free
             if free >= need:
                 return self._reserved()

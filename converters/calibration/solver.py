@@ -89,17 +89,14 @@ class Solver:
 
     def rows(self, w: F32) -> Solved:
         """w [n, K], n a multiple of 32 but for a matrix's last rows. Raises: NumericError."""
-        with np.errstate(over="ignore", invalid="ignore"):  # weights too large are refused
-            return self._solved(w)
-
-    def _solved(self, w: F32) -> Solved:
         shape, spans = w.shape, range(0, len(w), SPAN)
         values = np.empty(shape, np.float32)
 
         def run(start: int) -> dict[str, Array]:
             rows = w[start : start + SPAN]
-            parts = self._parts(rows)
-            values[start : start + SPAN] = self.scheme.dequantize(parts, rows.shape)
+            with np.errstate(over="ignore", invalid="ignore"):  # weights too large are refused
+                parts = self._parts(rows)
+                values[start : start + SPAN] = self.scheme.dequantize(parts, rows.shape)
             return parts
 
         found = list(self._pool.map(run, spans))
@@ -121,7 +118,7 @@ class Solver:
         parts = self._stored(found)
         others = np.ascontiguousarray((stored - self.scheme.dequantize(nearest, stored.shape)).T)
         ours, theirs = np.split(self.errors(np.hstack([left, others])), 2)
-        rows = np.flatnonzero(ours > theirs)
+        rows = np.flatnonzero(~(ours <= theirs))  # also where ours is no number
         for leaf, array in parts.items():  # rows that rounding to nearest does better, if any
             at = (rows,) if array.ndim == 1 else (rows // TILE, slice(None), rows % TILE)
             array[at] = nearest[leaf][at]
