@@ -74,6 +74,14 @@ def choose(
     return Choice(backend, f"{reason}; {backend.description}")
 
 
+def check_options(devices: str, max_memory: str | None) -> None:
+    """Before a long conversion: can these be asked for at all? Raises: UsageError."""
+    if isinstance(devices, str):
+        parse_devices(devices)
+    if max_memory is not None:
+        parse_max_memory(max_memory)
+
+
 def on_one(device: str, pack: Pack, threads: int | None, cache_dtype: str) -> Choice:
     """The fastest backend for a device: the CUDA layers on a GPU, Numba's on the CPU."""
     kind = "auto" if device == "cpu" else "cuda"

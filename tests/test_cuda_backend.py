@@ -391,3 +391,12 @@ def test_a_full_gpu_in_a_step_is_an_error_and_the_next_step_runs(opened: Pack, m
     found = head.step(np.arange(3), cache, span, np.array([2]))
     fresh = head.step(np.arange(3), head.cache(1, 32), span, np.array([2]))
     assert torch.equal(found.values, fresh.values)
+
+
+def test_a_head_of_two_limbs_keeps_to_no_outliers_threshold(opened: Pack):
+    """LLM.int8's inputs would be rounded to int8 below the threshold: an NMSE of 1e-3."""
+    x = np.random.default_rng(1).standard_normal((9, opened.config.hidden_size)).astype(np.float32)
+    matrix, found = opened.matrix("wte"), []
+    for backend in (CudaBackend("cpu", outlier_threshold=0.0), CudaBackend("cpu")):
+        found.append(backend.numpy(backend.linear(matrix, limbs=2)(x)))
+    assert np.array_equal(*found)

@@ -199,3 +199,14 @@ def test_gpus_are_told_with_their_free_memory(monkeypatch: pytest.MonkeyPatch):
     assert first.memory_bytes - free[0] == second.memory_bytes - free[1] == 600 << 20
     assert (second.name, second.gb_s, cpu.name) == ("cuda:1", None, "cpu")
     assert np.isfinite(cpu.memory_bytes)
+
+
+@pytest.mark.parametrize("options", [{"devices": "nonsense"}, {"max_memory": "much"}], ids=str)
+def test_devices_that_cannot_be_are_refused_before_a_checkpoint_is_read(tmp_path, options):
+    with pytest.raises(UsageError, match="expected"):
+        bloomq.BloomForCausalLM.from_pretrained(tmp_path / "no such checkpoint", **options)
+
+
+def test_most_memory_is_text(path: Path):
+    with pytest.raises(UsageError, match=r"^max_memory is 5, expected text as in 0:70GiB"):
+        bloomq.load(path, max_memory=5)

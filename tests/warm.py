@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -41,11 +42,18 @@ def python(
     server = _server()
     server.start(job, (theirs, its_out, its_err))
     with ThreadPoolExecutor(2) as readers:
-        texts = readers.map(_all_of, (out, err))
-        with suppress(BrokenPipeError), open(ours, "wb") as file:
-            file.write(stdin)
-        stdout, stderr = (text.decode() for text in texts)
-    return subprocess.CompletedProcess(words, server.exit_code(), stdout, stderr)
+        try:
+            texts = readers.map(_all_of, (out, err), timeout=LONG_S)
+            with suppress(BrokenPipeError), open(ours, "wb") as file:
+                file.write(stdin)
+            raw, code = list(texts), server.exit_code()
+        except BaseException:  # its next answer would be this job's: it ends, and the job with it
+            server.close()
+            atexit.unregister(server.close)
+            _server.cache_clear()
+            raise
+    stdout, stderr = (text.decode() for text in raw)
+    return subprocess.CompletedProcess(words, code, stdout, stderr)
 
 
 def _all_of(handle: int) -> bytes:
@@ -82,7 +90,8 @@ class _Server:
 
     def close(self) -> None:
         self._socket.close()
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
@@ -157,6 +166,7 @@ def end(work: Callable[[list[str]], None], words: list[str]) -> NoReturn:
     if not isinstance(code, int):
         print(code, file=sys.stderr)
         code = 1
+    threading._shutdown()  # waits for threads, as an interpreter does
     atexit._run_exitfuncs()
     sys.stdout.flush()
     os._exit(code)

@@ -69,6 +69,7 @@ def load_model(
         raise UsageError(f"no model: name the pack of a {kind.__name__} with -m")
     if not quiet:
         console.announce_compilation()
+    placing.check_options(how.devices, how.max_memory)
     pack = open_or_convert(path, scheme, save_pack)
     found = pack.config.architecture
     if kind.__name__ not in (found, "BloomModel"):

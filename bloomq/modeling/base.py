@@ -58,6 +58,7 @@ class BloomPreTrainedModel:
         Raises: UsageError, InputNotFound, PackError, BackendError, CapacityError where the devices
         have no room for the model, and those of `bloomq.convert`.
         """
+        placing.check_options(devices, max_memory)
         pack = open_or_convert(path, scheme, None if save_pack is None else Path(save_pack))
         choice = placing.choose(
             backend, pack, threads, cache_dtype, devices=devices, max_memory=max_memory

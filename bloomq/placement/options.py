@@ -60,6 +60,8 @@ def parse_max_memory(text: str) -> dict[str, int]:
 
     Raises: UsageError.
     """
+    if not isinstance(text, str):
+        raise UsageError(f"max_memory is {text!r}, expected text as in 0:70GiB,cpu:64GiB")
     caps: dict[str, int] = {}
     for item in text.split(","):
         found = re.fullmatch(r"(?:cuda:)?(\d{1,4}|cpu)\s*[:=]\s*(.+)", item.strip())

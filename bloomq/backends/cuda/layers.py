@@ -111,10 +111,10 @@ class CudaBackend:
         act: Activation | None = None,
         limbs: int = 1,
     ) -> Linear:
-        # 16 bits are what activations have here where they are not rounded to int8.
+        # Activations that are not rounded to int8 have 16 bits at least.
         apply = CudaLinear(
             self._loader.load(weight),
-            self._how if limbs == 1 else replace(self._how, activations="float"),
+            self._how if limbs == 1 else replace(self._how, activations="float", threshold=None),
             None if bias is None else self._there(bias),
             None if norm is None else self._norm(norm),
             act,
@@ -159,7 +159,8 @@ class CudaBackend:
             return logits.top()
         there = self._there(logits)
         ids, best = best_of(there, k)
-        return Top(ids.cpu().numpy(), best.cpu().numpy(), logsumexp(there).cpu().numpy())
+        total = logits.told[:, 2] if isinstance(logits, LogitRows) else logsumexp(there)
+        return Top(ids.cpu().numpy(), best.cpu().numpy(), total.cpu().numpy())
 
     def best(self, logits: Any, k: int) -> tuple[I64, F32]:
         ids, best = best_of(self._there(logits), k)
