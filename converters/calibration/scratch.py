@@ -1,7 +1,8 @@
 """The activations between two blocks, on disk, so that memory is bounded and work can go on.
 
-    x-KEY-00007.npy    float32 [2, tokens, C], the input of block 7: of the weights as they are
-                       stored, and of the checkpoint's own
+    x-KEY-00007.npy    float32 [tokens, C], the input of block 7 with the weights as they are
+                       stored; where these make up for errors, behind it that with the
+                       checkpoint's own weights, [2 * tokens, C]
 
 Invariant: a file with its final name is whole; KEY is a digest of all that it depends on.
 """

@@ -4,8 +4,9 @@ Which way a matrix goes is said when its layer is built: bitsandbytes' operation
 restored in blocks for torch's own product, which is the twin of the others.
 
 Activations meet int8 weights as the CPU's kernels have them, int8 with a scale for each token and
-128 columns: of 11 greedy texts of the demo, 200 tokens each, 7 were the CPU's so, and 4 with
-activations left as they are. The others part where two tokens are within 0.04 of a logit, since a
+128 columns, but for a head's of two limbs, which stay as they are. Of 11 greedy texts of the demo,
+200 tokens each, 7 were the CPU's when both rounded the head's too, and 4 with all activations left
+as they are. The others part where two tokens are within 0.04 of a logit, since a
 sum in another order may round to another code. Other schemes' activations stay as they are,
 float32 on the CPU and 16 bits on a GPU. LLM.int8 has one scale a token, in which BLOOM's small
 activations are lost beside its massive ones (up to 3500 in 7b1); taking those out, by a threshold,

@@ -9,7 +9,6 @@ the addresses stay good.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from bloomq.backends.numba_cpu.linear import Product
 from bloomq.backends.numba_cpu.pages import padded_head
 from bloomq.backends.numba_cpu.program import Buffer, Input, Program
 from bloomq.backends.numba_cpu.prologue import gate_rows, norm_rows
-from bloomq.backends.numba_cpu.recorded import Recorded
+from bloomq.backends.numba_cpu.recorded import Recorded, Recording
 from bloomq.backends.numba_cpu.row_questions import RowQuestions
 from bloomq.backends.numba_cpu.surveyed import LogitRows, Survey
 from bloomq.backends.numba_cpu.threads import Pool, physical_cores
@@ -160,21 +159,12 @@ class NumbaBackend:
         return x.values if isinstance(x, LogitRows) else x
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Recording:
-    """A step's program, where it finds its ids or hidden states, and its result."""
-
-    program: Program
-    given: Given
-    result: Buffer | Survey
-
-
 class _Replay:
     """A step recorded once for every number of tokens, rows and wanted results, then replayed."""
 
     def __init__(self, pool: Pool, step: Step) -> None:
         self._pool, self._step = pool, step
-        self._recorded: Recorded[_Recording] = Recorded()
+        self._recorded = Recorded()
 
     def __call__(
         self, ids: NDArray[Any], cache: NumbaCache, span: Span, wanted: I64
@@ -197,14 +187,14 @@ class _Replay:
         self._recorded.put_back(shape, recording)
         return mine
 
-    def _record(self, shape: _Shape, cache: NumbaCache, span: Span) -> _Recording:
+    def _record(self, shape: _Shape, cache: NumbaCache, span: Span) -> Recording:
         program = Program(_INPUTS)
         (tokens, *columns), _, results = shape
         given: Given = Input(program, tokens, _IDS)
         if columns:
             given = program.buffer(tokens, columns[0], np.float32)
         wanted = Input(program, results, _WANTED)
-        return _Recording(program, given, self._step(given, cache, span, wanted))
+        return Recording(program, given, self._step(given, cache, span, wanted))
 
 
 def _held(program: Program, array: F32) -> Buffer:

@@ -1,4 +1,4 @@
-"""Programs that are recorded once for each shape, then run again and again.
+"""Steps that are recorded once for each shape, then run again and again.
 
 Invariant: a recording belongs to whoever took it until it is put back; another thread that wants
 the same shape meanwhile gets one of its own.
@@ -9,39 +9,39 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass
 
-from bloomq.backends.numba_cpu.program import Program
+from bloomq.backends.numba_cpu.program import Buffer, Input, Program
+from bloomq.backends.numba_cpu.surveyed import Survey
 
 # Kept: decode in several shapes, a prompt's steps. Those with much memory, as a prompt's on a large
 # model, or one whose every logit was asked for, are kept as long as they fit.
 _PROGRAMS, _KEPT_BYTES = 16, 128 << 20
 
 
-class Recording(Protocol):
-    """A program, and where it leaves its results."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Recording:
+    """A step's program, where it finds its ids or hidden states, and its result."""
 
-    @property
-    def program(self) -> Program: ...
+    program: Program
+    given: Input | Buffer
+    result: Buffer | Survey
 
 
-R = TypeVar("R", bound=Recording)
-
-
-class Recorded(Generic[R]):
+class Recorded:
     """Recordings by shape, of which those used longest ago are forgotten."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, R] = OrderedDict()
+        self._kept: OrderedDict[Hashable, Recording] = OrderedDict()
         self._keeping = threading.Lock()
 
-    def take(self, shape: Hashable, record: Callable[[], R]) -> R:
+    def take(self, shape: Hashable, record: Callable[[], Recording]) -> Recording:
         """A recording of this shape, to be put back: a new one where none is kept."""
         with self._keeping:
             kept = self._kept.pop(shape, None)
         return record() if kept is None else kept
 
-    def put_back(self, shape: Hashable, recording: R) -> None:
+    def put_back(self, shape: Hashable, recording: Recording) -> None:
         """Counted anew each time: a signal between two lines must leave no sum that drifts."""
         with self._keeping:
             self._kept[shape] = recording  # another thread's, if there is one, goes

@@ -11,7 +11,7 @@ from typing import Any
 
 import llvmlite.ir as ir
 import numpy as np
-from numba import float32, float64, int64, njit, types, void
+from numba import float32, float64, int64, types, void
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -34,34 +34,8 @@ WORD = 64  # levels that are compared at once
 _V64S = ir.VectorType(I16, WORD)
 _PIECE = 8192  # logits whose terms are summed in float32
 
-_ROWS, _LEVELS = (
-    types.Array(float32, 2, "A", readonly=True),
-    types.Array(types.uint16, 1, "C", readonly=True),
-)
-
-
-@intrinsic(prefer_literal=True)
-def largest(typingctx: Any, tier: Any, x: Any, blocks: Any, out: Any) -> Any:
-    """out [16] float32 = by lanes, the largest of blocks of 16 values at x, at least one; NaN where
-    one is."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        _emit_largest(Vectors(builder, tier.literal_value), *args[1:])
-        return context.get_dummy_value()
-
-    return types.void(tier, types.int64, types.int64, types.int64), codegen
-
-
-def _emit_largest(v: Vectors, x: ir.Value, blocks: ir.Value, out: ir.Value) -> None:
-    b = v.b
-    peak = cgutils.alloca_once(b, V16F)
-    b.store(v.load(x, V16F), peak)
-    with cgutils.for_range(b, blocks, intp=I64) as loop:
-        value, most = v.load(v.at(x, b.mul(loop.index, I64(4 * LANES))), V16F), b.load(peak)
-        kept = b.fcmp_unordered("uno", most, most)  # NaN stays, and comes in where it is not less
-        kept = b.or_(kept, b.fcmp_ordered("<=", value, most))
-        b.store(b.select(kept, most, value), peak)
-    v.store(b.load(peak), out)
+_ROWS = types.Array(float32, 2, "A", readonly=True)
+_LEVELS = types.Array(types.uint16, 1, "C", readonly=True)
 
 
 @intrinsic(prefer_literal=True)
@@ -100,32 +74,6 @@ def _emit_row_terms(
         term = added_term(v, b.fmul(b.fsub(value, best), factor), totals)
         b.store(b.fadd(b.load(totals[SUMS], typ=V16F), term), totals[SUMS])
     store_sums(v, totals, sums)
-
-
-@njit
-def _larger(x, y):  # type: ignore[no-untyped-def]
-    """The larger one; NaN where one is."""
-    return x if np.isnan(x) or y <= x else y
-
-
-@lru_cache(maxsize=4)
-def row_peak(tier: str) -> Any:
-    """row_peak(logits [V]) -> the largest, NaN where one is."""
-
-    @compiled(float32(ROW))
-    def row_peak(logits):  # type: ignore[no-untyped-def]
-        lanes, whole = np.full(LANES, np.float32(-np.inf)), len(logits) // LANES
-        if whole:
-            largest(tier, address(logits), whole, address(lanes))
-        peak = np.float32(-np.inf)
-        for lane in range(LANES):
-            peak = _larger(peak, lanes[lane])
-        for i in range(whole * LANES, len(logits)):
-            peak = _larger(peak, logits[i])
-        keep(lanes)
-        return peak
-
-    return row_peak
 
 
 @lru_cache(maxsize=4)

@@ -18,7 +18,6 @@ from bloomq.backends.numba_cpu.row_calls import (
     best_of_plain,
     find_tokens,
     mask_row,
-    row_peak,
     row_sums,
 )
 from bloomq.backends.numba_cpu.surveyed import LogitRows, TopWork
@@ -38,7 +37,7 @@ class RowQuestions:
     def __init__(self, pool: Pool, tier: str) -> None:
         """Compile all that is called, or take it from the cache."""
         self._pool = pool
-        for made in (top_parts, best_of_plain, row_peak, row_sums, row_levels, find_tokens):
+        for made in (top_parts, best_of_plain, row_sums, row_levels, find_tokens):
             made(tier)
         for made_once in (top_merge, best_few, mask_row):
             made_once()
@@ -79,13 +78,13 @@ class RowQuestions:
 
     def sums(self, tier: str, logits: F32 | LogitRows, temperature: float) -> Sums:
         """See `Backend.sums`."""
-        values, peak = _row(tier, logits)
+        values, peak = _row(logits)
         found = row_sums(tier)(values, peak, 1 / temperature)
         return Sums(float(peak), temperature, *found)
 
     def levels(self, tier: str, logits: F32 | LogitRows, temperature: float) -> Levels:
         """See `Backend.levels`."""
-        values, peak = _row(tier, logits)
+        values, peak = _row(logits)
         levels, masses = np.empty(len(values), np.uint16), np.empty(LEVELS)
         found = row_levels(tier)(
             values, peak, 1 / temperature, level_scale(temperature), levels, masses
@@ -101,12 +100,12 @@ class RowQuestions:
         return ids, best
 
 
-def _row(tier: str, logits: F32 | LogitRows) -> tuple[F32, np.float32]:
+def _row(logits: F32 | LogitRows) -> tuple[F32, np.float32]:
     """A row's logits [V], and the largest of them."""
     if isinstance(logits, LogitRows):
         return logits.values[0], logits.top.logits[0, 0]
     values = _in_rows(logits)[0]
-    return values, row_peak(tier)(values)
+    return values, values.max()
 
 
 def _in_rows(logits: F32) -> F32:
