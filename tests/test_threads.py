@@ -91,7 +91,7 @@ def test_what_ctrl_c_cuts_off_while_it_is_made_ends_without_a_word(kind, monkeyp
 
 
 def test_helpers_that_never_come_are_not_waited_for(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(numba_threads._Helpers, "_help", lambda self, bell: None)
+    monkeypatch.setattr(numba_threads._Helpers, "_help", lambda self, bell, who: None)
     program, numbers = counting()
     Pool(3).run(program)
     assert (numbers == 20).all()

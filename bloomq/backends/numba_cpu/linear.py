@@ -26,9 +26,9 @@ from bloomq.backends.numba_cpu.program import Buffer
 from bloomq.backends.numba_cpu.prologue import prepare, spread_rows
 from bloomq.schemes import TILE, Scheme
 
-# Weights that one thread takes at a time: long enough for the memory's streams to get going, short
-# enough to share a matrix of 1 MB evenly.
+# Weights that one thread takes at a time, at least and at most: a stream that breaks off costs 1 us.
 _CHUNK_BYTES = 64 << 10
+_MOST_BYTES = 1 << 20
 # A prompt's blocks of tokens meet so many columns at a time: 8 KB of two int4 tiles stay in the
 # level-1 cache, beside 4 KB of a block's activations. A few blocks read whole rows, which streams
 # from memory while it computes.
@@ -179,8 +179,9 @@ class Product:
             tokens,
         )  # fmt: skip
         program.add(
-            multiply(self._spec(tokens)), self._pairs, self._chunk(blocks), self.codes, self.scales,
-            self.k, *to, *end, blocks, touched=self.nbytes,
+            multiply(self._spec(tokens)), self._pairs, self._pairs_of(_CHUNK_BYTES, blocks),
+            self.codes, self.scales, self.k, *to, *end, blocks,
+            most=self._pairs_of(_MOST_BYTES, blocks), touched=self.nbytes,
         )  # fmt: skip
 
     def _record_float(self, x: Buffer, tokens: int, blocks: int, end: tuple[int, ...]) -> None:
@@ -191,14 +192,15 @@ class Product:
             self.shift, self.epsilon, self.k, acts.address, tokens,
         )  # fmt: skip
         program.add(
-            multiply_float(self._spec(tokens)), self._pairs, self._chunk(blocks), self.codes,
-            self.k, acts.address, *end, blocks, touched=self.nbytes,
+            multiply_float(self._spec(tokens)), self._pairs, self._pairs_of(_CHUNK_BYTES, blocks),
+            self.codes, self.k, acts.address, *end, blocks,
+            most=self._pairs_of(_MOST_BYTES, blocks), touched=self.nbytes,
         )  # fmt: skip
 
     @property
     def _pairs(self) -> int:
         return -(-self.n // (2 * TILE))
 
-    def _chunk(self, blocks: int) -> int:
-        """Pairs that one thread takes at a time."""
-        return _CHUNK_BYTES * self._pairs // self.nbytes if blocks == 1 else 1
+    def _pairs_of(self, nbytes: int, blocks: int) -> int:
+        """Pairs of tiles of so many bytes; of several blocks of tokens one is work enough."""
+        return nbytes * self._pairs // self.nbytes if blocks == 1 else 1

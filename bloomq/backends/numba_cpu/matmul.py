@@ -68,9 +68,10 @@ class Spec:
 
     @property
     def tiles(self) -> int:
-        """Tiles of a call: with 32 registers of 16 lanes two, which share each activation loaded;
-        with 16 of 8 lanes one, as soon as there are more than two rows."""
-        return 2 if self.tier == "avx512-vnni" or self.rows <= 2 else 1
+        """Tiles of a call: where products take the time, two, which share each activation loaded,
+        if 32 registers of 16 lanes hold their sums; where memory does, one, since then a thread
+        reads it in one stream."""
+        return 2 if self.tier == "avx512-vnni" and self.rows > 2 else 1
 
     @property
     def signed(self) -> bool:

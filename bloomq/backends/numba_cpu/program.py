@@ -1,8 +1,9 @@
 """A step as a program: a list of kernels, replayed by however many threads turn up.
 
 An operation is a compiled kernel, the address of its arguments, and a number of units (tiles of a
-matrix, heads, rows). Threads take chunks of units from the operation's counter until none are left,
-and go on when all of them are done.
+matrix, heads, rows). These are divided into a stretch for each thread, so that each reads memory in
+one stream. A thread takes chunks of its own stretch from a counter, then of the others', until none
+are left, and goes on when all of them are done.
 
 Invariant: nobody is waited for who has not taken a chunk. A helper that wakes late, is preempted or
 never comes costs its help and nothing else; slow cores take fewer chunks than fast ones. Each unit
@@ -35,10 +36,12 @@ Number = int | float | np.floating[Any]
 LINE = 64  # bytes of a cache line; what kernels align their vectors to
 _ROWS = 8  # buffers of several rows have whole blocks of tokens
 _ROW = 2 * LINE  # rows of a buffer are padded to this: a pair of weight tiles writes as much
-_OPERATION = 4  # int64 of an operation: kernel, arguments, units, units of a chunk
-_COUNTERS = 2 * LINE // 8  # int64 of an operation's counters, a cache line each: taken, done
-_STOP, _WORKING = 0, LINE // 8  # in the first pair of lines: shall all stop? how many are at work?
+_OPERATION = 5  # int64 of an operation: kernel, arguments, units, least and most of a chunk
+# A job's counters, a cache line each: shall all stop? how many are at work? then of each operation
+# what is done, and what is taken of each thread's stretch.
+_STOP, _WORKING, _FIRST = 0, 1, 2
 _SLICE = 16  # operations between two looks at signals: 0.4 s of a prompt's step on bloom-7b1
+_SHARE = 4  # a chunk is such a part of what is left of its stretch
 _SPINS = 2_000  # looks at a counter before the core is offered to others: some 50 us
 I64 = ir.IntType(64)
 
@@ -98,7 +101,7 @@ class Program:
         self.cache_bytes = 0  # keys and values, known when it runs
         self.held: object = None  # what `inputs` point into, of the latest run
         self.nbytes = 0  # of buffers
-        self._operations: list[tuple[int, int, int, int]] = []
+        self._operations: list[tuple[int, int, int, int, int]] = []
         self._table: Array | None = None
         self._free: dict[int, list[Array]] = defaultdict(list)
         self._alive: list[object] = []  # what addresses in the arguments point into
@@ -121,18 +124,23 @@ class Program:
         return Buffer(self, array, rows, columns)
 
     def give_back(self, array: Array) -> None:
-        self._free[array.nbytes].append(array.reshape(-1).view(np.uint8))
+        self._free[array.nbytes].append(array.reshape(-1).view("uint8"))
 
     def add(
-        self, kernel: Any, units: int, chunk: int, *arguments: Number, touched: int = 0
-    ) -> None:
-        """Append an operation. chunk: units that one thread takes at a time; touched: bytes of
-        weights that it reads, by which `Pool` decides whether to wake helpers."""
+        self, kernel: Any, units: int, chunk: int, *arguments: Number, most: int = 0,
+        touched: int = 0,
+    ) -> None:  # fmt: skip
+        """Append an operation. chunk: units that one thread takes at a time, or with `most` at
+        least: so many at most while there are plenty; touched: bytes of weights that it reads, by
+        which `Pool` decides whether to wake helpers."""
         if units == 0:
             return
         block = np.array([_bits(argument) for argument in arguments], np.int64)
         self._alive += [kernel, block]
-        self._operations.append((kernel.address, block.ctypes.data, units, max(1, chunk)))
+        least = max(1, chunk)
+        self._operations.append(
+            (kernel.address, block.ctypes.data, units, least, max(least, most))
+        )
         self.bytes_touched += touched
         self._table = None
 
@@ -140,39 +148,38 @@ class Program:
         """Hold what addresses among the arguments point into."""
         self._alive += owners
 
-    def job(self) -> Job:
-        """One run, not yet begun."""
+    def job(self, threads: int = 1) -> Job:
+        """One run, not yet begun, for so many threads."""
         if self._table is None:
             self._table = np.array(self._operations, np.int64).reshape(-1, _OPERATION)
-        return Job(self, self._table)
+        return Job(self, self._table, threads)
 
 
 class Job:
     """One run of a program, with counters of its own: a helper that comes after the end finds
     everything taken, even if the program is already running again."""
 
-    __slots__ = ("_counters", "_operations", "_owners", "_table")
+    __slots__ = ("_counters", "_operations", "_owners", "_table", "_threads")
 
-    def __init__(self, program: Program, table: Array) -> None:
-        self._operations = len(table)
-        memory = np.zeros((self._operations + 1) * _COUNTERS + LINE // 8, np.int64)
-        first = -memory.ctypes.data % LINE // 8
-        self._counters = memory[first : first + (self._operations + 1) * _COUNTERS]
+    def __init__(self, program: Program, table: Array, threads: int) -> None:
+        self._operations, self._threads = len(table), threads
+        lines = _FIRST + self._operations * (1 + threads)
+        self._counters = _aligned(lines * LINE).view(np.int64)
         self._table = table.ctypes.data
         self._owners = (program, program.held, table)  # what kernels of late helpers may still use
 
-    def work(self) -> None:
-        """Take chunks until all are taken; returns when all are done, or when the run is stopped.
-        Between slices Python looks at signals."""
+    def work(self, who: int = 0) -> None:
+        """Take chunks, first of the stretches of thread `who`, until all are taken; returns when
+        all are done, or when the run is stopped. Between slices Python looks at signals."""
         run, counters = runner(), self._counters.ctypes.data
         for first in range(0, self._operations, _SLICE):
             last = min(first + _SLICE, self._operations)
-            run(self._table, first, last, counters, offer_core())
+            run(self._table, first, last, counters, offer_core(), self._threads, who)
 
     def stop(self) -> None:
         """Let nobody take another chunk; returns when those who are at one have finished it."""
-        self._counters[_STOP] = 1
-        while self._counters[_WORKING]:
+        self._counters[_STOP * LINE // 8] = 1
+        while self._counters[_WORKING * LINE // 8]:
             sleep(1e-4)
 
 
@@ -260,27 +267,33 @@ def pause(typingctx: Any, offer: Any) -> Any:
 @lru_cache(maxsize=1)
 def runner() -> Any:
     """One thread's way through some operations of a program:
-    runner(table, first, last, counters, offer_core)."""
-    working = 8 * _WORKING
+    runner(table, first, last, counters, offer_core, threads, who)."""
+    stop, working, operations = _STOP * LINE, _WORKING * LINE, _FIRST * LINE
 
-    @compiled(void(int64, int64, int64, int64, int64))
-    def run_program(table, first_operation, last_operation, counters, offer):  # type: ignore[no-untyped-def]
+    @compiled(void(int64, int64, int64, int64, int64, int64, int64))
+    def run_program(table, first_operation, last_operation, counters, offer, threads, who):  # type: ignore[no-untyped-def]
         _add(counters + working, 1)
         for i in range(first_operation, last_operation):
             operation = table + 8 * _OPERATION * i
             function, arguments = read(operation), read(operation + 8)
-            units, chunk = read(operation + 16), read(operation + 24)
-            taken = counters + 8 * _COUNTERS * (i + 1)
-            done = taken + LINE
-            while read(taken) < units and not read(counters):
-                first = _add(taken, chunk)
-                if first >= units:
-                    break
-                last = min(first + chunk, units)
-                _call(function, arguments, first, last)
-                _add(done, last - first)
+            units, least, most = read(operation + 16), read(operation + 24), read(operation + 32)
+            done = counters + operations + LINE * (1 + threads) * i
+            for other in range(threads):
+                stretch = (who + other) % threads
+                start = (units * stretch + threads - 1) // threads
+                end = (units * (stretch + 1) + threads - 1) // threads
+                taken = done + LINE * (1 + stretch)
+                while start + read(taken) < end and not read(counters + stop):
+                    # Less and less, so that the last chunks end at about the same time.
+                    chunk = min(max((end - start - read(taken)) // _SHARE, least), most)
+                    first = start + _add(taken, chunk)
+                    if first >= end:
+                        break
+                    last = min(first + chunk, end)
+                    _call(function, arguments, first, last)
+                    _add(done, last - first)
             looks = 0
-            while read(done) < units and not read(counters):
+            while read(done) < units and not read(counters + stop):
                 looks += 1
                 pause(offer if looks > _SPINS else 0)
         _add(counters + working, -1)

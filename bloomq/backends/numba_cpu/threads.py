@@ -57,10 +57,10 @@ class Pool:
 
     def run(self, program: Program) -> None:
         """Run a program to its end."""
-        job = program.job()
+        shared = program.bytes_touched + program.cache_bytes >= _ALONE_BYTES
+        job = program.job(self.threads if shared else 1)
         try:
-            touched = program.bytes_touched + program.cache_bytes
-            if self.threads > 1 and touched >= _ALONE_BYTES:
+            if shared and self.threads > 1:
                 self._running().publish(job)
             job.work()
         except BaseException:  # Ctrl-C: no helper may outlive the call
@@ -91,9 +91,9 @@ class _Helpers:
         self._job: Any = None  # a Job, or _END
         self._bells = [threading.Lock() for _ in range(count)]
         self._publishing = threading.Lock()
-        for bell in self._bells:
+        for who, bell in enumerate(self._bells, start=1):
             bell.acquire()
-            thread = threading.Thread(target=self._help, args=(bell,), name="bloomq", daemon=True)
+            thread = threading.Thread(target=self._help, args=(bell, who), name="bloomq", daemon=True)
             with suppress(RuntimeError):  # the system gives no more threads: fewer help
                 thread.start()
 
@@ -110,14 +110,14 @@ class _Helpers:
         if self.process == os.getpid():
             self.publish(_END)
 
-    def _help(self, bell: threading.Lock) -> None:
+    def _help(self, bell: threading.Lock, who: int) -> None:
         at, look_out = self._epoch.ctypes.data, _look_out()
         while True:
             bell.acquire()
             seen, job = int(self._epoch[0]), self._job
             if job is _END:
                 return
-            job.work()
+            job.work(who)
             del job  # a sleeping helper keeps no program alive
             look_out(at, seen, _LOOKS)
 
