@@ -26,7 +26,7 @@ from bloomq.backends.numba_cpu.program import Buffer
 from bloomq.backends.numba_cpu.prologue import prepare, spread_rows
 from bloomq.schemes import TILE, Scheme
 
-# Weights that one thread takes at a time, at least and at most: a stream that breaks off costs 1 us.
+# Weights that one thread takes at a time, at least and at most: a stream that ends costs some 1 us.
 _CHUNK_BYTES = 64 << 10
 _MOST_BYTES = 1 << 20
 # A prompt's blocks of tokens meet so many columns at a time: 8 KB of two int4 tiles stay in the

@@ -38,8 +38,11 @@ from bloomq.backends.numba_cpu.simd import (
     emitter,
 )
 
-# Weights are asked for so far ahead: some 100 ns at full bandwidth.
-_AHEAD_BYTES = 2048
+# Codes and scales are asked for so far ahead: some 100 ns at full bandwidth. Of two tiles that are
+# read side by side the first would run into the second, so where a pair leaves the level-2 cache
+# room, the same place of the next pair is asked for.
+_AHEAD_BYTES, _SCALES_AHEAD_BYTES = 4096, 1024
+_PAIR_BYTES = 64 << 10
 _STEP = 16  # columns of an iteration
 
 
@@ -130,6 +133,13 @@ def _emit_product(
     tiles = [v.at(codes, b.mul(I64(i), tile_codes)) for i in range(spec.tiles)]
     tile_scale = [v.at(scales, b.mul(I64(i), tile_scales)) for i in range(spec.tiles)]
     slots = [v.at(totals, 4 * LANES * i) for i in range(spec.tiles * tokens)]
+    ahead: ir.Value = I64(_AHEAD_BYTES)
+    scales_ahead: ir.Value = I64(_SCALES_AHEAD_BYTES)
+    if spec.tiles == 2:
+        pair, scales_pair = b.mul(I64(2), tile_codes), b.mul(I64(2), tile_scales)
+        near = b.icmp_signed("<=", pair, I64(_PAIR_BYTES))
+        ahead = b.select(near, pair, ahead)
+        scales_ahead = b.select(near, scales_pair, scales_ahead)
     with cgutils.for_range(b, groups, intp=I64) as loop:
         g = loop.index
         if spec.is_float:
@@ -142,9 +152,9 @@ def _emit_product(
             for t in range(tokens):  # in the last limb, whose unit the joined sum has
                 at = v.at(v.at(act_sums, meta), 4 * t)
                 start[(t + 1) * spec.limbs - 1] = v.broadcast(at, I32)
-            sums = _group_int(v, spec, tiles, acts, g, [s for s in start for _ in tiles])
+            sums = _group_int(v, spec, tiles, acts, g, [s for s in start for _ in tiles], ahead)
             sums = _joined(v, spec, sums)
-            weight_scales = [_load_scales(v, spec, at, g) for at in tile_scale]
+            weight_scales = [_load_scales(v, spec, at, g, scales_ahead) for at in tile_scale]
             _fold(v, sums, weight_scales, v.at(act_scales, meta), slots)
 
 
@@ -212,21 +222,24 @@ def _emit_finish(
             v.store(v.load(slot, V16F), v.at(v.at(y, row), at))
 
 
-def _load_scales(v: Vectors, spec: Spec, scales: ir.Value, g: ir.Value) -> ir.Value:
+def _load_scales(
+    v: Vectors, spec: Spec, scales: ir.Value, g: ir.Value, ahead: ir.Value
+) -> ir.Value:
     """The 16 rows' scales of group g: one per row for int8, float16 per group for the others."""
     if spec.scheme == "int8":
         return v.load(scales, V16F)
-    half = v.load(v.at(scales, v.b.mul(g, I64(2 * LANES))), V16H)
-    scale = v.b.fpext(half, V16F)
+    at = v.at(scales, v.b.mul(g, I64(2 * LANES)))
+    v.prefetch(v.at(at, ahead))
+    scale = v.b.fpext(v.load(at, V16H), V16F)
     # The integer code book is 127 times the real one.
     return v.b.fmul(scale, v.constant(V16F, 1 / 127)) if spec.scheme == "nf4" else scale
 
 
-def _weight_bytes(v: Vectors, spec: Spec, codes: ir.Value) -> list[ir.Value]:
+def _weight_bytes(v: Vectors, spec: Spec, codes: ir.Value, ahead: ir.Value) -> list[ir.Value]:
     """The codes of 16 columns as four prepared vectors of 16 rows x 4 columns."""
     loaded = []
     for at in range(0, _STEP // 4 * spec.bytes_per_k4, 64):
-        v.prefetch(v.at(codes, at + _AHEAD_BYTES))
+        v.prefetch(v.at(v.at(codes, ahead), at))
         loaded.append(v.load(v.at(codes, at), V64B))
     if spec.scheme == "int8":
         return [v.prepare(part, signed=True) for part in loaded]
@@ -258,7 +271,7 @@ def _accumulate(
 
 def _group_int(
     v: Vectors, spec: Spec, tiles: list[ir.Value], acts: ir.Value, g: ir.Value,
-    start: list[ir.Value],
+    start: list[ir.Value], ahead: ir.Value,
 ) -> list[ir.Value]:  # fmt: skip
     """int32 sums [rows][tiles][16 rows] over one group, 16 columns to an iteration: with 32 of
     them LLVM loads ahead of the accumulators, and spills."""
@@ -268,7 +281,9 @@ def _group_int(
         k = v.at(k_base, v.b.mul(step, I64(_STEP)))
         offset = v.b.udiv(v.b.mul(k, I64(spec.bytes_per_k4)), I64(4))
         block = v.at(acts, v.b.mul(k, I64(spec.rows)))
-        unpacked = zip(*(_weight_bytes(v, spec, v.at(at, offset)) for at in tiles), strict=True)
+        unpacked = zip(
+            *(_weight_bytes(v, spec, v.at(at, offset), ahead) for at in tiles), strict=True
+        )
         for weights in unpacked:  # 4 columns of each tile
             for t in range(spec.rows):
                 four = v.broadcast4(v.at(block, 4 * t))

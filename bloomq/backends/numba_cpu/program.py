@@ -138,9 +138,7 @@ class Program:
         block = np.array([_bits(argument) for argument in arguments], np.int64)
         self._alive += [kernel, block]
         least = max(1, chunk)
-        self._operations.append(
-            (kernel.address, block.ctypes.data, units, least, max(least, most))
-        )
+        self._operations.append((kernel.address, block.ctypes.data, units, least, max(least, most)))
         self.bytes_touched += touched
         self._table = None
 
@@ -277,11 +275,12 @@ def runner() -> Any:
             operation = table + 8 * _OPERATION * i
             function, arguments = read(operation), read(operation + 8)
             units, least, most = read(operation + 16), read(operation + 24), read(operation + 32)
+            chunks = (units + least - 1) // least
             done = counters + operations + LINE * (1 + threads) * i
             for other in range(threads):
                 stretch = (who + other) % threads
-                start = (units * stretch + threads - 1) // threads
-                end = (units * (stretch + 1) + threads - 1) // threads
+                start = (chunks * stretch + threads - 1) // threads * least
+                end = min((chunks * (stretch + 1) + threads - 1) // threads * least, units)
                 taken = done + LINE * (1 + stretch)
                 while start + read(taken) < end and not read(counters + stop):
                     # Less and less, so that the last chunks end at about the same time.

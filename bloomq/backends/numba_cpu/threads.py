@@ -93,7 +93,9 @@ class _Helpers:
         self._publishing = threading.Lock()
         for who, bell in enumerate(self._bells, start=1):
             bell.acquire()
-            thread = threading.Thread(target=self._help, args=(bell, who), name="bloomq", daemon=True)
+            thread = threading.Thread(
+                target=self._help, args=(bell, who), name="bloomq", daemon=True
+            )
             with suppress(RuntimeError):  # the system gives no more threads: fewer help
                 thread.start()
 
