@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -42,21 +43,19 @@ PAGE_TOKENS = 64  # `Cache.drop` forgets multiples of it: the CPU kernels score 
 class Span:
     """The tokens of one step: rows[r] of the cache gets tokens starts[r] .. starts[r + 1].
 
-    rows: int64 [R], each at most once; starts: int64 [R + 1], starts[0] = 0, starts[R] = M.
+    rows: int64 [R], each at most once; starts: int64 [R + 1], starts[0] = 0, starts[R] = M; counts:
+    int64 [R], the tokens of each.
     """
 
     rows: I64
     starts: I64
+    counts: I64
 
     @classmethod
     def of(cls, rows: Sequence[int], counts: Sequence[int]) -> Span:
         """The span of counts[r] tokens for each rows[r]."""
-        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        return cls(np.array(rows, np.int64), starts)
-
-    @property
-    def counts(self) -> I64:
-        return np.diff(self.starts)
+        starts = np.array([0, *accumulate(counts)], np.int64)
+        return cls(np.array(rows, np.int64), starts, np.array(counts, np.int64))
 
     @property
     def last(self) -> I64:

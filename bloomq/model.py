@@ -159,10 +159,14 @@ class Transformer:
 
     def _check(self, ids: I64, cache: Cache, span: Span) -> None:
         self.check_gates(cache)
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            wrong = int(ids[(ids < 0) | (ids >= self.config.vocab_size)][0])
-            raise UsageError(f"token id {wrong}, expected 0 to {self.config.vocab_size - 1}")
-        most = int((cache.lengths[span.rows] + span.counts).max())
+        # Between two steps all caches are cold, and a call of NumPy's costs ten of Python's.
+        tokens, vocab_size = ids.tolist(), self.config.vocab_size
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+            raise UsageError(f"token id {wrong}, expected 0 to {vocab_size - 1}")
+        lengths = cache.lengths[span.rows].tolist()
+        counts = span.counts.tolist()
+        most = max(length + count for length, count in zip(lengths, counts, strict=True))
         if most > cache.capacity:
             raise CapacityError(
                 f"{most} tokens in a row, the cache holds {cache.capacity}: use a shorter prompt, "

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
+from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,11 +105,11 @@ class Engine:
         """
         with self._lock:
             mine = list(awaited)
-            with uninterrupted():
-                known = {id(one) for one in self._sequences}
-                self._sequences += [
-                    one for one in mine if not one.has_ended and id(one) not in known
-                ]
+            known = {id(one) for one in self._sequences}
+            new = [one for one in mine if not one.has_ended and id(one) not in known]
+            if new:
+                with uninterrupted():
+                    self._sequences += new
             if not any(one.is_ready for one in mine):  # another thread's step may have had it
                 self._step()
             return any(one.is_ready for one in mine)
@@ -143,6 +144,8 @@ class Engine:
 
     def _sweep(self) -> None:
         """Take the rows of sequences that have ended."""
+        if not any(one.has_ended for one in self._sequences):
+            return
         with uninterrupted():
             for one in self._sequences:
                 if one.has_ended and one.row is not None:
@@ -189,12 +192,7 @@ class Engine:
         shares = self._shares()
         if not shares:
             return
-        cache = self._rows.cache
-        with uninterrupted():
-            for share in shares:  # a step that was interrupted may have left more
-                one = share.sequence
-                cache.truncate(one.place, one.held - one.dropped)
-                self._let_go(one)
+        self._tidy([share.sequence for share in shares])
         span = Span.of([share.sequence.place for share in shares], [len(s.ids) for s in shares])
         ids = np.array([token for share in shares for token in share.ids], np.int64)
         ends = span.starts[1:].tolist()
@@ -273,6 +271,19 @@ class Engine:
         window = one.request.window
         return STEP_TOKENS if window is None else window.room(one.held)
 
+    def _tidy(self, sequences: list[Sequence]) -> None:
+        """Take back what a step that was interrupted, or guessed wrong, has left in the cache, and
+        drop what is out of a window."""
+        cache = self._rows.cache
+        more = [one for one in sequences if cache.lengths[one.place] > one.held - one.dropped]
+        windowed = [one for one in sequences if one.request.window is not None]
+        if more or windowed:
+            with uninterrupted():
+                for one in more:
+                    cache.truncate(one.place, one.held - one.dropped)
+                for one in windowed:
+                    self._let_go(one)
+
     def _let_go(self, one: Sequence) -> None:
         """Drop what is out of the window when the next token runs."""
         window = one.request.window
@@ -307,10 +318,10 @@ class Engine:
 
         Their tokens run once more, layer by layer, in a row of their own.
         """
-        first = 0
+        first, sums = 0, best.logsumexp.tolist()
         for share in shares:
             end = first + share.drawn_at_most
-            if not np.isfinite(best.logsumexp[first:end]).all():
+            if not all(map(isfinite, sums[first:end])):
                 cache, row = self._rows.cache, self._rows.scratch(self._used())
                 cache.copy(share.sequence.place, row)
                 span = Span.of([row], [len(share.ids)])

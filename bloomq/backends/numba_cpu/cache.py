@@ -80,25 +80,25 @@ class NumbaCache:
 
     # -- a step ------------------------------------------------------------------------------------
 
-    def bind(self, program: Program, span: Span, *others: I64) -> None:
+    def bind(self, program: Program, span: Span) -> None:
         """Tell a program where the rows of a step lie, which get the pages that it will write to;
-        the program holds all this, and `others`, while it runs. The first inputs are, in this
-        order: the address of the rows' tables' addresses; heads of all layers; rows of the step,
-        and addresses of their numbers, starts and past lengths; the gates' address.
+        the program holds these while it runs. The first inputs are, in this order: the address of
+        the rows' tables' addresses; heads of all layers; rows of the step, and addresses of their
+        numbers, starts and past lengths; the gates' address.
 
         Raises: CapacityError where there is no memory for these pages."""
-        past = self.lengths[span.rows]
-        ends = past + span.counts
-        self._make_room(span.rows.tolist(), past.tolist(), ends.tolist())
-        rows = [self._rows[row] for row in span.rows]
-        tables = np.array([row.address for row in rows], np.int64)
-        held = [tables, *(np.ascontiguousarray(a) for a in (span.rows, span.starts, past))]
-        program.cache_bytes = int(ends.sum()) * self.token_bytes
-        at_tables, *at_span = (array.ctypes.data for array in held)
+        rows, past = span.rows.tolist(), self.lengths[span.rows].tolist()
+        ends = [length + count for length, count in zip(past, span.counts.tolist(), strict=True)]
+        self._make_room(rows, past, ends)
+        pages = [self._rows[row] for row in rows]
+        n = len(rows)
+        at = program.tell([*(p.address for p in pages), *rows, *past, *span.starts.tolist()])
         program.inputs[:BOUND] = (
-            at_tables, self._layout.places, len(rows), *at_span, self.gates.ctypes.data
+            at, self._layout.places, n, at + 8 * n, at + 24 * n, at + 16 * n,
+            self.gates.ctypes.data if self.gates.size else 0,
         )  # fmt: skip
-        program.held = (self.gates, rows, *held, *others)
+        program.cache_bytes = sum(ends) * self.token_bytes
+        program.held = (self.gates, pages)
 
     def _make_room(self, rows: list[int], past: list[int], ends: list[int]) -> None:
         """Pages of their own for what rows write, from past to ends."""
@@ -133,7 +133,8 @@ class NumbaCache:
             raise _no_memory(self.nbytes + self._layout.page_bytes) from None
 
     def advance(self, span: Span) -> None:
-        self.lengths[span.rows] += span.counts
+        for row, count in zip(span.rows.tolist(), span.counts.tolist(), strict=True):
+            self.lengths[row] += count
 
     # -- rows --------------------------------------------------------------------------------------
 

@@ -172,14 +172,10 @@ class _Replay:
         shape = (ids.shape, len(span.rows), len(wanted))
         recording = self._recorded.take(shape, lambda: self._record(shape, cache, span))
         program, given = recording.program, recording.given
-        wanted = np.ascontiguousarray(wanted, np.int64)
-        if isinstance(given, Input):
-            ids = np.ascontiguousarray(ids, np.int64)
-            program.inputs[_IDS] = ids.ctypes.data
-        else:
-            given.values()[:] = ids
-        cache.bind(program, span, ids, wanted)
-        program.inputs[_WANTED] = wanted.ctypes.data
+        values = given.values if isinstance(given, Input) else given.values()
+        values[:] = ids
+        recording.wanted.values[:] = wanted
+        cache.bind(program, span)
         self._pool.run(program)
         program.held = None
         result = recording.result
@@ -194,7 +190,7 @@ class _Replay:
         if columns:
             given = program.buffer(tokens, columns[0], np.float32)
         wanted = Input(program, results, _WANTED)
-        return Recording(program, given, self._step(given, cache, span, wanted))
+        return Recording(program, given, wanted, self._step(given, cache, span, wanted))
 
 
 def _held(program: Program, array: F32) -> Buffer:
@@ -268,9 +264,9 @@ class NumbaEmbedding:
                 self._columns, out.address, out.stride_bytes,
             )  # fmt: skip
             return out
-        program, ids = Program(1), np.ascontiguousarray(ids, np.int64)
-        program.inputs[0], program.held = ids.ctypes.data, ids
-        return _run_alone(self._pool, self(Input(program, len(ids), 0)))
+        given = Input(Program(1), len(ids), 0)
+        given.values[:] = ids
+        return _run_alone(self._pool, self(given))
 
 
 class NumbaNorm:

@@ -16,7 +16,6 @@ import ctypes
 import os
 import struct
 from collections import defaultdict
-from dataclasses import dataclass
 from functools import lru_cache
 from time import sleep
 from typing import Any
@@ -79,14 +78,17 @@ class Buffer:
         return self.array[: self.rows, : self.columns]
 
 
-@dataclass(frozen=True, slots=True)
 class Input:
-    """`rows` whole numbers that a program is given anew for each run: their address is
-    inputs[at]."""
+    """`rows` whole numbers that a program is given anew for each run, and where it reads them:
+    their address is inputs[at]."""
 
-    program: Program
-    rows: int
-    at: int
+    __slots__ = ("at", "program", "rows", "values")
+
+    def __init__(self, program: Program, rows: int, at: int) -> None:
+        self.program, self.rows, self.at = program, rows, at
+        self.values = np.zeros(rows, np.int64)
+        program.inputs[at] = self.values.ctypes.data
+        program.keep(self.values)
 
 
 class Program:
@@ -100,6 +102,7 @@ class Program:
         self.bytes_touched = 0  # weights, counted when recorded
         self.cache_bytes = 0  # keys and values, known when it runs
         self.held: object = None  # what `inputs` point into, of the latest run
+        self._told, self._told_at = np.zeros(0, np.int64), 0
         self.nbytes = 0  # of buffers
         self._operations: list[tuple[int, int, int, int, int]] = []
         self._table: Array | None = None
@@ -141,6 +144,15 @@ class Program:
         self._operations.append((kernel.address, block.ctypes.data, units, least, max(least, most)))
         self.bytes_touched += touched
         self._table = None
+
+    def tell(self, numbers: list[int]) -> int:
+        """Whole numbers for the next run; returns the address that they have until then. In the
+        same place each time: to ask NumPy for an address takes longer than all else here."""
+        if len(numbers) != len(self._told):
+            self._told = np.zeros(len(numbers), np.int64)
+            self._told_at = self._told.ctypes.data
+        self._told[:] = numbers
+        return self._told_at
 
     def keep(self, *owners: object) -> None:
         """Hold what addresses among the arguments point into."""

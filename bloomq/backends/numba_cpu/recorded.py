@@ -21,10 +21,12 @@ _PROGRAMS, _KEPT_BYTES = 16, 128 << 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recording:
-    """A step's program, where it finds its ids or hidden states, and its result."""
+    """A step's program, where it finds its ids or hidden states and the index of what is wanted,
+    and its result."""
 
     program: Program
     given: Input | Buffer
+    wanted: Input
     result: Buffer | Survey
 
 
