@@ -140,7 +140,7 @@ def test_ctrl_c_before_the_work_leaves_no_helper_at_it(monkeypatch: pytest.Monke
 
     def interrupted(self, job):
         publish(self, job)
-        if job is not numba_threads._END:
+        if job is not None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(numba_threads._Helpers, "publish", interrupted)

@@ -22,7 +22,7 @@ from typing import Any
 
 import llvmlite.ir as ir
 import numpy as np
-from numba import int64, types, void
+from numba import int64, njit, types, void
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
@@ -167,9 +167,12 @@ class Program:
 
 class Job:
     """One run of a program, with counters of its own: a helper that comes after the end finds
-    everything taken, even if the program is already running again."""
+    everything taken, even if the program is already running again.
 
-    __slots__ = ("_counters", "_operations", "_owners", "_table", "_threads")
+    announced: where to write `number` when the run begins, by which helpers know it; 0: nowhere.
+    """
+
+    __slots__ = ("_counters", "_operations", "_owners", "_table", "_threads", "announced", "number")
 
     def __init__(self, program: Program, table: Array, threads: int) -> None:
         self._operations, self._threads = len(table), threads
@@ -177,14 +180,27 @@ class Job:
         self._counters = _aligned(lines * LINE).view(np.int64)
         self._table = table.ctypes.data
         self._owners = (program, program.held, table)  # what kernels of late helpers may still use
+        self.announced = self.number = 0
 
-    def work(self, who: int = 0) -> None:
-        """Take chunks, first of the stretches of thread `who`, until all are taken; returns when
-        all are done, or when the run is stopped. Between slices Python looks at signals."""
+    def work(self) -> None:
+        """Take chunks until all are taken; returns when all are done, or when the run is stopped.
+        Between slices Python looks at signals."""
         run, counters = runner(), self._counters.ctypes.data
         for first in range(0, self._operations, _SLICE):
             last = min(first + _SLICE, self._operations)
-            run(self._table, first, last, counters, offer_core(), self._threads, who)
+            run(
+                self._table, first, last, counters, offer_core(), self._threads,
+                0 if first else self.announced, self.number,
+            )  # fmt: skip
+
+    def help(self, who: int, looks: int) -> None:
+        """The same as thread `who`; then look so many times whether another run was announced. All
+        in one call: whoever wants the GIL between slices, or while a token is drawn, waits for it
+        asleep, and waking up takes longer than many an operation."""
+        helper()(
+            self._table, self._operations, self._counters.ctypes.data, offer_core(), self._threads,
+            who, self.announced, self.number, looks,
+        )  # fmt: skip
 
     def stop(self) -> None:
         """Let nobody take another chunk; returns when those who are at one have finished it."""
@@ -232,7 +248,19 @@ def _add(typingctx: Any, at: Any, amount: Any) -> Any:
 
 
 @intrinsic
-def read(typingctx: Any, at: Any) -> Any:
+def _write(typingctx: Any, at: Any, value: Any) -> Any:
+    """Set the int64 at an address, after everything that was written before."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], I64.as_pointer())
+        builder.store_atomic(args[1], pointer, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _read(typingctx: Any, at: Any) -> Any:
     """The int64 at an address, and everything that was written before it was."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -255,7 +283,7 @@ def _call(typingctx: Any, function: Any, arguments: Any, first: Any, last: Any) 
 
 
 @intrinsic
-def pause(typingctx: Any, offer: Any) -> Any:
+def _pause(typingctx: Any, offer: Any) -> Any:
     """Wait a little: with the processor's hint where `offer` is 0, else by the system call at that
     address."""
 
@@ -274,39 +302,63 @@ def pause(typingctx: Any, offer: Any) -> Any:
     return types.void(types.int64), codegen
 
 
+@njit
+def _work(table, first_operation, last_operation, counters, offer, threads, who):  # type: ignore[no-untyped-def]
+    """One thread's way through some operations of a program."""
+    stop, working, operations = counters + _STOP * LINE, counters + _WORKING * LINE, _FIRST * LINE
+    _add(working, 1)
+    for i in range(first_operation, last_operation):
+        operation = table + 8 * _OPERATION * i
+        function, arguments = _read(operation), _read(operation + 8)
+        units, least, most = _read(operation + 16), _read(operation + 24), _read(operation + 32)
+        chunks = (units + least - 1) // least
+        done = counters + operations + LINE * (1 + threads) * i
+        for other in range(threads):
+            stretch = (who + other) % threads
+            start = (chunks * stretch + threads - 1) // threads * least
+            end = min((chunks * (stretch + 1) + threads - 1) // threads * least, units)
+            taken = done + LINE * (1 + stretch)
+            while start + _read(taken) < end and not _read(stop):
+                # Less and less, so that the last chunks end at about the same time.
+                chunk = min(max((end - start - _read(taken)) // _SHARE, least), most)
+                first = start + _add(taken, chunk)
+                if first >= end:
+                    break
+                last = min(first + chunk, end)
+                _call(function, arguments, first, last)
+                _add(done, last - first)
+        looks = 0
+        while _read(done) < units and not _read(stop):
+            looks += 1
+            _pause(offer if looks > _SPINS else 0)
+    _add(working, -1)
+
+
 @lru_cache(maxsize=1)
 def runner() -> Any:
-    """One thread's way through some operations of a program:
-    runner(table, first, last, counters, offer_core, threads, who)."""
-    stop, working, operations = _STOP * LINE, _WORKING * LINE, _FIRST * LINE
+    """The caller's way through some operations:
+    runner(table, first, last, counters, offer_core, threads, announced, number)."""
 
-    @compiled(void(int64, int64, int64, int64, int64, int64, int64))
-    def run_program(table, first_operation, last_operation, counters, offer, threads, who):  # type: ignore[no-untyped-def]
-        _add(counters + working, 1)
-        for i in range(first_operation, last_operation):
-            operation = table + 8 * _OPERATION * i
-            function, arguments = read(operation), read(operation + 8)
-            units, least, most = read(operation + 16), read(operation + 24), read(operation + 32)
-            chunks = (units + least - 1) // least
-            done = counters + operations + LINE * (1 + threads) * i
-            for other in range(threads):
-                stretch = (who + other) % threads
-                start = (chunks * stretch + threads - 1) // threads * least
-                end = min((chunks * (stretch + 1) + threads - 1) // threads * least, units)
-                taken = done + LINE * (1 + stretch)
-                while start + read(taken) < end and not read(counters + stop):
-                    # Less and less, so that the last chunks end at about the same time.
-                    chunk = min(max((end - start - read(taken)) // _SHARE, least), most)
-                    first = start + _add(taken, chunk)
-                    if first >= end:
-                        break
-                    last = min(first + chunk, end)
-                    _call(function, arguments, first, last)
-                    _add(done, last - first)
-            looks = 0
-            while read(done) < units and not read(counters + stop):
-                looks += 1
-                pause(offer if looks > _SPINS else 0)
-        _add(counters + working, -1)
+    @compiled(void(*[int64] * 8))
+    def run_program(table, first, last, counters, offer, threads, announced, number):  # type: ignore[no-untyped-def]
+        if announced:
+            _write(announced, number)
+        _work(table, first, last, counters, offer, threads, 0)
 
     return run_program
+
+
+@lru_cache(maxsize=1)
+def helper() -> Any:
+    """A helper's way through all of them, and its look-out for the next run:
+    helper(table, operations, counters, offer_core, threads, who, announced, number, looks)."""
+
+    @compiled(void(*[int64] * 9))
+    def help_program(table, operations, counters, offer, threads, who, announced, number, looks):  # type: ignore[no-untyped-def]
+        _work(table, 0, operations, counters, offer, threads, who)
+        for _ in range(looks):
+            if _read(announced) != number:
+                return
+            _pause(0)
+
+    return help_program
