@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bloomq.converters.calibration import forward
+from bloomq.converters.calibration import cpu_engine, forward
 from bloomq.converters.calibration import moments as moments_module
-from bloomq.converters.calibration import producer as producer_module
+from bloomq.converters.calibration import rounding as rounding_module
 from bloomq.converters.calibration import scratch as scratch_module
 from bloomq.converters.calibration.compiled import corner
 from bloomq.converters.calibration.conversion import plan_calibrated
+from bloomq.converters.calibration.cpu_engine import CpuEngine
 from bloomq.converters.calibration.estimate import Rates, peak_bytes, seconds_of
 from bloomq.converters.calibration.factor import column_order, factor
 from bloomq.converters.calibration.forward import Kept, Runner, UnderWay, linears_of
@@ -54,6 +55,11 @@ SCHEMES = [("int4", 32), ("int4", 64), ("int4", 128), ("int6", None), ("int8", N
 def pool():
     with ThreadPoolExecutor(2) as threads:
         yield threads
+
+
+@pytest.fixture(scope="module")
+def engine(pool):
+    return CpuEngine(pool, 1)
 
 
 def problem(n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -211,10 +217,10 @@ def test_descent_finds_what_is_exactly_there():
 
 @pytest.mark.parametrize(("name", "group"), SCHEMES)
 @pytest.mark.parametrize("shape", [(32, 128), (70, 200), (5, 96)], ids=str)
-def test_no_row_is_worse_than_rounded_to_nearest(pool, name, group, shape):
+def test_no_row_is_worse_than_rounded_to_nearest(engine, name, group, shape):
     scheme, (w, moment) = get_scheme(name, group), problem(*shape, seed=3)
     w[0], moment[:, 3], moment[3] = 0, 0, 0  # a row of zeros, an input that is always 0
-    solved = Solver(moment.copy(), scheme, pool).rows(w)
+    solved = Solver(moment.copy(), scheme, engine).rows(w)
     nearest = scheme.dequantize(scheme.quantize(w), shape)
     ours, theirs = (output_errors(w, values, moment) for values in (solved.values, nearest))
     assert (ours <= theirs * (1 + 1e-4) + 1e-12).all()
@@ -226,27 +232,25 @@ def test_no_row_is_worse_than_rounded_to_nearest(pool, name, group, shape):
 
 
 @pytest.mark.parametrize(("name", "group"), SCHEMES)
-def test_rows_that_nearest_rounds_better_are_taken_from_it(pool, name, group, monkeypatch):
-    from bloomq.converters.calibration import solver as solver_module
-
+def test_rows_that_nearest_rounds_better_are_taken_from_it(engine, name, group, monkeypatch):
     def spoilt(wt: np.ndarray, by: Any, group: int, *rest: Any, **options: Any) -> Codes:
         found = gptq(wt, by, group, *rest, **options)
         found.codes[:, ::3] = 0
         return found
 
-    monkeypatch.setattr(solver_module, "gptq", spoilt)
+    monkeypatch.setattr(rounding_module, "gptq", spoilt)
     scheme, (w, moment) = get_scheme(name, group), problem(32, 128)
-    solved = Solver(moment.copy(), scheme, pool, sweeps=0).rows(w)
+    solved = Solver(moment.copy(), scheme, engine, sweeps=0).rows(w)
     nearest = scheme.dequantize(scheme.quantize(w), w.shape)
     assert np.array_equal(solved.values[::3], nearest[::3])
     assert not np.array_equal(solved.values[1::3], nearest[1::3])
 
 
-def test_schemes_without_even_steps_are_rounded_to_nearest(pool):
+def test_schemes_without_even_steps_are_rounded_to_nearest(engine):
     w, moment = problem(32, 128)
     for name in ("nf4", "bf16"):
         scheme = get_scheme(name)
-        solved = Solver(moment.copy(), scheme, pool).rows(w)
+        solved = Solver(moment.copy(), scheme, engine).rows(w)
         assert np.array_equal(solved.values, scheme.dequantize(scheme.quantize(w), w.shape))
 
 
@@ -255,23 +259,23 @@ def test_same_bytes_for_any_threads_and_any_cut_into_rows():
     found = []
     for threads, cuts in ((1, [0, 600]), (3, [0, 600]), (2, [0, 320, 600])):
         with ThreadPoolExecutor(threads) as threads_pool:
-            solver = Solver(moment.copy(), get_scheme("int4", 32), threads_pool)
+            solver = Solver(moment.copy(), get_scheme("int4", 32), CpuEngine(threads_pool))
             pairs = itertools.pairwise(cuts)
             found.append(np.concatenate([solver.rows(w[a:b]).values for a, b in pairs]))
     assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
 
 
-def test_inputs_that_are_always_zero_are_rounded_plainly(pool):
+def test_inputs_that_are_always_zero_are_rounded_plainly(engine):
     w, _ = problem(32, 64)
-    solved = Solver(np.zeros((64, 64), np.float32), get_scheme("int4", 32), pool).rows(w)
+    solved = Solver(np.zeros((64, 64), np.float32), get_scheme("int4", 32), engine).rows(w)
     assert np.abs(solved.values - w).max() < 0.02
 
 
 @pytest.mark.parametrize("name", ["int4", "int6"])
-def test_weights_beyond_the_scales_range_are_refused(pool, name):
+def test_weights_beyond_the_scales_range_are_refused(engine, name):
     w, moment = problem(32, 64)
     with pytest.raises(NumericError, match="weights too large for int"):
-        Solver(moment, get_scheme(name), pool).rows(w * np.float32(1e9))
+        Solver(moment, get_scheme(name), engine).rows(w * np.float32(1e9))
 
 
 @pytest.mark.filterwarnings("error")
@@ -291,9 +295,9 @@ def test_weights_too_large_are_one_error_and_no_warning(tmp_path, text, chosen, 
         convert(source, tmp_path / "pack", calibrate=text, calibration_tokens=64, **chosen)
 
 
-def test_moments_that_are_not_finite_are_refused(pool):
+def test_moments_that_are_not_finite_are_refused(engine):
     with pytest.raises(NumericError, match="activations are not finite: the checkpoint is"):
-        Solver(np.full((64, 64), np.nan, np.float32), get_scheme("int4", 32), pool)
+        Solver(np.full((64, 64), np.nan, np.float32), get_scheme("int4", 32), engine)
 
 
 def test_a_moment_without_a_factor_is_refused(pool):
@@ -329,14 +333,15 @@ def test_moments_hold_a_channel_that_is_large_and_nearly_constant(pool, monkeypa
 
 @pytest.mark.parametrize("post", [False, True], ids=["pre-norm", "post-norm"])
 def test_inputs_are_those_of_the_references_block(pool, tmp_path, post, monkeypatch):
-    monkeypatch.setattr(forward, "_PIECE", 16)
+    engine = CpuEngine(pool, 1)
+    engine.at_once = 16
     monkeypatch.setattr(forward, "STEP_TOKENS", 40)  # two steps
     settings = {"apply_residual_connection_post_layernorm": post}
     checkpoint = read_checkpoint(write_checkpoint(tmp_path / "c", n_layer=2, config=settings))
     ids = np.random.default_rng(0).integers(0, 96, (3, 20))
     weights = UnderWay(checkpoint)
     weights.add_rounded(linears_of(1), get_scheme("f32"), pool)
-    runner = Runner(ids, checkpoint.config, 1)
+    runner = Runner(ids, checkpoint.config, engine)
     x = np.random.default_rng(1).standard_normal((60, 64)).astype(np.float32)
     seen: dict[str, np.ndarray] = {}
     for name in linears_of(1):
@@ -404,9 +409,9 @@ def test_a_stream_that_is_not_finite_is_told(pool):
         wanted.weights(np.ones((2, 3), np.float32), np.ones(3, np.float32), np.eye(3, dtype="f4"))
 
 
-def test_streams_behind_matrices_are_those_of_the_block(small, pool):
+def test_streams_behind_matrices_are_those_of_the_block(small, engine, pool):
     checkpoint = read_checkpoint(small)
-    runner, weights = Runner(IDS, checkpoint.config, 1), UnderWay(checkpoint)
+    runner, weights = Runner(IDS, checkpoint.config, engine), UnderWay(checkpoint)
     weights.add_rounded(linears_of(1), get_scheme("f32"), pool)
     x = np.random.default_rng(1).standard_normal((IDS.size, 64)).astype(np.float32)
     found, kept = {}, Kept(np.empty_like(x))
@@ -610,7 +615,7 @@ def test_a_matrix_of_less_than_four_tokens_a_column_makes_up_for_nothing(
             solved.append(w.shape[1])
             return super().weights(w, *moments)
 
-    monkeypatch.setattr(producer_module, "Wanted", Recording)
+    monkeypatch.setattr(cpu_engine, "Wanted", Recording)
     ids = np.random.default_rng(5).integers(0, 200, (windows, 32))
     pieces(small, tmp_path / "scratch", ids=ids)
     assert solved == 2 * columns
