@@ -22,7 +22,7 @@ from bloomq.converters.calibration.cpu_engine import CpuEngine
 from bloomq.converters.calibration.estimate import Rates, peak_bytes, seconds_of
 from bloomq.converters.calibration.factor import column_order, factor
 from bloomq.converters.calibration.forward import Kept, Runner, UnderWay, linears_of
-from bloomq.converters.calibration.gptq import SHRINK, Codes, descend, gptq
+from bloomq.converters.calibration.gptq import Codes, descend, gptq
 from bloomq.converters.calibration.look_up import look_up_moment
 from bloomq.converters.calibration.making_up import Wanted, stream_behind
 from bloomq.converters.calibration.moments import Moments
@@ -32,9 +32,10 @@ from bloomq.converters.calibration.solver import Solver
 from bloomq.converters.calibration.text import read_windows, spread
 from bloomq.converters.convert import convert, run
 from bloomq.converters.reading import read_checkpoint
+from calibration_oracle import half, output_errors, problem, textbook, through_the_reference
 from conftest import DEMO, write_checkpoint
 
-from bloomq.backends.reference import ReferenceBackend, layer_norm
+from bloomq.backends.reference import ReferenceBackend
 from bloomq.config import weight_specs
 from bloomq.errors import (
     InputNotFound,
@@ -62,64 +63,7 @@ def engine(pool):
     return CpuEngine(pool, 1)
 
 
-def problem(n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [N, K] and the moment [K, K] of correlated inputs, a few of them large."""
-    rng = np.random.default_rng(seed)
-    mix = rng.standard_normal((k, k)) * np.exp(rng.standard_normal(k))
-    x = (rng.standard_normal((3 * k, k)) @ mix).astype(np.float32)
-    w = rng.standard_normal((n, k)).astype(np.float32) * np.float32(0.02)
-    return w, x.T @ x / np.float32(len(x))
-
-
-def output_errors(w: np.ndarray, values: np.ndarray, moment: np.ndarray) -> np.ndarray:
-    """[N], in float64."""
-    e = (w - values).astype(np.float64)
-    return np.asarray(((e @ moment.astype(np.float64)) * e).sum(axis=1))
-
-
 # -- the solver ------------------------------------------------------------------------------------
-
-
-def half(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float16).astype(np.float32)
-
-
-def textbook(
-    w: np.ndarray, h: np.ndarray, order: np.ndarray, group: int, low: int, high: int,
-    fixed: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """GPTQ as its paper has it, by the Cholesky factor of H's inverse, in float64: codes [N, K] and
-    values [N, K]. A group's scale is found by trying each on a copy."""
-    u = np.linalg.cholesky(np.linalg.inv(h.astype(np.float64)[np.ix_(order, order)])).T
-    left = w.astype(np.float64)[:, order]
-    codes, values = np.zeros(w.shape), np.zeros(w.shape)
-
-    def columns(now: np.ndarray, start: int, stop: int, scale: np.ndarray):
-        now, q, loss = now.copy(), np.zeros((len(w), stop - start)), np.zeros(len(w))
-        for j in range(start, stop):
-            inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-            q[:, j - start] = np.clip(np.rint(now[:, j] * inverse), low, high)
-            error = (now[:, j] - q[:, j - start] * scale) / u[j, j]
-            now[:, j:] -= np.outer(error, u[j, j:])
-            loss += error**2
-        return now, q, loss
-
-    for start in range(0, w.shape[1], group):
-        stop = start + group
-        up = np.maximum(left[:, start:stop].max(axis=1), 0)
-        down = np.maximum(-left[:, start:stop].min(axis=1), 0)
-        tried = [fixed] if fixed is not None else []
-        for s in SHRINK if fixed is None else ():
-            tried.append(half(s * np.maximum(up / high, down / -low)))
-            tried.append(-half(s * np.maximum(up / -low, down / high)))
-        found = [columns(left, start, stop, scale.astype(np.float64)) for scale in tried]
-        pick = np.argmin([loss for _, _, loss in found], axis=0)
-        rows = np.arange(len(w))
-        left = np.stack([now for now, _, _ in found])[pick, rows]
-        codes[:, start:stop] = np.stack([q for _, q, _ in found])[pick, rows]
-        values[:, start:stop] = codes[:, start:stop] * np.stack(tried)[pick, rows][:, None]
-    back = np.argsort(order)
-    return codes[:, back], values[:, back]
 
 
 @pytest.mark.parametrize("group", [32, 64])
@@ -358,22 +302,7 @@ def test_inputs_are_those_of_the_references_block(pool, tmp_path, post, monkeypa
     runner.through(1, weights, x, kept.rows, kept)
     assert np.array_equal(out, kept.rows)
 
-    reference, expected = ReferenceBackend(), {}
-
-    class Recording(ReferenceBackend):
-        def linear(
-            self, weight: Any, bias: Any = None, *, norm: Any = None, act: Any = None
-        ) -> Any:
-            inner = reference.linear(weight, bias, norm=norm, act=act)
-
-            def call(x: np.ndarray, add: Any = None, delta: Any = None) -> np.ndarray:
-                expected[weight.name] = x if norm is None else layer_norm(x, norm)
-                return inner(x, add=add)
-
-            return call
-
-    block = Block(weights, Recording(), 1)
-    result = block(x, reference.cache(checkpoint.config, 3, 20), Span.of(range(3), [20] * 3))
+    expected, result = through_the_reference(weights, 1, x, ids.shape)
     assert np.allclose(out, result, atol=1e-4)
     for name in linears_of(1):
         assert np.allclose(seen[name], expected[name], atol=1e-4), name

@@ -117,7 +117,7 @@ def device_bytes(plan: Plan) -> int:
         moment, rows = 4 * k * k, 4 * k * min(n, solved_rows(k))
         regression = 3 * moment + 3 * 4 * n * k if spec.name in regressed else 0
         most = max(most, 3 * moment, 2 * moment + 6 * rows, regression)
-    block = sum(s.shape[0] * s.shape[1] for s in weight_specs(config) if s.name.startswith("h.0."))
+    block = 12 * config.hidden_size**2  # of int8, the checkpoint's own; the stored are gone then
     window = max(STEP_TOKENS, int(plan.options["calibration"]["window"]))
     wide = _WIDE_ACTIVATIONS * 4 * window * 4 * config.hidden_size
     return most + block + wide + _LAYER_BYTES + _CONTEXT_BYTES

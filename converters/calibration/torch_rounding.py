@@ -13,7 +13,6 @@ from .factor import column_order
 from .gptq import Codes
 from .rounding import (
     ROW_SHRINK,
-    columns_first,
     damping_of,
     group_of,
     ordered_by,
@@ -22,6 +21,7 @@ from .rounding import (
 )
 from .torch_factor import factor
 from .torch_gptq import descend, gptq
+from .torch_sums import there
 
 Tensor = torch.Tensor
 F32 = NDArray[np.float32]
@@ -53,10 +53,7 @@ class TorchRounding:
         ]
 
     def _some(self, w: F32, nearest: F32) -> list[Found]:
-        wt, others = (
-            torch.from_numpy(columns_first(rows, self._scheme)).to(self._h.device)
-            for rows in (w, nearest)
-        )
+        wt, others = (self._columns_first(rows) for rows in (w, nearest))
         int8 = self._scheme.name == "int8"
         fixed = row_scales(wt, self._h.diagonal()) if int8 else None
         codes, scales = gptq(wt, self._factor, self._group, self._low, self._high, fixed=fixed)
@@ -68,6 +65,12 @@ class TorchRounding:
             Found(Codes(q[:, at], s[:, at], self._group), np.flatnonzero(rows[at]))
             for at in spans_of(q.shape[1])
         ]
+
+    def _columns_first(self, w: F32) -> Tensor:
+        """w [n, k] -> [K, N], bordered with zeros to what the scheme stores."""
+        n, k = self._scheme.padded(w.shape)
+        border = (0, n - w.shape[0], 0, k - w.shape[1])
+        return torch.nn.functional.pad(there(w, self._h.device).T, border).contiguous()
 
     def _errors(self, e: Tensor) -> Tensor:
         """e [K, N] -> float64 [N]: each row's error under the moment as it was, without damping."""
