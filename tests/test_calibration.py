@@ -8,6 +8,7 @@ import itertools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,9 @@ from bloomq.converters.reading import read_checkpoint
 from calibration_oracle import half, output_errors, problem, textbook, through_the_reference
 from conftest import DEMO, write_checkpoint
 
+from bloomq.backends.numba_cpu.threads import physical_cores
 from bloomq.backends.reference import ReferenceBackend
-from bloomq.config import weight_specs
+from bloomq.config import BloomConfig, weight_specs
 from bloomq.errors import (
     InputNotFound,
     NumericError,
@@ -47,6 +49,7 @@ from bloomq.errors import (
 from bloomq.layers import Span
 from bloomq.model import Block
 from bloomq.pack import Pack, stored_arrays
+from bloomq.scheme_choice import choose_schemes
 from bloomq.schemes import get_scheme
 
 SCHEMES = [("int4", 32), ("int4", 64), ("int4", 128), ("int6", None), ("int8", None)]
@@ -760,6 +763,57 @@ def test_a_plans_operations_are_counted(tmp_path):
     assert seconds_of(plan, Rates(1e30, 4.0, 0)) == pytest.approx(multiplied / 4)
     assert seconds_of(plan, Rates(1e30, 1e30, 8.0)) == pytest.approx(weights * 8)
     assert peak_bytes(plan) > 4 * (4 * c) ** 2
+
+
+def test_making_up_for_errors_is_foretold_too(tmp_path):
+    """Its products, the checkpoint's own stream and a regression's memory; of a second stream the
+    files."""
+    (tmp_path / "text.txt").write_text("A few words only. " * 2000)
+    plans = [
+        plan_calibrated(
+            DEMO, tmp_path / "pack", tmp_path / "text.txt", tokens=4096, window=256,
+            settings=Settings(make_up=make_up),
+        )[0]
+        for make_up in (True, False)
+    ]  # fmt: skip
+    tokens, c = 4096, plans[0].checkpoint.config.hidden_size
+    layers = plans[0].checkpoint.config.n_layer
+    products = 3 * 2 * tokens * 256 * c * layers  # attention
+    for k in (c, 4 * c):
+        products += layers * (2 * tokens * c * k + 2 * k**3 / 3 + 2 * c * k * k)
+
+    def more(rates: Rates) -> float:
+        return seconds_of(plans[0], rates) - seconds_of(plans[1], rates)
+
+    assert more(Rates(2.0, 1e30, 0)) == pytest.approx(products / 2)
+    assert more(Rates(1e30, 4.0, 0)) == pytest.approx(layers * 2 * 12 * c * c * tokens / 4)
+    assert more(Rates(1e30, 1e30, 8.0)) == 0
+    assert [plan.scratch_bytes for plan in plans] == [s * 3 * 4 * tokens * c for s in (2, 1)]
+
+
+def test_a_regression_of_many_columns_needs_more_memory_than_solving():
+    config = BloomConfig(hidden_size=4096, n_layer=1, n_head=32, vocab_size=512)
+    schemes = choose_schemes(config, get_scheme("int4", 32), get_scheme("int6"))
+
+    def planned(tokens: int) -> Any:
+        calibration = {"tokens": tokens, "correct_bias": True, "make_up": True}
+        return SimpleNamespace(
+            checkpoint=SimpleNamespace(config=config), schemes=schemes, workers=2, device=None,
+            options={"calibration": calibration},
+        )  # fmt: skip
+
+    k = 4 * 4096  # four tokens to a column from 65,536 on
+    assert peak_bytes(planned(65535)) < 3 * 4 * k * k
+    assert peak_bytes(planned(65536)) == 3 * 4 * k * k + 3 * 4 * 4096 * k
+
+
+def test_as_many_threads_are_foretold_as_run(tmp_path):
+    (tmp_path / "text.txt").write_text("A few words only. " * 50)
+    for threads in (None, 3):
+        plan, _, _ = plan_calibrated(
+            DEMO, tmp_path / "pack", tmp_path / "text.txt", tokens=64, threads=threads
+        )
+        assert plan.workers == (threads or physical_cores())
 
 
 def test_a_text_that_is_much_too_short_is_noted(tmp_path):

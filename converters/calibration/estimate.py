@@ -89,15 +89,17 @@ def _products_of_rows(sweeps: int) -> int:
 def peak_bytes(plan: Plan) -> int:
     """Beside Python and its libraries. On the CPU a moment, and rows that wait, or its factor (of
     which half is touched) and rows that are solved, or a regression's: the moment damped, as it is
-    factored, and three arrays like the matrix. With another device, the rows alone."""
-    solving = 3 * SOLVED_BYTES
-    if plan.device is not None:
-        return solving + 2 * SOLVED_BYTES  # and on the way there, columns first
-    most, regressed = 0, _regressed(plan)
+    factored, and three arrays like the matrix. With another device, of what is solved there the
+    rows alone, and those that a regression gave."""
+    most, regressed, solving = 0, _regressed(plan), 3 * SOLVED_BYTES
     for spec in weight_specs(plan.checkpoint.config):
         if not spec.is_matrix:
             continue
         n, k = spec.shape
+        if plan.device is not None:
+            given = 4 * n * k if spec.name in regressed else 0
+            most = max(most, 4 * 4 * k * _rows_at_once(n, k) + given)
+            continue
         moment, waiting = 4 * k * k, 2 * 4 * k * SUMMED_ROWS
         rows = moment // 2 + solving + plan.workers * 8 * 4 * SPAN * k
         regression = 2 * moment + 3 * 4 * n * k if spec.name in regressed else 0
@@ -109,18 +111,22 @@ def device_bytes(plan: Plan) -> int:
     """Of the memory of torch's device: the most that a matrix needs, a moment in turns with its
     factor (three arrays at once) and with the rows that are solved (six), or a regression's; and
     the layers of a block."""
-    from .torch_engine import solved_rows
-
     config, regressed, most = plan.checkpoint.config, _regressed(plan), 0
     for spec in _solved(plan):
         n, k = spec.shape
-        moment, rows = 4 * k * k, 4 * k * min(n, solved_rows(k))
+        moment, rows = 4 * k * k, 4 * k * _rows_at_once(n, k)
         regression = 3 * moment + 3 * 4 * n * k if spec.name in regressed else 0
         most = max(most, 3 * moment, 2 * moment + 6 * rows, regression)
     block = 12 * config.hidden_size**2  # of int8, the checkpoint's own; the stored are gone then
     window = max(STEP_TOKENS, int(plan.options["calibration"]["window"]))
     wide = _WIDE_ACTIVATIONS * 4 * window * 4 * config.hidden_size
     return most + block + wide + _LAYER_BYTES + _CONTEXT_BYTES
+
+
+def _rows_at_once(n: int, k: int) -> int:
+    from .torch_engine import solved_rows
+
+    return min(n, solved_rows(k))
 
 
 def measured_rates(plan: Plan) -> Rates:
