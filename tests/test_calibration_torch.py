@@ -337,7 +337,7 @@ def test_a_device_that_is_not_there_is_told_with_the_remedy(text, tmp_path, monk
     monkeypatch.setattr(engine_module, "why_not", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert (device_of("cuda"), device_of("cuda:0")) == (Device("cuda:0"), Device("cuda:0"))
-    with pytest.raises(UsageError, match="device is cuda:1, torch sees 1: cuda:0 is the first"):
+    with pytest.raises(UsageError, match="one of the 1 GPUs that torch sees: they begin with"):
         device_of("cuda:1")
     for name in ("gpu", "cuda:x", "CUDA"):
         with pytest.raises(UsageError, match=r"calibration device is '.*', expected cpu, cuda"):

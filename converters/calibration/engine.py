@@ -137,7 +137,10 @@ def device_of(name: str) -> Device:
 
     number, count = int(name[5:] or 0), torch.cuda.device_count()
     if number >= count:
-        raise UsageError(f"calibration device is {name}, torch sees {count}: cuda:0 is the first")
+        raise UsageError(
+            f"calibration device is {name}, expected one of the {count} GPUs that torch sees: they "
+            "begin with cuda:0"
+        )
     return Device(f"cuda:{number}")
 
 
