@@ -36,9 +36,11 @@ from calibration_oracle import (
     textbook_descent,
     through_the_reference,
 )
+from click.testing import CliRunner
 from conftest import DEMO, write_checkpoint
 
 import bloomq
+from bloomq.cli import commands
 from bloomq.config import BloomConfig
 from bloomq.errors import BackendError, CapacityError, NumericError, UsageError
 from bloomq.pack import Pack
@@ -334,6 +336,9 @@ def test_a_device_that_is_not_there_is_told_with_the_remedy(text, tmp_path, monk
         BackendError, match=r"cannot calibrate on cuda: torch is not .* needs no GPU"
     ):
         convert(DEMO, tmp_path / "pack", calibrate=text, calibration_device="cuda")
+    arguments = ["convert", DEMO, tmp_path / "pack", "--calibrate", text, "--device", "cuda:1"]
+    ended = CliRunner().invoke(commands, [*map(str, arguments)], standalone_mode=False)
+    assert str(ended.exception).startswith("cannot calibrate on cuda:1: torch is not installed")
     monkeypatch.setattr(engine_module, "why_not", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert (device_of("cuda"), device_of("cuda:0")) == (Device("cuda:0"), Device("cuda:0"))
