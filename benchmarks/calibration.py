@@ -1,19 +1,21 @@
 """What calibration gains: bits, perplexity, KL divergence and top-1 agreement of each ingredient.
 
     python benchmarks/calibration.py [--checkpoint DIR] [--text DIR] [--calibrate DIR]
-        [--tokens 8000] [--calibration-tokens 81920] [--window 256] [--only WORD]
-    python benchmarks/calibration.py --time CHECKPOINT [--layers 30]    seconds of its pieces
+        [--tokens 8000] [--calibration-tokens 81920] [--window 256] [--only WORD] [--device cpu]
+    python benchmarks/calibration.py --time CHECKPOINT [--layers 30] [--device cuda]
+        seconds of its pieces
 
 Held-out text and windows as of benchmarks/quality.py, and never calibrated on; the interval is two
 standard errors of the difference in loss. Runs through the Numba backend, rounding of activations
-included. Each row says how long its conversion took, on a machine that may be busy.
+included. Each row says how long its conversion took, on a machine that may be busy. With --device a
+GPU calibrates; --time then waits for it at each piece's end, and says what memory it took.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +25,8 @@ from typing import Any
 import numpy as np
 from bloomq.converters.calibration import producer
 from bloomq.converters.calibration.conversion import plan_calibrated
+from bloomq.converters.calibration.engine import CPU, Device, Engine, device_of
 from bloomq.converters.calibration.forward import Runner, rows_of
-from bloomq.converters.calibration.making_up import Wanted
-from bloomq.converters.calibration.moments import Moments
 from bloomq.converters.calibration.producer import Settings, _Calibration
 from bloomq.converters.calibration.solver import Solver
 from bloomq.converters.calibration.text import TOKENS
@@ -37,7 +38,6 @@ import bloomq
 from bloomq.backends.numba_cpu.threads import physical_cores
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = 8192  # of the table, that --time solves
 G32, G64, G128 = ({"scheme": "int4", "group_size": g} for g in (32, 64, 128))
 GPTQ_ALONE = Settings(sweeps=0, correct_bias=False)
 DESCENT = Settings(correct_bias=False)
@@ -72,9 +72,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="variants whose name has this in it")
     parser.add_argument("--time", type=Path, metavar="CHECKPOINT", help="time its pieces, no more")
     parser.add_argument("--layers", type=int, help="--time: of the whole model")
+    parser.add_argument("--device", default="cpu", help="that calibrates: cpu, cuda or cuda:N")
     args = parser.parse_args()
     if args.time is not None:
-        time_pieces(args.time, args.calibration_tokens or TOKENS, args.layers)
+        tokens = args.calibration_tokens or TOKENS
+        time_pieces(args.time, tokens, args.layers, device_of(args.device))
         return
     args.calibration_tokens = args.calibration_tokens or 81920
     for text in (args.text, args.calibrate):
@@ -96,17 +98,21 @@ def main() -> None:
 
 
 class Stages:
-    """Seconds, and seconds of the CPU, in each stage, less those in stages within it."""
+    """Seconds, and seconds of the CPU, in each stage, less those in stages within it. settle: waits
+    for what a stage has begun."""
 
-    def __init__(self) -> None:
+    def __init__(self, settle: Callable[[], None]) -> None:
+        self._settle = settle
         self.spent: dict[str, list[float]] = {}
         self._within: list[list[float]] = [[0.0, 0.0]]
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        self._settle()
         begun = perf_counter(), process_time()
         self._within.append([0.0, 0.0])
         yield
+        self._settle()
         both = perf_counter() - begun[0], process_time() - begun[1]
         for i, (seconds, inner) in enumerate(zip(both, self._within.pop(), strict=True)):
             self.spent.setdefault(name, [0.0, 0.0])[i] += seconds - inner
@@ -124,33 +130,50 @@ class Stages:
     def take(self, *, times: float = 1.0) -> list[float]:
         """Print what was spent, so many times over, and forget it; the sums."""
         total = [times * sum(spent) for spent in zip(*self.spent.values(), strict=True)]
-        parts = (f"{name} {times * s:.0f} ({times * c:.0f})" for name, (s, c) in self.spent.items())
-        print(f"    {total[0]:.0f} s ({total[1]:.0f} of the CPU): {', '.join(parts)}", flush=True)
+        parts = (f"{name} {times * s:.1f} ({times * c:.1f})" for name, (s, c) in self.spent.items())
+        print(f"    {total[0]:.1f} s ({total[1]:.1f} of the CPU): {', '.join(parts)}", flush=True)
         self.spent.clear()
         return total
 
 
-def time_pieces(path: Path, tokens: int, layers: int | None) -> None:
+def time_pieces(path: Path, tokens: int, layers: int | None, device: Device = CPU) -> None:
     """Prints how long the pieces of a calibration take, of random tokens and weights as they are:
-    the head's hidden states, the table (of ROWS of its rows), each block; and the whole for
-    `layers` blocks, from a checkpoint of a few (make_checkpoint.py --layers)."""
-    stages = Stages()
+    the head's hidden states, the table (of as many rows as are solved at once), each block; and the
+    whole for `layers` blocks, from a checkpoint of a few (make_checkpoint.py --layers)."""
+    with ThreadPoolExecutor(physical_cores()) as pool:
+        engine = device.engine(pool, None)
+        if device.torch in (None, "cpu"):
+            _time_pieces(path, tokens, layers, engine, lambda: None)
+            return
+        import torch
+
+        _time_pieces(path, tokens, layers, engine, lambda: torch.cuda.synchronize(device.torch))
+        peak = torch.cuda.max_memory_allocated(device.torch) / 1e9
+        print(f"on {device.label}: {peak:.2f} GB of its memory at the peak")
+
+
+def _time_pieces(
+    path: Path, tokens: int, layers: int | None, engine: Engine, settle: Callable[[], None]
+) -> None:
+    moments = engine.moments()
+    wanted = engine.wanted(np.empty((0, 0), np.float32), moments)
+    stages = Stages(settle)
     for owner, method, name in (
         (Runner, "through", "layers"), (Runner, "inputs_of", "layers"),
-        (Runner, "stream_at", "layers"), (Wanted, "add", "making up"),
-        (Wanted, "weights", "making up"), (Moments, "add", "moments"),
-        (Moments, "result", "moments"), (producer, "_picked", "looked up"),
+        (Runner, "stream_at", "layers"), (type(wanted), "add", "making up"),
+        (type(wanted), "weights", "making up"), (type(moments), "add", "moments"),
+        (type(moments), "result", "moments"), (producer, "_picked", "looked up"),
         (Solver, "__init__", "factor"), (Solver, "rows", "rows"),
     ):  # fmt: skip
         stages.watch(owner, method, name)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(physical_cores()) as pool:
+    with tempfile.TemporaryDirectory() as folder:
         plan = make_plan(path, Path(folder) / "pack")
         config = plan.checkpoint.config
         layers = layers or config.n_layer
         ids = np.random.default_rng(0).integers(0, config.vocab_size, (tokens // 2048, 2048))
         run = _Calibration(
-            ids, Path(folder) / "activations", Settings(), None, lambda done, total: None,
-            plan.checkpoint, plan.schemes, (), pool,
+            ids, Path(folder) / "activations", "timed", Settings(), engine,
+            lambda done, total: None, plan.checkpoint, plan.schemes, (),
         )  # fmt: skip
         print("hidden states of the head, all blocks:")
         with stages.stage("weights"):
@@ -159,11 +182,12 @@ def time_pieces(path: Path, tokens: int, layers: int | None) -> None:
         total = once + stages.take(times=layers / config.n_layer)[0]
         print("the table:")
         name, table = "wte", plan.checkpoint.tensors["wte.weight"]
-        solver = Solver(moment, plan.schemes[name], pool, damping=Settings().damping)
+        rows = min(table.shape[0], engine.solved_rows(config.hidden_size))
+        solver = Solver(moment, plan.schemes[name], engine, damping=Settings().damping)
         stages.spent.clear()
         with stages.stage("weights"):
-            solver.rows(rows_of(table, 0, ROWS))
-        total += stages.take(times=table.shape[0] / ROWS)[0]
+            solver.rows(rows_of(table, 0, rows))
+        total += stages.take(times=table.shape[0] / rows)[0]
         x = run.scratch.new()
         x[:] = np.random.default_rng(1).standard_normal(x.shape, np.float32)
         run.scratch.keep(x, 0)
@@ -173,7 +197,7 @@ def time_pieces(path: Path, tokens: int, layers: int | None) -> None:
                 for _ in run._block(layer):
                     pass
             seconds = stages.take()[0]
-        print(f"in all, of {layers} blocks: {(total + layers * seconds) / 60:.0f} minutes")
+        print(f"in all, of {layers} blocks: {(total + layers * seconds) / 60:.1f} minutes")
 
 
 def make(
@@ -184,7 +208,7 @@ def make(
         return
     plan, producer, method = plan_calibrated(
         args.checkpoint, target, args.calibrate, tokens=args.calibration_tokens, window=args.window,
-        settings=settings, **options,
+        settings=settings, device=device_of(args.device), **options,
     )  # fmt: skip
     run(plan, producer=producer, method=method)
 

@@ -59,6 +59,7 @@ def convert(
     calibrate: str | Path | None = None,
     calibration_tokens: int | None = None,
     bits: float | None = None,
+    calibration_device: str | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert the checkpoint or the pack at `source` to a pack at `target`.
@@ -75,16 +76,16 @@ def convert(
     calibrate: a text, or a folder of .txt files, to choose codes and scales by what reaches each
     matrix (int4, int6 and int8); calibration_tokens: of it, None for 24,576. bits: instead of a
     scheme for all, one for each matrix, so that the least is lost on that text with so many bits a
-    weight, all in.
+    weight, all in. calibration_device: that computes, "cpu" (None) or a GPU, "cuda" or "cuda:N".
 
     Raises: UsageError, InputNotFound, ConfigError, CheckpointError, TokenizerError, PackError,
-    NumericError, OutputError.
+    NumericError, OutputError, BackendError, CapacityError.
     """
     check_target(Path(target), force)  # before a calibration's hours
     plan, producer, method = prepare(
         source, target, scheme=scheme, group_size=group_size, head_scheme=head_scheme, lora=lora,
         revision=revision, stream=stream, threads=threads, calibrate=calibrate,
-        calibration_tokens=calibration_tokens, bits=bits,
+        calibration_tokens=calibration_tokens, bits=bits, calibration_device=calibration_device,
     )  # fmt: skip
     return run(
         plan, producer=producer, method=method, force=force, fresh=fresh,
@@ -106,6 +107,7 @@ def prepare(
     calibrate: str | Path | None = None,
     calibration_tokens: int | None = None,
     bits: float | None = None,
+    calibration_device: str | None = None,
     calibrating: Progress | None = None,
 ) -> tuple[Plan, Producer | None, Mapping[str, Any] | None]:
     """What `run` needs for a conversion with the options of `convert`: plan, producer, method.
@@ -116,19 +118,23 @@ def prepare(
     if calibrate is None:
         if bits is not None or calibration_tokens is not None:
             raise UsageError("bits and calibration_tokens need a text: name one with calibrate")
+        if calibration_device is not None:
+            raise UsageError("only a calibration has a device: name a text with calibrate")
         plan = make_plan(
             source, target, scheme=scheme, group_size=group_size, head_scheme=head_scheme,
             lora=lora, revision=revision, stream=stream, threads=threads,
         )  # fmt: skip
         return plan, None, None
     from .calibration.conversion import plan_calibrated
+    from .calibration.engine import device_of
 
     if stream:
         raise UsageError("a calibration reads the checkpoint more than once: not with stream")
     return plan_calibrated(
         source, target, calibrate, tokens=calibration_tokens, bits=bits, scheme=scheme,
         group_size=group_size, head_scheme=head_scheme, lora=lora, revision=revision,
-        threads=threads, progress=calibrating or (lambda done, total: None),
+        threads=threads, device=device_of(calibration_device or "cpu"),
+        progress=calibrating or (lambda done, total: None),
     )  # fmt: skip
 
 

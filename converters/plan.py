@@ -60,7 +60,8 @@ class Share:
 class Plan:
     """A conversion of a checkpoint to a pack at `target`. options: as the pack's provenance names
     them; watch: the source's files as they were before it was read; scratch_bytes: of files that a
-    calibration writes beside the pack and deletes."""
+    calibration writes beside the pack and deletes; device: torch's name of one that calibrates,
+    None for the CPU."""
 
     source: str
     target: Path
@@ -70,6 +71,7 @@ class Plan:
     workers: int
     watch: Watch
     scratch_bytes: int = 0
+    device: str | None = None
 
     @property
     def shards(self) -> list[Shard]:
@@ -128,6 +130,15 @@ class Plan:
         return _LIBRARIES_BYTES + self.workers * _WORKER_BYTES
 
     @property
+    def device_bytes(self) -> int:
+        """Of the memory of the device that calibrates, an estimate; 0 without one."""
+        if self.device is None:
+            return 0
+        from .calibration.estimate import device_bytes
+
+        return device_bytes(self)
+
+    @property
     def is_calibrated(self) -> bool:
         return "calibration" in self.options
 
@@ -157,6 +168,7 @@ class Plan:
             "files": {shard.name: shard.nbytes for shard in self.shards},
             "disk_needed_bytes": self.disk_needed_bytes, "disk_free_bytes": self.disk_free_bytes,
             "threads": self.workers, "estimated_peak_memory_bytes": self.peak_memory_bytes,
+            "estimated_device_bytes": self.device_bytes,
             "estimated_seconds": None if seconds is None else round(seconds, 1),
             "notes": list(self.checkpoint.notes),
         }  # fmt: skip
@@ -186,6 +198,8 @@ class Plan:
         ]
         memory, threads = size_text(self.peak_memory_bytes), self.workers
         rows.append(f"memory   about {memory} at the peak, {threads} threads")
+        if self.device is not None:
+            rows.append(f"device   {self.device}: about {size_text(self.device_bytes)} at the peak")
         if seconds is None:
             return rows
         rate = source.nbytes / 1e6 / max(seconds, 1e-9)
@@ -303,7 +317,7 @@ def estimate_seconds(plan: Plan) -> float:
     if plan.is_calibrated:
         from .calibration.estimate import measured_rates, seconds_of
 
-        return seconds_of(plan, measured_rates(plan.workers))
+        return seconds_of(plan, measured_rates(plan))
     groups: dict[tuple[str, str], list[Block]] = {}
     for block in blocks(plan.checkpoint, plan.schemes):
         if block.scheme is not None:

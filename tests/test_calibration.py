@@ -8,20 +8,22 @@ import itertools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from bloomq.converters.calibration import forward
+from bloomq.converters.calibration import cpu_engine, forward
 from bloomq.converters.calibration import moments as moments_module
-from bloomq.converters.calibration import producer as producer_module
+from bloomq.converters.calibration import rounding as rounding_module
 from bloomq.converters.calibration import scratch as scratch_module
 from bloomq.converters.calibration.compiled import corner
 from bloomq.converters.calibration.conversion import plan_calibrated
+from bloomq.converters.calibration.cpu_engine import CpuEngine
 from bloomq.converters.calibration.estimate import Rates, peak_bytes, seconds_of
 from bloomq.converters.calibration.factor import column_order, factor
 from bloomq.converters.calibration.forward import Kept, Runner, UnderWay, linears_of
-from bloomq.converters.calibration.gptq import SHRINK, Codes, descend, gptq
+from bloomq.converters.calibration.gptq import Codes, descend, gptq
 from bloomq.converters.calibration.look_up import look_up_moment
 from bloomq.converters.calibration.making_up import Wanted, stream_behind
 from bloomq.converters.calibration.moments import Moments
@@ -31,10 +33,12 @@ from bloomq.converters.calibration.solver import Solver
 from bloomq.converters.calibration.text import read_windows, spread
 from bloomq.converters.convert import convert, run
 from bloomq.converters.reading import read_checkpoint
+from calibration_oracle import half, output_errors, problem, textbook, through_the_reference
 from conftest import DEMO, write_checkpoint
 
-from bloomq.backends.reference import ReferenceBackend, layer_norm
-from bloomq.config import weight_specs
+from bloomq.backends.numba_cpu.threads import physical_cores
+from bloomq.backends.reference import ReferenceBackend
+from bloomq.config import BloomConfig, weight_specs
 from bloomq.errors import (
     InputNotFound,
     NumericError,
@@ -45,6 +49,7 @@ from bloomq.errors import (
 from bloomq.layers import Span
 from bloomq.model import Block
 from bloomq.pack import Pack, stored_arrays
+from bloomq.scheme_choice import choose_schemes
 from bloomq.schemes import get_scheme
 
 SCHEMES = [("int4", 32), ("int4", 64), ("int4", 128), ("int6", None), ("int8", None)]
@@ -56,64 +61,12 @@ def pool():
         yield threads
 
 
-def problem(n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [N, K] and the moment [K, K] of correlated inputs, a few of them large."""
-    rng = np.random.default_rng(seed)
-    mix = rng.standard_normal((k, k)) * np.exp(rng.standard_normal(k))
-    x = (rng.standard_normal((3 * k, k)) @ mix).astype(np.float32)
-    w = rng.standard_normal((n, k)).astype(np.float32) * np.float32(0.02)
-    return w, x.T @ x / np.float32(len(x))
-
-
-def output_errors(w: np.ndarray, values: np.ndarray, moment: np.ndarray) -> np.ndarray:
-    """[N], in float64."""
-    e = (w - values).astype(np.float64)
-    return np.asarray(((e @ moment.astype(np.float64)) * e).sum(axis=1))
+@pytest.fixture(scope="module")
+def engine(pool):
+    return CpuEngine(pool, 1)
 
 
 # -- the solver ------------------------------------------------------------------------------------
-
-
-def half(x: np.ndarray) -> np.ndarray:
-    return x.astype(np.float16).astype(np.float32)
-
-
-def textbook(
-    w: np.ndarray, h: np.ndarray, order: np.ndarray, group: int, low: int, high: int,
-    fixed: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """GPTQ as its paper has it, by the Cholesky factor of H's inverse, in float64: codes [N, K] and
-    values [N, K]. A group's scale is found by trying each on a copy."""
-    u = np.linalg.cholesky(np.linalg.inv(h.astype(np.float64)[np.ix_(order, order)])).T
-    left = w.astype(np.float64)[:, order]
-    codes, values = np.zeros(w.shape), np.zeros(w.shape)
-
-    def columns(now: np.ndarray, start: int, stop: int, scale: np.ndarray):
-        now, q, loss = now.copy(), np.zeros((len(w), stop - start)), np.zeros(len(w))
-        for j in range(start, stop):
-            inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-            q[:, j - start] = np.clip(np.rint(now[:, j] * inverse), low, high)
-            error = (now[:, j] - q[:, j - start] * scale) / u[j, j]
-            now[:, j:] -= np.outer(error, u[j, j:])
-            loss += error**2
-        return now, q, loss
-
-    for start in range(0, w.shape[1], group):
-        stop = start + group
-        up = np.maximum(left[:, start:stop].max(axis=1), 0)
-        down = np.maximum(-left[:, start:stop].min(axis=1), 0)
-        tried = [fixed] if fixed is not None else []
-        for s in SHRINK if fixed is None else ():
-            tried.append(half(s * np.maximum(up / high, down / -low)))
-            tried.append(-half(s * np.maximum(up / -low, down / high)))
-        found = [columns(left, start, stop, scale.astype(np.float64)) for scale in tried]
-        pick = np.argmin([loss for _, _, loss in found], axis=0)
-        rows = np.arange(len(w))
-        left = np.stack([now for now, _, _ in found])[pick, rows]
-        codes[:, start:stop] = np.stack([q for _, q, _ in found])[pick, rows]
-        values[:, start:stop] = codes[:, start:stop] * np.stack(tried)[pick, rows][:, None]
-    back = np.argsort(order)
-    return codes[:, back], values[:, back]
 
 
 @pytest.mark.parametrize("group", [32, 64])
@@ -211,10 +164,10 @@ def test_descent_finds_what_is_exactly_there():
 
 @pytest.mark.parametrize(("name", "group"), SCHEMES)
 @pytest.mark.parametrize("shape", [(32, 128), (70, 200), (5, 96)], ids=str)
-def test_no_row_is_worse_than_rounded_to_nearest(pool, name, group, shape):
+def test_no_row_is_worse_than_rounded_to_nearest(engine, name, group, shape):
     scheme, (w, moment) = get_scheme(name, group), problem(*shape, seed=3)
     w[0], moment[:, 3], moment[3] = 0, 0, 0  # a row of zeros, an input that is always 0
-    solved = Solver(moment.copy(), scheme, pool).rows(w)
+    solved = Solver(moment.copy(), scheme, engine).rows(w)
     nearest = scheme.dequantize(scheme.quantize(w), shape)
     ours, theirs = (output_errors(w, values, moment) for values in (solved.values, nearest))
     assert (ours <= theirs * (1 + 1e-4) + 1e-12).all()
@@ -226,27 +179,25 @@ def test_no_row_is_worse_than_rounded_to_nearest(pool, name, group, shape):
 
 
 @pytest.mark.parametrize(("name", "group"), SCHEMES)
-def test_rows_that_nearest_rounds_better_are_taken_from_it(pool, name, group, monkeypatch):
-    from bloomq.converters.calibration import solver as solver_module
-
+def test_rows_that_nearest_rounds_better_are_taken_from_it(engine, name, group, monkeypatch):
     def spoilt(wt: np.ndarray, by: Any, group: int, *rest: Any, **options: Any) -> Codes:
         found = gptq(wt, by, group, *rest, **options)
         found.codes[:, ::3] = 0
         return found
 
-    monkeypatch.setattr(solver_module, "gptq", spoilt)
+    monkeypatch.setattr(rounding_module, "gptq", spoilt)
     scheme, (w, moment) = get_scheme(name, group), problem(32, 128)
-    solved = Solver(moment.copy(), scheme, pool, sweeps=0).rows(w)
+    solved = Solver(moment.copy(), scheme, engine, sweeps=0).rows(w)
     nearest = scheme.dequantize(scheme.quantize(w), w.shape)
     assert np.array_equal(solved.values[::3], nearest[::3])
     assert not np.array_equal(solved.values[1::3], nearest[1::3])
 
 
-def test_schemes_without_even_steps_are_rounded_to_nearest(pool):
+def test_schemes_without_even_steps_are_rounded_to_nearest(engine):
     w, moment = problem(32, 128)
     for name in ("nf4", "bf16"):
         scheme = get_scheme(name)
-        solved = Solver(moment.copy(), scheme, pool).rows(w)
+        solved = Solver(moment.copy(), scheme, engine).rows(w)
         assert np.array_equal(solved.values, scheme.dequantize(scheme.quantize(w), w.shape))
 
 
@@ -255,23 +206,23 @@ def test_same_bytes_for_any_threads_and_any_cut_into_rows():
     found = []
     for threads, cuts in ((1, [0, 600]), (3, [0, 600]), (2, [0, 320, 600])):
         with ThreadPoolExecutor(threads) as threads_pool:
-            solver = Solver(moment.copy(), get_scheme("int4", 32), threads_pool)
+            solver = Solver(moment.copy(), get_scheme("int4", 32), CpuEngine(threads_pool))
             pairs = itertools.pairwise(cuts)
             found.append(np.concatenate([solver.rows(w[a:b]).values for a, b in pairs]))
     assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
 
 
-def test_inputs_that_are_always_zero_are_rounded_plainly(pool):
+def test_inputs_that_are_always_zero_are_rounded_plainly(engine):
     w, _ = problem(32, 64)
-    solved = Solver(np.zeros((64, 64), np.float32), get_scheme("int4", 32), pool).rows(w)
+    solved = Solver(np.zeros((64, 64), np.float32), get_scheme("int4", 32), engine).rows(w)
     assert np.abs(solved.values - w).max() < 0.02
 
 
 @pytest.mark.parametrize("name", ["int4", "int6"])
-def test_weights_beyond_the_scales_range_are_refused(pool, name):
+def test_weights_beyond_the_scales_range_are_refused(engine, name):
     w, moment = problem(32, 64)
     with pytest.raises(NumericError, match="weights too large for int"):
-        Solver(moment, get_scheme(name), pool).rows(w * np.float32(1e9))
+        Solver(moment, get_scheme(name), engine).rows(w * np.float32(1e9))
 
 
 @pytest.mark.filterwarnings("error")
@@ -291,9 +242,9 @@ def test_weights_too_large_are_one_error_and_no_warning(tmp_path, text, chosen, 
         convert(source, tmp_path / "pack", calibrate=text, calibration_tokens=64, **chosen)
 
 
-def test_moments_that_are_not_finite_are_refused(pool):
+def test_moments_that_are_not_finite_are_refused(engine):
     with pytest.raises(NumericError, match="activations are not finite: the checkpoint is"):
-        Solver(np.full((64, 64), np.nan, np.float32), get_scheme("int4", 32), pool)
+        Solver(np.full((64, 64), np.nan, np.float32), get_scheme("int4", 32), engine)
 
 
 def test_a_moment_without_a_factor_is_refused(pool):
@@ -329,14 +280,15 @@ def test_moments_hold_a_channel_that_is_large_and_nearly_constant(pool, monkeypa
 
 @pytest.mark.parametrize("post", [False, True], ids=["pre-norm", "post-norm"])
 def test_inputs_are_those_of_the_references_block(pool, tmp_path, post, monkeypatch):
-    monkeypatch.setattr(forward, "_PIECE", 16)
+    engine = CpuEngine(pool, 1)
+    engine.at_once = 16
     monkeypatch.setattr(forward, "STEP_TOKENS", 40)  # two steps
     settings = {"apply_residual_connection_post_layernorm": post}
     checkpoint = read_checkpoint(write_checkpoint(tmp_path / "c", n_layer=2, config=settings))
     ids = np.random.default_rng(0).integers(0, 96, (3, 20))
     weights = UnderWay(checkpoint)
     weights.add_rounded(linears_of(1), get_scheme("f32"), pool)
-    runner = Runner(ids, checkpoint.config, 1)
+    runner = Runner(ids, checkpoint.config, engine)
     x = np.random.default_rng(1).standard_normal((60, 64)).astype(np.float32)
     seen: dict[str, np.ndarray] = {}
     for name in linears_of(1):
@@ -353,22 +305,7 @@ def test_inputs_are_those_of_the_references_block(pool, tmp_path, post, monkeypa
     runner.through(1, weights, x, kept.rows, kept)
     assert np.array_equal(out, kept.rows)
 
-    reference, expected = ReferenceBackend(), {}
-
-    class Recording(ReferenceBackend):
-        def linear(
-            self, weight: Any, bias: Any = None, *, norm: Any = None, act: Any = None
-        ) -> Any:
-            inner = reference.linear(weight, bias, norm=norm, act=act)
-
-            def call(x: np.ndarray, add: Any = None, delta: Any = None) -> np.ndarray:
-                expected[weight.name] = x if norm is None else layer_norm(x, norm)
-                return inner(x, add=add)
-
-            return call
-
-    block = Block(weights, Recording(), 1)
-    result = block(x, reference.cache(checkpoint.config, 3, 20), Span.of(range(3), [20] * 3))
+    expected, result = through_the_reference(weights, 1, x, ids.shape)
     assert np.allclose(out, result, atol=1e-4)
     for name in linears_of(1):
         assert np.allclose(seen[name], expected[name], atol=1e-4), name
@@ -404,9 +341,9 @@ def test_a_stream_that_is_not_finite_is_told(pool):
         wanted.weights(np.ones((2, 3), np.float32), np.ones(3, np.float32), np.eye(3, dtype="f4"))
 
 
-def test_streams_behind_matrices_are_those_of_the_block(small, pool):
+def test_streams_behind_matrices_are_those_of_the_block(small, engine, pool):
     checkpoint = read_checkpoint(small)
-    runner, weights = Runner(IDS, checkpoint.config, 1), UnderWay(checkpoint)
+    runner, weights = Runner(IDS, checkpoint.config, engine), UnderWay(checkpoint)
     weights.add_rounded(linears_of(1), get_scheme("f32"), pool)
     x = np.random.default_rng(1).standard_normal((IDS.size, 64)).astype(np.float32)
     found, kept = {}, Kept(np.empty_like(x))
@@ -610,7 +547,7 @@ def test_a_matrix_of_less_than_four_tokens_a_column_makes_up_for_nothing(
             solved.append(w.shape[1])
             return super().weights(w, *moments)
 
-    monkeypatch.setattr(producer_module, "Wanted", Recording)
+    monkeypatch.setattr(cpu_engine, "Wanted", Recording)
     ids = np.random.default_rng(5).integers(0, 200, (windows, 32))
     pieces(small, tmp_path / "scratch", ids=ids)
     assert solved == 2 * columns
@@ -826,6 +763,57 @@ def test_a_plans_operations_are_counted(tmp_path):
     assert seconds_of(plan, Rates(1e30, 4.0, 0)) == pytest.approx(multiplied / 4)
     assert seconds_of(plan, Rates(1e30, 1e30, 8.0)) == pytest.approx(weights * 8)
     assert peak_bytes(plan) > 4 * (4 * c) ** 2
+
+
+def test_making_up_for_errors_is_foretold_too(tmp_path):
+    """Its products, the checkpoint's own stream and a regression's memory; of a second stream the
+    files."""
+    (tmp_path / "text.txt").write_text("A few words only. " * 2000)
+    plans = [
+        plan_calibrated(
+            DEMO, tmp_path / "pack", tmp_path / "text.txt", tokens=4096, window=256,
+            settings=Settings(make_up=make_up),
+        )[0]
+        for make_up in (True, False)
+    ]  # fmt: skip
+    tokens, c = 4096, plans[0].checkpoint.config.hidden_size
+    layers = plans[0].checkpoint.config.n_layer
+    products = 3 * 2 * tokens * 256 * c * layers  # attention
+    for k in (c, 4 * c):
+        products += layers * (2 * tokens * c * k + 2 * k**3 / 3 + 2 * c * k * k)
+
+    def more(rates: Rates) -> float:
+        return seconds_of(plans[0], rates) - seconds_of(plans[1], rates)
+
+    assert more(Rates(2.0, 1e30, 0)) == pytest.approx(products / 2)
+    assert more(Rates(1e30, 4.0, 0)) == pytest.approx(layers * 2 * 12 * c * c * tokens / 4)
+    assert more(Rates(1e30, 1e30, 8.0)) == 0
+    assert [plan.scratch_bytes for plan in plans] == [s * 3 * 4 * tokens * c for s in (2, 1)]
+
+
+def test_a_regression_of_many_columns_needs_more_memory_than_solving():
+    config = BloomConfig(hidden_size=4096, n_layer=1, n_head=32, vocab_size=512)
+    schemes = choose_schemes(config, get_scheme("int4", 32), get_scheme("int6"))
+
+    def planned(tokens: int) -> Any:
+        calibration = {"tokens": tokens, "correct_bias": True, "make_up": True}
+        return SimpleNamespace(
+            checkpoint=SimpleNamespace(config=config), schemes=schemes, workers=2, device=None,
+            options={"calibration": calibration},
+        )  # fmt: skip
+
+    k = 4 * 4096  # four tokens to a column from 65,536 on
+    assert peak_bytes(planned(65535)) < 3 * 4 * k * k
+    assert peak_bytes(planned(65536)) == 3 * 4 * k * k + 3 * 4 * 4096 * k
+
+
+def test_as_many_threads_are_foretold_as_run(tmp_path):
+    (tmp_path / "text.txt").write_text("A few words only. " * 50)
+    for threads in (None, 3):
+        plan, _, _ = plan_calibrated(
+            DEMO, tmp_path / "pack", tmp_path / "text.txt", tokens=64, threads=threads
+        )
+        assert plan.workers == (threads or physical_cores())
 
 
 def test_a_text_that_is_much_too_short_is_noted(tmp_path):

@@ -107,7 +107,7 @@ def test_dry_run_of_a_calibration_foretells_its_disk_memory_and_time(tmp_path):
     assert facts["estimated_seconds"] > 0
     assert 170 << 20 < facts["estimated_peak_memory_bytes"] < 4 << 30
     plain = make_plan(DEMO, tmp_path / "pack").disk_needed_bytes
-    assert facts["disk_needed_bytes"] == plain + 6 * 4 * 64 * 256  # of two streams, three blocks
+    assert facts["disk_needed_bytes"] == plain + 3 * 4 * 64 * 256  # three files of one stream
     lines = command("convert", DEMO, tmp_path / "pack", *options).stdout.splitlines()
     assert lines[-2].startswith("memory   about")
     assert lines[-1].startswith("time     about")

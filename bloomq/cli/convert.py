@@ -71,6 +71,7 @@ _LARGE_BYTES = 1 << 30  # of a pack: whoever writes so much is told so before, o
     type=float,
     help="With --calibrate: a scheme for each matrix, that so many bits a weight lose least.",
 )
+@click.option("--device", help="That --calibrate computes on: cpu, cuda or cuda:N.  [default: cpu]")
 @click.option("-t", "--threads", type=int, help="Worker threads.  [default: all cores]")
 @click.option("--force", is_flag=True, help="Replace a pack that is there.")
 @click.option("--fresh", is_flag=True, help="Begin anew where an interrupted run had stopped.")
@@ -84,8 +85,8 @@ def convert(
     source: str, target: Path, scheme: str | None, group_size: str | None, head_scheme: str | None,
     adapters: tuple[Path, ...], scales: tuple[float, ...], revision: str | None, stream: bool,
     calibrate: Path | None, calibration_tokens: int | None, bits: float | None,
-    threads: int | None, force: bool, fresh: bool, dry_run: bool, checksum_source: bool,
-    report: Path | None, as_json: bool,
+    device: str | None, threads: int | None, force: bool, fresh: bool, dry_run: bool,
+    checksum_source: bool, report: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Convert the checkpoint SOURCE to a pack at TARGET.
 
@@ -118,7 +119,8 @@ def convert(
             source, target, scheme=scheme, group_size=int(group_size) if group_size else None,
             head_scheme=head_scheme, lora=_pairs(adapters, scales), revision=revision,
             stream=stream, threads=threads, calibrate=calibrate,
-            calibration_tokens=calibration_tokens, bits=bits, calibrating=steps,
+            calibration_tokens=calibration_tokens, bits=bits, calibration_device=device,
+            calibrating=steps,
         )  # fmt: skip
         if dry_run:
             _print_plan(plan, as_json)

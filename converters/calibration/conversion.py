@@ -17,8 +17,9 @@ from bloomq.pack_writer import partial_folder
 from ..pieces import Producer
 from ..plan import Plan, make_plan
 from .budget import check_bits, choose
-from .producer import VERSION, Settings, calibrated
-from .scratch import ACTIVATIONS
+from .engine import CPU, Device, threads_of
+from .producer import VERSION, Settings, calibrated, making_up, streams
+from .scratch import FILES
 from .sensitivity import Progress, measure
 from .text import TOKENS, read_windows, spread
 
@@ -30,14 +31,15 @@ def plan_calibrated(
     window: int | None = None, bits: float | None = None, scheme: str | None = None,
     group_size: int | None = None, head_scheme: str | None = None,
     lora: Sequence[tuple[str | Path, float]] = (), revision: str | None = None,
-    threads: int | None = None,
+    threads: int | None = None, device: Device = CPU,
     settings: Settings | None = None, progress: Progress = lambda done, total: None,
 ) -> tuple[Plan, Producer, Mapping[str, Any]]:  # fmt: skip
     """What `convert.run` needs to calibrate on a text: plan, producer and method.
 
     tokens, window: see `read_windows`; bits: choose each matrix's scheme under this budget, by
-    sensitivities that are measured here and now; progress: of that, and then of the blocks, in
-    blocks done of all. Raises: as `make_plan`, `read_windows` and `choose`.
+    sensitivities that are measured here and now; device: that computes; progress: of the
+    measuring, and then of the blocks, in blocks done of all. Raises: as `make_plan`,
+    `read_windows`, `measure` and `choose`.
     """
     settings = settings or Settings()
     if bits is not None and (scheme, group_size, head_scheme) != (None, None, None):
@@ -65,7 +67,9 @@ def plan_calibrated(
         plan = replace(plan, checkpoint=replace(checkpoint, notes=(*checkpoint.notes, note)))
     if bits is not None:
         with _scratch_beside(folder) as scratch:
-            costs = measure(checkpoint, spread(ids), scratch, threads=threads, progress=progress)
+            costs = measure(
+                checkpoint, spread(ids), scratch, threads=threads, device=device, progress=progress
+            )
         options = {k: v for k, v in plan.options.items() if "scheme" not in k}
         plan = replace(
             plan, schemes=choose(checkpoint.config, costs, bits), options={**options, "bits": bits}
@@ -73,18 +77,20 @@ def plan_calibrated(
     method = {
         "method": METHOD,
         "calibration": {
-            "version": VERSION, "tokens": int(ids.size), "window": int(ids.shape[1]),
-            **asdict(settings),
+            "version": VERSION, "device": device.label, "tokens": int(ids.size),
+            "window": int(ids.shape[1]), **asdict(settings),
             "sha256": hashlib.sha256(ids.tobytes()).hexdigest(),
         },
     }  # fmt: skip
+    along = streams(making_up(checkpoint.config, plan.schemes, settings, ids.size))
     plan = replace(
-        plan, options={**plan.options, **method},
-        scratch_bytes=ACTIVATIONS * 4 * ids.size * checkpoint.config.hidden_size,
+        plan, options={**plan.options, **method}, workers=threads_of(threads), device=device.torch,
+        scratch_bytes=FILES * along * 4 * ids.size * checkpoint.config.hidden_size,
     )  # fmt: skip
     producer = calibrated(
-        ids, folder / "calibration", settings=settings, threads=threads, progress=progress
-    )
+        ids, folder / "calibration", settings=settings, threads=threads, device=device,
+        progress=progress,
+    )  # fmt: skip
     return plan, producer, method
 
 

@@ -24,6 +24,8 @@ I64 = NDArray[np.int64]
 _SPAN = 512  # columns that a thread takes at a time
 _BLOCK = 256  # rows of the factor that are made at a time
 _TILE = 256  # of an array that is transposed: two of them stay in a level-2 cache
+# What is added to the diagonal, of its mean, until there is a factor.
+EXTRA = (0.0, 0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,13 +65,17 @@ def factor(h: F32, order: I64, pool: ThreadPoolExecutor) -> Factor:
 
 def _decomposed(h: F32, order: I64, pool: ThreadPoolExecutor) -> F32:
     """Cholesky's upper factor of h turned round. Raises: NumericError."""
-    mean = 0.01 * float(np.diag(h).mean(dtype=np.float64))
-    for extra in (0.0, *(mean * 10**i for i in range(5))):
+    mean = float(np.diag(h).mean(dtype=np.float64))
+    for extra in EXTRA:
         upper = _turned(h, order[::-1], pool)
-        np.einsum("kk->k", upper)[:] += np.float32(extra)
+        np.einsum("kk->k", upper)[:] += np.float32(extra * mean)
         if _cholesky(upper, pool):
             return upper
-    raise NumericError(
+    raise not_definite()
+
+
+def not_definite() -> NumericError:
+    return NumericError(
         "the moments of activations are not positive definite: the checkpoint is damaged"
     )
 

@@ -1,7 +1,7 @@
 """A model under conversion, run one block at a time: what each matrix is given as its input.
 
-The block is `bloomq.model.Block` and its layers are the CPU backend's, so a text's activations are
-those that the finished pack will have, rounding included. Invariant: memory is a few windows'
+The block is `bloomq.model.Block` and its layers are those of a backend, so a text's activations are
+those that the finished pack will have there, rounding included. Invariant: memory is a few windows'
 activations and one block's weights; the activations between blocks lie in a file.
 """
 
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bloomq.backends.numba_cpu.layers import NumbaBackend
 from bloomq.config import BloomConfig
 from bloomq.errors import NumericError
 from bloomq.layers import Activation, LayerNorm, Span
@@ -25,13 +24,13 @@ from bloomq.weights import Matrix, Norm
 
 from ..quantize import all_finite, quantize_block
 from ..source import Checkpoint, SourceTensor
+from .engine import Engine, X
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
-Sink = Callable[[F32], None]  # is given the inputs of a matrix, [M, K]
-StreamSink = Callable[[F32, F32], None]  # and the stream that its output is added to, [M, C]
+Sink = Callable[[X], None]  # is given the inputs of a matrix, [M, K], of the engine or NumPy's
+StreamSink = Callable[[X, X], None]  # and the stream that its output is added to, [M, C]
 _ROUNDED_ROWS = 1024
-_PIECE = 256  # tokens of one product
 STEP_TOKENS = 2048  # tokens of one step, at least one window: 134 MB of 7b1's widest activations
 
 
@@ -125,22 +124,22 @@ class _Tap:
     """In place of a linear: hands its input on and ends the step."""
 
     norm: LayerNorm
-    sink: Callable[[F32, Any], None]
+    sink: Callable[[X, Any], None]
 
-    def __call__(self, x: F32, add: F32 | None = None, delta: F32 | None = None) -> F32:
+    def __call__(self, x: X, add: X | None = None, delta: X | None = None) -> X:
         self.sink(self.norm(x), add)
         raise _Reached
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _InPieces:
-    """A linear, of a few rows at a time: of more, what they are rounded to leaves the caches, and a
-    product takes twice as long."""
+    """A linear of NumPy's arrays, of a few rows at a time."""
 
     inner: Any
+    at_once: int
 
     def __call__(self, x: F32, add: F32 | None = None, delta: F32 | None = None) -> F32:
-        pieces = [slice(at, at + _PIECE) for at in range(0, len(x), _PIECE)]
+        pieces = [slice(at, at + self.at_once) for at in range(0, len(x), self.at_once)]
         return np.concatenate(
             [self.inner(x[at], add=None if add is None else add[at]) for at in pieces]
         )
@@ -153,10 +152,10 @@ class _Tapped:
     """
 
     def __init__(
-        self, inner: NumbaBackend, name: str | None, sink: Callable[[F32, Any], None],
-        kept: Kept | None,
-    ) -> None:  # fmt: skip
-        self._inner, self._name, self._sink, self._kept = inner, name, sink, kept
+        self, engine: Engine, name: str | None, sink: Callable[[X, Any], None], kept: Kept | None
+    ) -> None:
+        self._inner, self._at_once = engine.layers, engine.at_once
+        self._name, self._sink, self._kept = name, sink, kept
         self._stage = 0 if kept is None else kept.stage
         self.tokens = slice(0)
 
@@ -171,7 +170,9 @@ class _Tapped:
             return _Tap(_unchanged if norm is None else self._inner.norm(norm), self._sink)
         if not weight.parts or (weight.name.endswith("attn.qkv") and self._stage):
             return _nothing
-        made = _InPieces(self._inner.linear(weight, bias, norm=norm, act=act))
+        made = self._inner.linear(weight, bias, norm=norm, act=act)
+        if self._at_once is not None:
+            made = _InPieces(made, self._at_once)
         return self._keeping(_OUT, made) if weight.name.endswith("attn.out") else made
 
     def attention(self, layer: int, n_head: int, head_dim: int) -> Any:
@@ -187,15 +188,15 @@ class _Tapped:
         if self._stage == stage:
             return lambda *arguments, **options: np.asarray(kept.rows[self.tokens])
 
-        def run(*arguments: Any, **options: Any) -> F32:
-            result: F32 = inner(*arguments, **options)
-            kept.rows[self.tokens], kept.stage = result, stage
+        def run(*arguments: Any, **options: Any) -> X:
+            result = inner(*arguments, **options)
+            kept.rows[self.tokens], kept.stage = self._inner.numpy(result), stage
             return result
 
         return run
 
 
-def _unchanged(x: F32) -> F32:
+def _unchanged(x: X) -> X:
     return x
 
 
@@ -204,11 +205,12 @@ def _nothing(*arguments: object, **options: object) -> None:
 
 
 class Runner:
-    """Runs windows of tokens, ids [B, T], through one layer at a time."""
+    """Runs windows of tokens, ids [B, T], through one layer at a time. Rows that it is given and
+    fills are NumPy's."""
 
-    def __init__(self, ids: I64, config: BloomConfig, threads: int | None) -> None:
+    def __init__(self, ids: I64, config: BloomConfig, engine: Engine) -> None:
         self.ids = ids
-        self._backend = NumbaBackend(threads, "f32")
+        self._engine, self._backend = engine, engine.layers
         self._one_layer = replace(config, n_layer=1)
         self._rows = max(1, STEP_TOKENS // ids.shape[1])
 
@@ -225,7 +227,7 @@ class Runner:
         norm = self._backend.norm(weights.norm("emb_ln"))
         index = np.array([table[token] for token in self.ids.reshape(-1).tolist()], np.int64)
         for tokens, _ in self.steps():
-            out[tokens] = norm(rows[index[tokens]])
+            out[tokens] = self.numpy(norm(rows[index[tokens]]))
 
     def inputs_of(
         self, name: str, layer: int, weights: UnderWay, x: F32, sink: Sink,
@@ -252,11 +254,15 @@ class Runner:
         """out [B * T, C]: what a block makes of x; may be x itself, or what is kept."""
         self._run(weights, layer, x, out, None, _ignore, kept)
 
+    def numpy(self, x: X) -> F32:
+        found: F32 = self._backend.numpy(x)
+        return found
+
     def _run(
         self, weights: UnderWay, layer: int, x: F32, out: F32 | None, name: str | None,
-        sink: Callable[[F32, Any], None], kept: Kept | None,
+        sink: Callable[[X, Any], None], kept: Kept | None,
     ) -> None:  # fmt: skip
-        tapped = _Tapped(self._backend, name, sink, kept)
+        tapped = _Tapped(self._engine, name, sink, kept)
         backend: Any = tapped
         block = Block(weights, backend, layer)
         cache = self._backend.cache(self._one_layer, self._rows, self.ids.shape[1])
@@ -265,24 +271,24 @@ class Runner:
                 cache.truncate(row, 0)
             tapped.tokens = tokens
             try:
-                result = block(np.ascontiguousarray(x[tokens]), cache, span)
+                result = block(self._engine.there(x[tokens]), cache, span)
             except _Reached:
                 continue
             assert out is not None
-            out[tokens] = result
+            out[tokens] = self.numpy(result)
 
     def final(self, weights: UnderWay, x: F32, sink: Sink) -> None:
         """Give `sink` what the head gets of the last block's output x."""
         norm = self._backend.norm(weights.norm("ln_f"))
         for tokens, _ in self.steps():
-            sink(norm(np.ascontiguousarray(x[tokens])))
+            sink(norm(self._engine.there(x[tokens])))
 
     def logits(self, weights: UnderWay, head: Matrix | None, x: F32) -> F32:
         """What a head makes of hidden states x [M, C]; None: what the last norm does."""
-        norm, x = weights.norm("ln_f"), np.ascontiguousarray(x)
+        norm, there = weights.norm("ln_f"), self._engine.there(x)
         if head is None:
-            return np.asarray(self._backend.norm(norm)(x))
-        return np.asarray(self._backend.linear(head, norm=norm)(x))
+            return self.numpy(self._backend.norm(norm)(there))
+        return self.numpy(self._backend.linear(head, norm=norm)(there))
 
 
 def places_of(wanted: I64) -> dict[int, int]:
@@ -290,5 +296,5 @@ def places_of(wanted: I64) -> dict[int, int]:
     return {token: place for place, token in enumerate(wanted.tolist())}
 
 
-def _ignore(x: F32, add: Any) -> None:
+def _ignore(x: X, add: Any) -> None:
     return None

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from bloomq.backends.numba_cpu.products import add_product
 from bloomq.errors import NumericError
 
+from .engine import Sums
 from .forward import Kept, Runner, UnderWay
-from .moments import Moments
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -64,7 +64,7 @@ class Wanted:
     that float32 holds them.
     """
 
-    def __init__(self, stream: F32, moments: Moments, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, stream: F32, moments: Sums, pool: ThreadPoolExecutor) -> None:
         self._stream, self._moments, self._pool, self._count = stream, moments, pool, 0
         self._centres: tuple[F32, F32] | None = None
         self._totals: tuple[F64, F64] | None = None
@@ -98,15 +98,25 @@ class Wanted:
         shift_r, shift_a = (total / self._count for total in self._totals)
         cross /= np.float32(self._count)
         cross -= np.outer(shift_r, shift_a).astype(np.float32)
-        if not np.isfinite(cross.sum(dtype=np.float64)):
-            raise NumericError(
-                "the checkpoint's own activations are not finite: it is damaged or overflows"
-            )
-        part = _DAMPING + _BY_COLUMNS * len(moment) / self._count
-        damping = np.float32(part * np.diag(moment).mean(dtype=np.float64) or 1.0)
+        check_finite(float(cross.sum(dtype=np.float64)))
+        damping = damping_of(np.diag(moment), self._count)
         cross += damping * w
         damped = moment.copy()
         damped[np.diag_indices(len(damped))] += damping
         found = np.ascontiguousarray(np.linalg.solve(damped, cross.T).T, np.float32)
         wanted = (self._centres[0] + shift_r).astype(np.float32)
         return found, wanted - np.einsum("nk,k->n", found, mean)
+
+
+def check_finite(total: float) -> None:
+    """Of what a matrix should add, summed up. Raises: NumericError."""
+    if not np.isfinite(total):
+        raise NumericError(
+            "the checkpoint's own activations are not finite: it is damaged or overflows"
+        )
+
+
+def damping_of(diagonal: F32, tokens: int) -> np.float32:
+    """diagonal: of the inputs' moment [K]."""
+    part = _DAMPING + _BY_COLUMNS * len(diagonal) / tokens
+    return np.float32(part * diagonal.mean(dtype=np.float64) or 1.0)

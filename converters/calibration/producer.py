@@ -7,8 +7,8 @@ into their biases. The embedding comes first in a pack; where it is the head too
 the hidden states that the checkpoint's own weights end in, which takes a pass over the text before
 all else.
 
-Invariant: the pieces depend on the checkpoint, the schemes, the token ids and the settings alone,
-not on where a run was interrupted.
+Invariant: the pieces depend on the checkpoint, the schemes, the token ids, the settings and the
+device alone, not on where a run was interrupted.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bloomq.backends.numba_cpu.threads import physical_cores
-from bloomq.config import WeightSpec, weight_specs
-from bloomq.schemes import ROW_MULTIPLE, Array, Scheme, get_scheme, round_up
+from bloomq.config import BloomConfig, WeightSpec, weight_specs
+from bloomq.schemes import Array, Scheme, get_scheme, round_up
 from bloomq.weights import Matrix
 
 from ..pieces import Piece, Producer, blocks, rounded_block
 from ..source import Checkpoint, SourceTensor
+from .engine import CPU, Device, Engine, X, threads_of
 from .forward import Kept, Runner, UnderWay, linears_of, places_of, rows_of
 from .look_up import look_up_moment
-from .making_up import SCHEMES, TOKENS_A_COLUMN, Wanted, stream_behind, writes_to_stream
-from .moments import Moments
+from .making_up import SCHEMES, TOKENS_A_COLUMN, stream_behind, writes_to_stream
 from .scratch import Scratch
 from .solver import DAMPING, SWEEPS, Solver
 from .text import spread
@@ -51,7 +50,7 @@ VERSION = 3  # raised whenever the same text and settings give other bytes
 LOOK_UP = 0.35
 HEAD_TOKENS = 8192  # of the text, for the hidden states that the head gets: C^2 moments, not 16 C^2
 _NEARLY_EXACT = get_scheme("int8")  # for these states: a quarter of float32's time
-SOLVED_BYTES = 256 << 20  # of float32 rows at a time; with their values twice that
+_PICKED_BYTES = 64 << 20  # of float32 rows of the table at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,37 +68,41 @@ class Settings:
 
 def calibrated(
     ids: I64, folder: Path, *, settings: Settings | None = None, threads: int | None = None,
-    progress: Progress = lambda done, total: None,
+    device: Device = CPU, progress: Progress = lambda done, total: None,
 ) -> Producer:  # fmt: skip
     """The producer that calibrates on windows of token ids [B, T].
 
-    folder: of its own, for activations: 4 bytes for each token and column, six times over; it is
-    gone when all weights are made. threads: None for one a core; no byte depends on them.
-    Raises (when it produces): NumericError, OutputError, UsageError, CheckpointError.
+    folder: of its own, for activations: see `scratch`; it is gone when all weights are made.
+    threads: None for one a core; no byte depends on them. device: that computes.
+    Raises (when it produces): NumericError, OutputError, UsageError, CheckpointError,
+    CapacityError where the device's memory is too small.
     """
-    return partial(_produce, ids, folder, settings or Settings(), threads, progress)
+    return partial(_produce, ids, folder, settings or Settings(), threads, device, progress)
 
 
 def _produce(
-    ids: I64, folder: Path, settings: Settings, threads: int | None, progress: Progress,
-    checkpoint: Checkpoint, schemes: Mapping[str, Scheme], done: Collection[str],
+    ids: I64, folder: Path, settings: Settings, threads: int | None, device: Device,
+    progress: Progress, checkpoint: Checkpoint, schemes: Mapping[str, Scheme],
+    done: Collection[str],
 ) -> Iterator[Piece]:  # fmt: skip
-    with ThreadPoolExecutor(threads or physical_cores()) as pool:
-        run = _Calibration(
-            ids, folder, settings, threads, progress, checkpoint, schemes, done, pool
-        )
-        yield from run.pieces()
+    key = _key(ids, settings, checkpoint, schemes, device)
+    with ThreadPoolExecutor(threads_of(threads)) as pool:
+        engine = device.engine(pool, threads)
+        run = _Calibration(ids, folder, key, settings, engine, progress, checkpoint, schemes, done)
+        with engine.watched():
+            yield from run.pieces()
     run.scratch.remove()
 
 
 def _key(
-    ids: I64, settings: Settings, checkpoint: Checkpoint, schemes: Mapping[str, Scheme]
-) -> str:
+    ids: I64, settings: Settings, checkpoint: Checkpoint, schemes: Mapping[str, Scheme],
+    device: Device,
+) -> str:  # fmt: skip
     """A digest of all that the activations depend on."""
     labels = {name: scheme.label for name, scheme in schemes.items()}
     known = checkpoint.provenance.get("fingerprint") or checkpoint.fingerprint
     text = hashlib.sha256(ids.tobytes()).hexdigest()
-    facts = [VERSION, known, labels, text, list(ids.shape), repr(settings)]
+    facts = [VERSION, known, labels, text, list(ids.shape), repr(settings), device.label]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -107,20 +110,18 @@ class _Calibration:
     """One run of the producer."""
 
     def __init__(
-        self, ids: I64, folder: Path, settings: Settings, threads: int | None, progress: Progress,
-        checkpoint: Checkpoint, schemes: Mapping[str, Scheme], done: Collection[str],
-        pool: ThreadPoolExecutor,
+        self, ids: I64, folder: Path, key: str, settings: Settings, engine: Engine,
+        progress: Progress, checkpoint: Checkpoint, schemes: Mapping[str, Scheme],
+        done: Collection[str],
     ) -> None:  # fmt: skip
         self._checkpoint, self._schemes, self._done = checkpoint, schemes, frozenset(done)
-        self._config, self._settings, self._pool = checkpoint.config, settings, pool
+        self._config, self._settings, self._engine = checkpoint.config, settings, engine
         self._specs = {spec.name: spec for spec in weight_specs(self._config)}
-        self._runner = Runner(ids, self._config, threads)
-        self._threads = threads
-        key = _key(ids, settings, checkpoint, schemes)
+        self._runner = Runner(ids, self._config, engine)
         self._tokens = ids.size
-        self._follows = any(map(self._makes_up, schemes))
-        streams = 2 if self._follows else 1
-        self.scratch = Scratch(folder, key, streams * ids.size, self._config.hidden_size)
+        self._making_up = making_up(self._config, schemes, settings, ids.size)
+        rows = streams(self._making_up) * ids.size
+        self.scratch = Scratch(folder, key, rows, self._config.hidden_size)
         self._report, self._work = progress, 0
 
     def pieces(self) -> Iterator[Piece]:
@@ -167,7 +168,7 @@ class _Calibration:
         x, weights = self.scratch.new(), UnderWay(self._checkpoint)
         out, followed = self._streams(x)
         self._runner.embed(weights, places_of(wanted), stored, out)
-        if self._follows:
+        if self._making_up:
             own = _picked(self._checkpoint.tensors["wte.weight"], wanted)
             self._runner.embed(weights, places_of(wanted), own, followed)
         self.scratch.keep(x, 0)
@@ -177,24 +178,24 @@ class _Calibration:
         of the text."""
         ids = spread(self._runner.ids)
         ids = ids[: max(1, HEAD_TOKENS // ids.shape[1])]
-        runner = Runner(ids, self._config, self._threads)
+        runner = Runner(ids, self._config, self._engine)
         weights, wanted = UnderWay(self._checkpoint), np.unique(ids)
         tensor = self._checkpoint.tensors["wte.weight"]
         x = np.empty((ids.size, self._config.hidden_size), np.float32)
         runner.embed(weights, places_of(wanted), _picked(tensor, wanted), x)
         for layer in range(self._config.n_layer):
-            weights.add_rounded(linears_of(layer), _NEARLY_EXACT, self._pool)
+            weights.add_rounded(linears_of(layer), _NEARLY_EXACT, self._engine.pool)
             runner.through(layer, weights, x, x)
             weights.drop(linears_of(layer))
-        moments = Moments(self._pool)
+        moments = self._engine.moments()
         runner.final(weights, x, moments.add)
-        return moments.result(central=False)[1]
+        return runner.numpy(moments.result(central=False)[1])
 
     def _after_blocks(self) -> Iterator[Piece]:
         yield from self._as_stored("ln_f")
         for spec in weight_specs(self._config)[-1:]:
             if spec.kind == "head" and not self._schemes[spec.name].is_float:
-                moments = Moments(self._pool)
+                moments = self._engine.moments()
                 x, _ = self._streams(self.scratch.open(self._config.n_layer))
                 self._runner.final(UnderWay(self._checkpoint), x, moments.add)
                 moment = moments.result(central=False)[1]
@@ -220,15 +221,15 @@ class _Calibration:
         new, weights = self.scratch.new(), UnderWay(self._checkpoint)
         out, wanted = self._streams(new)
         kept, followed, exact = Kept(out), Kept(wanted), UnderWay(self._checkpoint)
-        if self._follows:
-            exact.add_rounded(linears_of(layer), _NEARLY_EXACT, self._pool)
+        if self._making_up:
+            exact.add_rounded(linears_of(layer), _NEARLY_EXACT, self._engine.pool)
         for spec in self._specs.values():
             if not spec.name.startswith(f"h.{layer}."):
                 continue
             if not spec.is_matrix:
                 yield from self._as_stored(spec.name)
                 continue
-            if self._follows and writes_to_stream(spec.name):
+            if self._making_up and writes_to_stream(spec.name):
                 stream_behind(spec.name, layer, exact, own, self._runner, followed)
             for piece in self._linear(spec, layer, weights, x, kept, wanted):
                 if spec.name not in self._done:
@@ -240,24 +241,17 @@ class _Calibration:
         """Of the weights as they are stored, and of the checkpoint's own, if it is followed."""
         return both[: self._tokens], both[self._tokens :]
 
-    def _makes_up(self, name: str) -> bool:
-        """Not where the tokens are few: see `making_up.TOKENS_A_COLUMN`."""
-        enough = self._tokens >= TOKENS_A_COLUMN * self._specs[name].shape[1]
-        possible = writes_to_stream(name) and enough
-        asked = self._settings.correct_bias and self._settings.make_up
-        return possible and asked and self._schemes[name].name in SCHEMES
-
     def _linear(
         self, spec: WeightSpec, layer: int, weights: UnderWay, x: F32, kept: Kept, wanted: F32
     ) -> Iterator[Piece]:
         """The pieces of a matrix and its bias, which `weights` then has. x: the block's input;
         kept: what it has made of that; wanted: the checkpoint's own stream behind the matrix."""
         name, key, parts = spec.name, f"{spec.name}.bias", dict[str, list[Array]]()
-        moments, n = Moments(self._pool), spec.shape[0]
+        moments, n = self._engine.moments(), spec.shape[0]
         rows = partial(rows_of, self._checkpoint.tensors[f"{name}.weight"])
         bias = np.zeros(round_up(n, 32), np.float32)
-        if self._makes_up(name):
-            target = Wanted(wanted, moments, self._pool)
+        if name in self._making_up:
+            target = self._engine.wanted(wanted, moments)
             self._runner.stream_at(name, layer, weights, x, target.add, kept)
             mean, moment = moments.result(central=True)
             w, bias[:n] = target.weights(rows(0, n), mean, moment)
@@ -281,14 +275,14 @@ class _Calibration:
         yield Piece(name, {key: bias}, self._checkpoint.tensors[key].nbytes)
 
     def _solved(
-        self, name: str, rows: Rows, moment: F32, damping: float
+        self, name: str, rows: Rows, moment: X, damping: float
     ) -> Iterator[tuple[Piece, int, F32]]:
         """(piece, first row, values [n, K]) of some rows of a matrix at a time."""
         tensor = self._checkpoint.tensors[f"{name}.weight"]
         total, k = tensor.shape
-        step = max(ROW_MULTIPLE, SOLVED_BYTES // (4 * k) // ROW_MULTIPLE * ROW_MULTIPLE)
+        step = self._engine.solved_rows(k)
         solver = Solver(
-            moment, self._schemes[name], self._pool, name=tensor.name, damping=damping,
+            moment, self._schemes[name], self._engine, name=tensor.name, damping=damping,
             sweeps=self._settings.sweeps,
         )  # fmt: skip
         for start in range(0, total, step):
@@ -299,6 +293,25 @@ class _Calibration:
             yield Piece(name, arrays, nbytes), start, solved.values
 
 
+def making_up(
+    config: BloomConfig, schemes: Mapping[str, Scheme], settings: Settings, tokens: int
+) -> frozenset[str]:
+    """The matrices that make up for errors before them. Not where the tokens are few: see
+    `TOKENS_A_COLUMN`."""
+    if not (settings.correct_bias and settings.make_up):
+        return frozenset()
+    return frozenset(
+        spec.name for spec in weight_specs(config)
+        if writes_to_stream(spec.name) and schemes[spec.name].name in SCHEMES
+        and tokens >= TOKENS_A_COLUMN * spec.shape[1]
+    )  # fmt: skip
+
+
+def streams(making_up: Collection[str]) -> int:
+    """That go along: of the weights as they are stored, and of the checkpoint's own."""
+    return 2 if making_up else 1
+
+
 def _rows(w: F32, start: int, stop: int) -> F32:
     return w[start:stop]
 
@@ -306,7 +319,7 @@ def _rows(w: F32, start: int, stop: int) -> F32:
 def _picked(tensor: SourceTensor, wanted: I64) -> F32:
     """Rows `wanted`, ascending, of a table that is read a block at a time."""
     total, k = tensor.shape
-    picked, step = np.empty((len(wanted), k), np.float32), max(1, SOLVED_BYTES // (16 * k))
+    picked, step = np.empty((len(wanted), k), np.float32), max(1, _PICKED_BYTES // (4 * k))
     for start in range(0, total, step):
         here = (wanted >= start) & (wanted < start + step)
         if here.any():

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bloomq.errors import OutputError
 
 F32 = NDArray[np.float32]
-ACTIVATIONS = 6  # rows of so many times the tokens at once, at most
+FILES = 3  # at once, at most: of the block before, of this one, and what the next one gets
 
 
 class Scratch:

@@ -9,6 +9,7 @@ outputs, since the divergence is quadratic in these while they are small.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from bloomq.weights import Matrix
 from ..quantize import quantize_block
 from ..source import Checkpoint
 from .budget import CANDIDATES
+from .engine import CPU, Device, Engine, X, threads_of
 from .forward import Runner, UnderWay, linears_of, places_of, rows_of
 from .scratch import Scratch
 
@@ -40,17 +42,20 @@ _HEAD_TOKENS = 64  # of logits at a time: 64 MB of 250,880
 
 def measure(
     checkpoint: Checkpoint, ids: I64, folder: Path, *, threads: int | None = None,
-    progress: Progress = lambda done, total: None,
+    device: Device = CPU, progress: Progress = lambda done, total: None,
 ) -> dict[str, dict[Scheme, float]]:  # fmt: skip
     """What each matrix costs in each of CANDIDATES: nats of KL divergence a token, from the model
     in int8 to that with this matrix rounded to nearest.
 
     ids: windows [B, T], of which the first TOKENS tokens are used; folder: of its own, for the
     versions: 4 bytes for each of these tokens, column and matrix; it is gone in the end.
-    Raises: NumericError, OutputError, CheckpointError.
+    Raises: NumericError, OutputError, CheckpointError, CapacityError.
     """
     ids = ids[: max(1, TOKENS // ids.shape[1])]
-    return _Sweep(checkpoint, ids, folder, threads, progress).costs()
+    with ThreadPoolExecutor(threads_of(threads)) as pool:
+        engine = device.engine(pool, threads)
+        with engine.watched():
+            return _Sweep(checkpoint, ids, folder, engine, progress).costs()
 
 
 @dataclass(slots=True, eq=False)
@@ -64,11 +69,10 @@ class _Probe:
 
 class _Sweep:
     def __init__(
-        self, checkpoint: Checkpoint, ids: I64, folder: Path, threads: int | None,
-        progress: Progress,
-    ) -> None:  # fmt: skip
+        self, checkpoint: Checkpoint, ids: I64, folder: Path, engine: Engine, progress: Progress
+    ) -> None:
         self._checkpoint, self._config = checkpoint, checkpoint.config
-        self._runner = Runner(ids, checkpoint.config, threads)
+        self._runner = Runner(ids, checkpoint.config, engine)
         self._report = progress
         names = [s.name for s in weight_specs(self._config) if s.kind in ("embedding", "linear")]
         self._names = [name for name in names if name != "wte"]
@@ -136,7 +140,7 @@ class _Sweep:
         """Take all versions that have begun through a block, and begin those of its matrices."""
         weights, found = UnderWay(self._checkpoint), {}
         for name in linears_of(layer):
-            squares = _Squares()
+            squares = _Squares(self._runner)
             self._runner.inputs_of(name, layer, weights, versions[0], squares.add)
             found[name] = self._probe(name, squares.mean())
             weights.matrices[name] = found[name].rest
@@ -183,12 +187,14 @@ class _Sweep:
 class _Squares:
     """The mean square of each column of rows that come a few at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
         self._total: F64 | None = None
         self._count = 0
 
-    def add(self, x: F32) -> None:
-        total = np.einsum("mk,mk->k", x, x, dtype=np.float64)
+    def add(self, x: X) -> None:
+        there = self._runner.numpy(x)
+        total = np.einsum("mk,mk->k", there, there, dtype=np.float64)
         self._total = total if self._total is None else self._total + total
         self._count += len(x)
 
