@@ -22,6 +22,7 @@ from bloomq.backends.cuda.top import best_of, logsumexp, row_sums
 from bloomq.config import BloomConfig
 from bloomq.errors import BackendError, UsageError
 from bloomq.layers import (
+    GPU_STEP_TOKENS,
     SURVEYED_ROWS,
     Activation,
     Attention,
@@ -51,6 +52,7 @@ class CudaBackend:
     """
 
     name = "cuda"
+    step_tokens = GPU_STEP_TOKENS
 
     def __init__(
         self,

@@ -56,7 +56,7 @@ class Epilogue:
         if delta is not None:
             y = y.add_(delta)
         if self.act == "gelu":
-            y = F.gelu(y, approximate="tanh")
+            y = torch.ops.aten.gelu_(y, approximate="tanh")
         return y if add is None else y.add_(add)
 
 

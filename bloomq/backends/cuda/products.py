@@ -139,7 +139,7 @@ class RestoredProduct:
 
     def _part(self, x: Tensor, stored: Stored) -> Tensor:
         if stored.scheme.name == "int8":  # its codes are exact in 16 bits, its scales are not
-            return multiply(x, codes_of(stored, self._dtype)) * stored.scales
+            return multiply(x, codes_of(stored, self._dtype)).mul_(stored.scales)
         return multiply(x, restored(stored, self._dtype))
 
 
