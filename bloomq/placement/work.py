@@ -21,9 +21,10 @@ CONTEXT_BYTES = 600 * _MIB
 # of. Source: BLOCK_BYTES of backends/cuda/stored.py.
 _LOADING_BYTES = 5 * (32 * _MIB)
 # Of a token, for each of C, where a step has most: as mlp.down's input [4C] is narrowed. In float32
-# the residual, that input and, scaled to fit float16, another of it; then in 16 bits. Where int8
-# matrices want it rounded by groups two more, of quotients and of whole numbers.
-_STEP_BYTES_OF_C, _ROUNDED_STEP_BYTES_OF_C = 4 * (1 + 4 + 4) + 2 * 4, 4 * (1 + 4 + 4 + 4)
+# the residual and a product; and of what a rank has its share of, that input and, scaled to fit
+# float16, another of it, then in 16 bits. Where int8 matrices want it rounded by groups: the input,
+# whole numbers, and what these restore.
+_WHOLE_BYTES, _SHARE_BYTES, _ROUNDED_SHARE_BYTES = 4 * (1 + 1), 4 * (4 + 4) + 2 * 4, 4 * (4 + 4 + 4)
 # Attention's biases of a block of queries, in float16 or as a float32 cache's; and what they are
 # made of for all heads at once: int64 and float32 distances. Source: backends/cuda/attention.py.
 _BLOCK_BIASES, _DISTANCE_BYTES = 1 << 26, 8 + 4
@@ -73,12 +74,13 @@ def work(
     tokens = min(most, batch * context)  # more go in several steps
     schemes = tuple(schemes)
     rounds = any(scheme.name == "int8" for scheme in schemes)
-    of_token = config.hidden_size * (_ROUNDED_STEP_BYTES_OF_C if rounds else _STEP_BYTES_OF_C)
+    heads = config.n_head if heads is None else heads
+    of_share = (_ROUNDED_SHARE_BYTES if rounds else _SHARE_BYTES) * config.head_dim * heads
+    of_token = _WHOLE_BYTES * config.hidden_size + of_share
     vocabulary = config.vocab_size * has_head
     logits = vocabulary * _logits_bytes(batch)
     if kind == "cpu":
         return Work(_CPU_LIBRARIES_BYTES, tokens * of_token, logits, 0)
-    heads = config.n_head if heads is None else heads
     restored = max(_restored_bytes(config, scheme, heads) for scheme in schemes)
     attention = _attention_bytes(config, min(tokens, context), context, cache_dtype, heads)
     step = max(
