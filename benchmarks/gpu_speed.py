@@ -12,7 +12,6 @@ from gpu_loading import beside_plan, used_bytes
 from gpu_peers import BF16, BF16_SDPA, INT8, INT8_PLAIN, NF4, Setting, makers
 from gpu_run import Engine, Run, built, in_turns, report, status_mb
 
-from bloomq.forward import STEP_TOKENS
 from bloomq.layers import CacheDtype
 
 # 4 bits, 2,048 tokens x 4, on a device that has little room beside them: the first that fits.
@@ -78,7 +77,7 @@ def decode_176b(run: Run) -> None:
         try:
             engine = Bloomq(
                 run, model, scheme, sizes.big_batch, sizes.context, cache_dtype=cache_dtype,
-                drawn=False, step_tokens=STEP_TOKENS,
+                drawn=False,
             )  # fmt: skip
             run.wait()
             load_s, rss_mb = perf_counter() - started, status_mb("VmHWM")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -78,6 +79,12 @@ class CudaBackend:
         narrow = _narrow(compute_dtype, self.device)
         self._how = Arithmetic(self.device, narrow, kernels, activations, outlier_threshold)
         self._loader = Loader(self.device)
+        missing = self._how.without_triton()
+        if missing is not None and kernels == "triton":
+            raise BackendError(f"kernels is 'triton', which cannot compile: {missing}: use auto")
+        if missing is not None:
+            said = f"Triton's kernels cannot be compiled, decoding is slower: {missing}"
+            warnings.warn(said, stacklevel=2)
 
     @property
     def description(self) -> str:

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 
-from bloomq.backends.cuda.device import import_bitsandbytes
+from bloomq.backends.cuda.device import import_bitsandbytes, why_no_triton
 from bloomq.backends.cuda.stored import Stored, codes_of, restored
 from bloomq.schemes import Scheme
 
@@ -79,8 +79,17 @@ class Arithmetic:
 
     @property
     def _compiles(self) -> bool:
+        new_enough = torch.cuda.get_device_capability(self.device) >= (8, 0)
+        return new_enough and why_no_triton() is None
+
+    def without_triton(self) -> str | None:
+        """Why kernels of Triton that are installed, and should run on this GPU, do not; None where
+        they do or nobody asks for them."""
+        if self.device.type == "cpu" or self.kernels in ("torch", "bitsandbytes"):
+            return None
         there = importlib.util.find_spec("triton") is not None
-        return there and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        new_enough = torch.cuda.get_device_capability(self.device) >= (8, 0)
+        return why_no_triton() if there and new_enough else None
 
     def dtype(self, scheme: Scheme) -> torch.dtype:
         """Of a product's inputs: a float's own where the device computes with it."""
