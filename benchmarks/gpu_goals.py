@@ -145,6 +145,15 @@ GOALS = (
 )  # fmt: skip
 
 
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Of rows that say the same with more samples each time, the last alone."""
+    last = {(row["section"], row["what"]): i for i, row in enumerate(rows) if "step_s" in row}
+    return [
+        row for i, row in enumerate(rows)
+        if last.get((row["section"], row["what"]), i) == i or "step_s" not in row
+    ]  # fmt: skip
+
+
 def table(rows: Sequence[Row], *, meaning: bool) -> list[str]:
     """Markdown lines: a row for each goal. meaning: False for a dry run, which judges nothing."""
     lines = ["| what | goal | measured | met |", "|---|---|---|---|"]

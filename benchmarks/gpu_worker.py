@@ -23,6 +23,7 @@ from gpu_speed import batch_7b1, decode_7b1, decode_176b, decode_560m, prefill_7
 from gpu_ways import ways
 
 import bloomq
+from bloomq.backends.cuda.device import why_no_triton
 
 
 def machine(run: Run) -> None:
@@ -42,6 +43,8 @@ def machine(run: Run) -> None:
             "capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda,
             "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }  # fmt: skip
+    if run.device.type == "cuda" and (missing := why_no_triton()) is not None:
+        run.emit("Triton", failed=f"its kernels are not used: {missing}")
     run.emit(
         "machine", **facts, cpu=cpu_name(), python=platform.python_version(), **versions,
         bloomq=bloomq.__version__, commit=_said("git", "describe", "--always", "--dirty"),

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,38 @@ def test_every_engine_is_sampled_in_every_round_and_reported(run: Run, tmp_path:
     assert [row["what"] for row in rows] == ["bloomq nf4", *makers]
     assert all(len(row["step_s"]) == run.sizes.repeat for row in rows)
     assert all(row["tokens_per_s"] > 0 and row["step_gb"] >= 0 for row in rows)
+
+
+def test_figures_are_said_after_every_round_and_the_latest_count(run: Run, tmp_path: Path):
+    run.sizes = replace(run.sizes, repeat=3)
+    engine = Bloomq(run, "tiny", "nf4", 1, 16)
+    engines = {"bloomq nf4": engine}
+    in_turns(run, engines, lambda _: 0.5, lambda found: report(run, "tiny", 1, 9, engines, found))
+    rows = [row for row in rows_of(tmp_path) if "tokens_per_s" in row]
+    assert [len(row["step_s"]) for row in rows] == [1, 2, 3]
+    failed = {"section": "decode", "what": "bloomq nf4", "failed": "out of memory"}
+    assert gpu_goals.latest([*rows, failed]) == [rows[2], failed]
+
+
+def test_tests_are_counted_as_pytest_says_them_with_workers_and_without():
+    said = (
+        "test_a.py::test_b[cuda:0-f16] PASSED   [ 50%]\n"
+        "test_a.py::test_c FAILED   [100%]\n"
+        "[gw1] [  3%] PASSED test_a.py::test_b \n[gw0] [ 99%] SKIPPED test_a.py::test_d \n"
+        "FAILED test_a.py::test_c - assert PASSED\n1 failed, 2 passed in 3.1s\n"
+    )
+    assert gpu_figures.counted(said) == {"passed": 2, "failed": 1, "skipped": 1}
+
+
+def test_a_machine_without_pytest_has_a_line_that_says_so(tmp_path: Path, monkeypatch):
+    job = gpu_figures.Job(tmp_path, tmp_path, "cpu", tiny=True)
+    missing = tmp_path / "python"
+    missing.write_text("#!/bin/sh\necho python: No module named pytest\nexit 1\n")
+    missing.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(missing))
+    gpu_figures.run(job, "conformance", time.monotonic() + 60)
+    (row,) = rows_of(tmp_path)
+    assert row["failed"] == "python: No module named pytest (exit code 1, log.txt)"
 
 
 def test_an_engine_that_fails_costs_only_its_own_row(run: Run, tmp_path: Path):
