@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gpu_goals import figures, latest, table, ways_table
+from gpu_goals import cuts_table, figures, latest, table, ways_table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -36,7 +36,7 @@ ROWS = "figures.jsonl"
 LIMITS = {
     "machine": 40, "conformance": 150, "parity": 60, "greedy": 90, "decode": 150, "big": 150,
     "prefill": 60, "batch": 90, "small": 60, "load": 90, "memory": 60, "profile": 60,
-    "ways": 60,
+    "ways": 100, "cuts": 120,
 }  # fmt: skip
 # Tests that use a GPU where there is one; the backend's others are the CPU's anywhere.
 ON_GPU = (
@@ -72,6 +72,7 @@ class Job:
             *figures(rows),
             "",
             *ways_table(rows),
+            *cuts_table(rows),
             *table(rows, meaning=not self.tiny),
             "",
         ]

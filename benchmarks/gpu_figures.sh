@@ -23,8 +23,10 @@
 #     worth its time before that.
 #  2. SECTIONS="machine conformance parity greedy" (3 minutes): right before fast. The table says
 #     which fail; log.txt has pytest's output.
-#  3. SECTIONS="ways decode profile" (4 minutes): 7b1 at batch 1 decides the most goals; where one is
-#     missed, the profile says which kernels to look at, and the ways whether another was faster.
+#  3. SECTIONS="decode cuts profile ways" (6 minutes): 7b1 at batch 1 decides the most goals; where
+#     one is missed, the profile says which kernels to look at, the ways whether another was faster,
+#     and the cuts, which are lines to put into CUTS of bloomq/backends/cuda/triton_products.py,
+#     what other sizes of blocks would give.
 #  4. SECTIONS="big memory" (4 minutes): 176B in 4 bits, and the plan against what is really held.
 #  5. Everything, for the figures to publish (10 minutes): one run, one table.
 #

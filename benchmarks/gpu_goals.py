@@ -220,6 +220,17 @@ def ways_table(rows: Sequence[Row]) -> list[str]:
     return [head, "|---" * (1 + len(counts)) + "|", *lines, ""] if found else []
 
 
+def cuts_table(rows: Sequence[Row]) -> list[str]:
+    """Markdown lines: what to put into `triton_products.CUTS`, beside what is there now."""
+    found = [row for row in rows if "cut_us" in row]
+    lines = [
+        f"    {row['line']}  # {row['tokens']} tokens: {row['cut_us']} us, {row['cut_gb_s']} GB/s; "
+        f"now {row['now_us']} us"
+        for row in found
+    ]
+    return ["```python", *lines, "```", ""] if found else []
+
+
 def _row(rows: Sequence[Row], what: str) -> Row:
     """The row of that name. Raises: Unmeasured with the reason that another row gives."""
     for row in rows:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from gpu_correct import greedy, parity
+from gpu_cuts import cuts
 from gpu_loading import load, memory
 from gpu_profile import profile
 from gpu_run import Run
@@ -77,6 +78,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "memory": memory,
     "profile": profile,
     "ways": ways,
+    "cuts": cuts,
 }
 
 

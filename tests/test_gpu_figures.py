@@ -19,6 +19,7 @@ pytest.importorskip("bitsandbytes")
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
+import gpu_cuts  # noqa: E402
 import gpu_figures  # noqa: E402
 import gpu_goals  # noqa: E402
 import gpu_loading  # noqa: E402
@@ -196,6 +197,29 @@ def test_every_way_to_a_product_that_runs_here_is_timed(run: Run, tmp_path: Path
     assert "| int8 by torch" in named
     assert "| nf4 by bitsandbytes" in named
     assert len(named) == len(gpu_ways.SCHEMES) * (len(gpu_ways.WAYS) - 1)  # Triton wants a GPU
+
+
+def test_cuts_are_measured_and_the_fastest_is_a_line_of_the_table(run: Run, tmp_path, monkeypatch):
+    products = pytest.importorskip("bloomq.backends.cuda.triton_products")
+    times = iter([3.0, 2.0, 1.0, 4.0])
+
+    def timed(run: Run, work: Any) -> float:
+        work()
+        return next(times)
+
+    monkeypatch.setattr(gpu_cuts, "_seconds", timed)
+    gpu_cuts.cuts(run)
+    rows = rows_of(tmp_path)
+    assert not [row for row in rows if "failed" in row]
+    named = [row["what"] for row in rows if "cut_us" in row]
+    assert named == ["cut of ('int8', 'tile')", "cut of ('int4', 'one')"]
+    lines = gpu_goals.cuts_table(rows)[1:-2]
+    table: dict[Any, Any] = eval("\n".join(["{", *lines, "}"]), {"Blocks": products.Blocks})
+    # Of the first the other candidate was faster, of the second what is there now.
+    assert table == {
+        ("int8", "tile"): gpu_cuts.candidates("int8", 1, torch.int8)[1],
+        ("int4", "one"): products.CUTS["int4", "one"],
+    }
 
 
 # -- goals -----------------------------------------------------------------------------------------

@@ -104,7 +104,12 @@ def blocks_for(scheme: str, m: int, n: int, k: int, dtype: torch.dtype = torch.b
     activations' tiles take more of the shared memory than the weights': one fewer ahead and half as
     many columns leave int4's within the 99 KB of the GPUs that have least.
     """
-    cut, pieces = CUTS[case_of(scheme, m, dtype)], k // IN_16_BYTES[scheme]
+    return fitted(CUTS[case_of(scheme, m, dtype)], scheme, m, n, k, dtype)
+
+
+def fitted(cut: Blocks, scheme: str, m: int, n: int, k: int, dtype: torch.dtype) -> Blocks:
+    """A line of CUTS for a matrix of this size: see `blocks_for`."""
+    pieces = k // IN_16_BYTES[scheme]
     if m <= BY_HAND and dtype != torch.int8:
         rows = cut.rows if n >= cut.rows * PROGRAMS else min(4, cut.rows)
         wide = min(cut.pieces, triton.next_power_of_2(pieces))
