@@ -19,6 +19,7 @@ from gpu_run import Run
 from gpu_ways import AGAIN, again, recorded
 from gpu_weights import RandomWeights
 
+from bloomq.backends.cuda.device import why_no_triton
 from bloomq.backends.cuda.stored import Stored
 from bloomq.weights import Matrix
 
@@ -33,7 +34,8 @@ CASES = (
 
 def cuts(run: Run) -> None:
     """A row for each candidate, and of each case the fastest as a line of the table."""
-    if run.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and (run.device.type == "cpu" or why_no_triton() is not None):
         return  # there is nothing to run them
     for scheme, m, rounds in CASES[:2] if run.tiny else CASES:
         try:
