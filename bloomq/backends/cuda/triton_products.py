@@ -35,6 +35,7 @@ IN_16_BYTES = {"int4": 32, "nf4": 32, "int8": 16, "int6": 16, "f32": 4, "f16": 8
 Kind = Literal["int4", "nf4", "byte", "float"]
 Case = Literal["one", "few", "tile", "wide"]
 _MAGIC = 0x4B000000  # 2^23 as float32
+_MOST_ROWS = 65535  # of a grid's second dimension
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +313,31 @@ def product(
             ACT=act, SPLITS=cut.splits, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return out
+
+
+def finished_in_place(
+    y: torch.Tensor,
+    *,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    act: Literal["gelu"] | None,
+    delta: torch.Tensor | None,
+    add: torch.Tensor | None,
+) -> torch.Tensor:
+    """act(y * scales + bias + delta) + add in the place of y, float32 [M, N], for any M; scales:
+    float32 [N]. Bytes: each of them once."""
+    m, n = y.shape
+    delta, add = (None if one is None else one.contiguous() for one in (delta, add))
+    # As many programs in the second dimension as a grid may have.
+    for first in range(0, m, _MOST_ROWS):
+        rows = slice(first, min(first + _MOST_ROWS, m))
+        mine = y[rows]
+        of_rows = (None if one is None else one[rows] for one in (delta, add))
+        finish[(triton.cdiv(n, 1024), len(mine))](
+            mine, mine, scales, bias, *of_rows, len(mine), n,
+            ACT=act, SPLITS=1, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    return y
 
 
 # -- the same in plain torch -----------------------------------------------------------------------
