@@ -13,11 +13,9 @@ from gpu_weights import CODE_DEVIATION, DEVIATION, RandomWeights, config_of
 from bloomq.backends.cuda.layers import CudaBackend
 from bloomq.backends.cuda.stored import Loader, Stored
 from bloomq.heads import Head
-from bloomq.layers import Cache, CacheDtype, Span
+from bloomq.layers import Cache, CacheDtype, Span, step_tokens
 from bloomq.schemes import ROW_MULTIPLE
 from bloomq.weights import Matrix
-
-STEP_TOKENS = 2048  # of prompts in one step, unless said: a prompt of that length, or 32 of 64
 
 
 class DrawnLoader:
@@ -58,16 +56,14 @@ class DrawnLoader:
 
 class Bloomq:
     """A published model, or "tiny", in one scheme. drawn: on the device; else its weights come from
-    the host, as a pack's do, which takes as long as loading one. step_tokens: of a prompt in one
-    step."""
+    the host, as a pack's do, which takes as long as loading one."""
 
     is_peer = False
 
     def __init__(
         self, run: Run, model: str, scheme: str, batch: int, capacity: int,
-        *, cache_dtype: CacheDtype = "f16", drawn: bool = True, step_tokens: int = STEP_TOKENS,
+        *, cache_dtype: CacheDtype = "f16", drawn: bool = True,
     ) -> None:  # fmt: skip
-        self._step_tokens = step_tokens
         self.name = f"bloomq {scheme}"
         weights = RandomWeights(model, scheme)
         self.backend = CudaBackend(str(run.device), cache_dtype)
@@ -86,14 +82,14 @@ class Bloomq:
 
     def start(self, ids: np.ndarray[Any, Any]) -> None:
         """ids [B, T] in steps of whole rows, or of pieces of one."""
-        batch, length = ids.shape
+        (batch, length), most = ids.shape, step_tokens(self.backend)
         for row in range(batch):
             self.cache.truncate(row, 0)
-        rows = max(1, self._step_tokens // length)
+        rows = max(1, most // length)
         for first in range(0, batch, rows):
             some = list(range(first, min(first + rows, batch)))
-            for at in range(0, length, self._step_tokens):
-                piece = ids[some, at : at + self._step_tokens]
+            for at in range(0, length, most):
+                piece = ids[some, at : at + most]
                 span = Span.of(some, [piece.shape[1]] * len(some))
                 logits = self.head.step(piece.reshape(-1), self.cache, span, span.last)
             self._ids[some] = self.backend.top(logits, 1).ids[:, 0]

@@ -12,6 +12,7 @@ DIR/table.md is written anew after every section; DIR/log.txt has everything tha
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -20,11 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from gpu_goals import figures, table, ways_table
+from gpu_goals import cuts_table, figures, latest, table, ways_table
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -32,10 +34,15 @@ ROWS = "figures.jsonl"
 # Seconds that a section may take, in the order of what is wanted most when time is short. Together
 # more than there are: few need theirs.
 LIMITS = {
-    "machine": 40, "conformance": 150, "parity": 60, "greedy": 90, "decode": 120, "big": 150,
+    "machine": 40, "conformance": 150, "parity": 60, "greedy": 90, "decode": 150, "big": 150,
     "prefill": 60, "batch": 90, "small": 60, "load": 90, "memory": 60, "profile": 60,
-    "ways": 60,
+    "ways": 100, "cuts": 120,
 }  # fmt: skip
+# Tests that use a GPU where there is one; the backend's others are the CPU's anywhere.
+ON_GPU = (
+    "conformance", "cuda_attention", "cuda_steps", "triton_products", "triton_attention",
+    "triton_norm",
+)  # fmt: skip
 LEAST_SECONDS = 10  # less is not worth a start
 GRACE_SECONDS = 15  # beyond its limit, for the round that is under way
 
@@ -58,13 +65,14 @@ class Job:
             file.write(json.dumps({"section": section, "what": what, **facts}) + "\n")
 
     def write_table(self) -> str:
-        rows = self.rows()
+        rows = latest(self.rows())
         title = ["Dry run on tiny shapes: no figure means anything.", ""] if self.tiny else []
         lines = [
             *title,
             *figures(rows),
             "",
             *ways_table(rows),
+            *cuts_table(rows),
             *table(rows, meaning=not self.tiny),
             "",
         ]
@@ -137,24 +145,35 @@ def work(job: Job, section: str, log: IO[str], seconds: float) -> str:
 
 
 def conformance(job: Job, log: IO[str], seconds: float) -> str:
-    """The backend's tests, on the device under test; a row with how many passed."""
+    """The backend's tests, on the device under test; a row with how many passed, also of a run that
+    was ended for its time."""
     on_gpu = job.device != "cpu"
-    tests = [ROOT / "tests/test_conformance.py"]
-    tests += sorted([*ROOT.glob("tests/test_cuda*.py"), *ROOT.glob("tests/test_triton*.py")])
     wanted = "(cuda or triton) and not cuda-cpu" if on_gpu else "says_what and cuda-cpu"
+    workers = min(8, len(os.sched_getaffinity(0))) if importlib.util.find_spec("xdist") else 0
     command = [
-        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted,
-        *map(str, tests if on_gpu else tests[:1]),
+        sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", wanted,
+        *(["-n", str(workers)] if on_gpu and workers else []),
+        *(str(ROOT / f"tests/test_{name}.py") for name in (ON_GPU if on_gpu else ON_GPU[:1])),
     ]  # fmt: skip
     start = (job.out / "log.txt").stat().st_size
     code = finish(command, log, seconds)
     text = (job.out / "log.txt").read_text(errors="replace")[start:]
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", text)}
-    job.emit(
-        "conformance", f"pytest -k {wanted!r}", **counts,
-        correct=code == 0 and counts.get("passed", 0) > 0,
-    )  # fmt: skip
-    return f"ended after its {seconds:.0f} s" if code is None else ""
+    counts = counted(text)
+    if counts:
+        job.emit(
+            "conformance", f"pytest -k {wanted!r}", **counts,
+            correct=code == 0 and counts.get("passed", 0) > 0,
+        )  # fmt: skip
+    if code is None:
+        return f"ended after its {seconds:.0f} s, until then {counts or 'no test'}"
+    return "" if counts else f"{last_line(job.out / 'log.txt')} (exit code {code}, log.txt)"
+
+
+def counted(text: str) -> dict[str, int]:
+    """How many tests passed, failed and so on, of what pytest has said so far with -v: "test.py::it
+    PASSED [ 1%]", or of several workers "[gw1] [ 1%] PASSED test.py::it"."""
+    words = r"(?m)^(?:\S+::.* |\[gw\d+\] \[ *\d+%\] )(PASSED|FAILED|ERROR|SKIPPED)\b"
+    return dict(Counter(word.lower() for word in re.findall(words, text)))
 
 
 def finish(command: list[str], log: IO[str], seconds: float) -> int | None:

@@ -9,7 +9,8 @@
 #     bash benchmarks/gpu_figures.sh --dry-run [OUT]  the same code without a GPU: no figure counts
 #
 # Needs torch for CUDA, triton, transformers, bitsandbytes >= 0.50, pytest, and what bloomq needs; a
-# package that is missing is a line in the table, not the end. The GPU is to be nobody else's: 64 GB
+# package that is missing is a line in the table, not the end, and so is a C compiler or Python.h,
+# without which Triton compiles nothing and torch's own products take its place. The GPU is to be nobody else's: 64 GB
 # of memory for bloom-7b1 and all its peers at once (less leaves some out, and says which), 140 GB for
 # the 176B shapes. Writes figures.jsonl, table.md, profile.txt and log.txt into OUT (a run replaces
 # those of the one before), and a pack of 2 GB into $TMPDIR, which it deletes. PYTHON names another
@@ -22,8 +23,10 @@
 #     worth its time before that.
 #  2. SECTIONS="machine conformance parity greedy" (3 minutes): right before fast. The table says
 #     which fail; log.txt has pytest's output.
-#  3. SECTIONS="ways decode profile" (4 minutes): 7b1 at batch 1 decides the most goals; where one is
-#     missed, the profile says which kernels to look at, and the ways whether another was faster.
+#  3. SECTIONS="decode cuts profile ways" (6 minutes): 7b1 at batch 1 decides the most goals; where
+#     one is missed, the profile says which kernels to look at, the ways whether another was faster,
+#     and the cuts, which are lines to put into CUTS of bloomq/backends/cuda/triton_products.py,
+#     what other sizes of blocks would give.
 #  4. SECTIONS="big memory" (4 minutes): 176B in 4 bits, and the plan against what is really held.
 #  5. Everything, for the figures to publish (10 minutes): one run, one table.
 #
@@ -48,7 +51,9 @@ trap 'rm -rf "$scratch"' EXIT
 # This very checkout, installed or not: bloomq.converters lies in a folder beside bloomq's.
 mkdir -p "$scratch/site/bloomq" || exit 1
 ln -s "$root"/bloomq/* "$root/converters" "$scratch/site/bloomq/" || exit 1
-export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+# What Triton compiles is kept for the next run; where nothing can be written at home, for this one.
+[ -w "${HOME:-/nowhere}" ] || export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$scratch/triton}
 
 if [ "$mode" = smoke ]; then
     "$python" "$here/gpu_worker.py" smoke --device "${DEVICE:-cuda:0}" --out "$out" \

@@ -145,6 +145,15 @@ GOALS = (
 )  # fmt: skip
 
 
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Of rows that say the same with more samples each time, the last alone."""
+    last = {(row["section"], row["what"]): i for i, row in enumerate(rows) if "step_s" in row}
+    return [
+        row for i, row in enumerate(rows)
+        if last.get((row["section"], row["what"]), i) == i or "step_s" not in row
+    ]  # fmt: skip
+
+
 def table(rows: Sequence[Row], *, meaning: bool) -> list[str]:
     """Markdown lines: a row for each goal. meaning: False for a dry run, which judges nothing."""
     lines = ["| what | goal | measured | met |", "|---|---|---|---|"]
@@ -209,6 +218,17 @@ def ways_table(rows: Sequence[Row]) -> list[str]:
     ]
     head = "| us of a block, tokens: | " + " | ".join(map(str, counts)) + " |"
     return [head, "|---" * (1 + len(counts)) + "|", *lines, ""] if found else []
+
+
+def cuts_table(rows: Sequence[Row]) -> list[str]:
+    """Markdown lines: what to put into `triton_products.CUTS`, beside what is there now."""
+    found = [row for row in rows if "cut_us" in row]
+    lines = [
+        f"    {row['line']}  # {row['tokens']} tokens: {row['cut_us']} us, {row['cut_gb_s']} GB/s; "
+        f"now {row['now_us']} us"
+        for row in found
+    ]
+    return ["```python", *lines, "```", ""] if found else []
 
 
 def _row(rows: Sequence[Row], what: str) -> Row:

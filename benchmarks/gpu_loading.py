@@ -18,7 +18,6 @@ from gpu_engines import Bloomq, prompts
 from gpu_run import Run
 from gpu_weights import RandomWeights, config_of, write_pack
 
-from bloomq.forward import STEP_TOKENS
 from bloomq.layers import CacheDtype
 from bloomq.placement.models import schemes_of
 
@@ -105,9 +104,7 @@ def memory(run: Run) -> None:
     """What the device holds after prompts and steps, beside what the plan said before."""
     before = used_bytes(run.device)
     sizes, model = run.sizes, run.model("bloom-7b1")
-    engine = Bloomq(
-        run, model, "int8", sizes.big_batch, sizes.context, drawn=False, step_tokens=STEP_TOKENS
-    )
+    engine = Bloomq(run, model, "int8", sizes.big_batch, sizes.context, drawn=False)
     engine.start(prompts(model, sizes.big_batch, sizes.context - sizes.peer_tokens - 1))
     engine.decode(sizes.peer_tokens)
     run.wait()

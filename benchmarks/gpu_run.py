@@ -163,9 +163,13 @@ class Sample:
 Take = Callable[[Engine], float]
 
 
-def in_turns(run: Run, engines: Mapping[str, Engine], take: Take) -> dict[str, list[Sample]]:
+def in_turns(
+    run: Run, engines: Mapping[str, Engine], take: Take,
+    say: Callable[[Mapping[str, list[Sample]]], None] = lambda samples: None,
+) -> dict[str, list[Sample]]:  # fmt: skip
     """Samples of every engine, round after round, each a row at once; the first round, which
-    compiles and captures, is not kept. What fails is said, and asked no more."""
+    compiles and captures, is not kept. What fails is said, and asked no more. say: is given all
+    samples after every round, so that a run which is cut off has its figures."""
     samples: dict[str, list[Sample]] = {name: [] for name in engines}
     lost: set[str] = set()
     for round_ in range(run.sizes.repeat + 1):
@@ -185,6 +189,8 @@ def in_turns(run: Run, engines: Mapping[str, Engine], take: Take) -> dict[str, l
                 sample = Sample(seconds, copy, read)
                 samples[name].append(sample)
                 run.emit(f"sample {round_} of {name}", **asdict(sample))
+        if round_:
+            say({name: found for name, found in samples.items() if found})
     return {name: found for name, found in samples.items() if found}
 
 

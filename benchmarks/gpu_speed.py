@@ -10,9 +10,8 @@ from time import perf_counter
 from gpu_engines import Bloomq, prompts
 from gpu_loading import beside_plan, used_bytes
 from gpu_peers import BF16, BF16_SDPA, INT8, INT8_PLAIN, NF4, Setting, makers
-from gpu_run import Engine, Run, built, in_turns, report, status_mb
+from gpu_run import Engine, Run, Sample, built, in_turns, report, status_mb
 
-from bloomq.forward import STEP_TOKENS
 from bloomq.layers import CacheDtype
 
 # 4 bits, 2,048 tokens x 4, on a device that has little room beside them: the first that fits.
@@ -50,8 +49,8 @@ def _decode(
         engine.start(ids)
         return run.seconds(lambda: engine.decode(count)) / count
 
-    samples = in_turns(run, engines, take)
-    report(run, name, batch, sizes.prompt + sizes.tokens / 2, engines, samples)
+    depth = sizes.prompt + sizes.tokens / 2
+    in_turns(run, engines, take, partial(report, run, name, batch, depth, engines))
 
 
 def prefill_7b1(run: Run) -> None:
@@ -60,13 +59,16 @@ def prefill_7b1(run: Run) -> None:
     schemes, settings = ("int8", "int4", "nf4", "bf16"), (BF16, BF16_SDPA, NF4, INT8_PLAIN)
     engines = _engines(run, model, schemes, settings, 1, length + 1)
     ids = prompts(model, 1, length)
-    samples = in_turns(run, engines, lambda engine: run.seconds(lambda: engine.start(ids)))
-    for engine, found in samples.items():
-        seconds = [sample.seconds for sample in found]
-        run.emit(
-            engine, model=name, batch=1, peer=engines[engine].is_peer, step_s=seconds,
-            tokens_per_s=round(length / median(seconds), 1),
-        )  # fmt: skip
+
+    def say(samples: Mapping[str, list[Sample]]) -> None:
+        for engine, found in samples.items():
+            seconds = [sample.seconds for sample in found]
+            run.emit(
+                engine, model=name, batch=1, peer=engines[engine].is_peer, step_s=seconds,
+                tokens_per_s=round(length / median(seconds), 1),
+            )  # fmt: skip
+
+    in_turns(run, engines, lambda engine: run.seconds(lambda: engine.start(ids)), say)
 
 
 def decode_176b(run: Run) -> None:
@@ -78,7 +80,7 @@ def decode_176b(run: Run) -> None:
         try:
             engine = Bloomq(
                 run, model, scheme, sizes.big_batch, sizes.context, cache_dtype=cache_dtype,
-                drawn=False, step_tokens=STEP_TOKENS,
+                drawn=False,
             )  # fmt: skip
             run.wait()
             load_s, rss_mb = perf_counter() - started, status_mb("VmHWM")
@@ -104,8 +106,8 @@ def decode_176b(run: Run) -> None:
         found.start(prompts(model, 1, sizes.prompt))
         return run.seconds(lambda: found.decode(count)) / count
 
-    samples = in_turns(run, {name: one}, take)
-    report(run, "bloom-176b", 1, sizes.prompt + count / 2, {name: one}, samples)
+    depth = sizes.prompt + count / 2
+    in_turns(run, {name: one}, take, partial(report, run, "bloom-176b", 1, depth, {name: one}))
 
 
 def _fill(run: Run, engine: Bloomq, name: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from gpu_correct import greedy, parity
+from gpu_cuts import cuts
 from gpu_loading import load, memory
 from gpu_profile import profile
 from gpu_run import Run
@@ -23,6 +24,7 @@ from gpu_speed import batch_7b1, decode_7b1, decode_176b, decode_560m, prefill_7
 from gpu_ways import ways
 
 import bloomq
+from bloomq.backends.cuda.device import why_no_triton
 
 
 def machine(run: Run) -> None:
@@ -42,6 +44,8 @@ def machine(run: Run) -> None:
             "capability": f"{properties.major}.{properties.minor}", "cuda": torch.version.cuda,
             "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }  # fmt: skip
+    if run.device.type == "cuda" and (missing := why_no_triton()) is not None:
+        run.emit("Triton", failed=f"its kernels are not used: {missing}")
     run.emit(
         "machine", **facts, cpu=cpu_name(), python=platform.python_version(), **versions,
         bloomq=bloomq.__version__, commit=_said("git", "describe", "--always", "--dirty"),
@@ -74,6 +78,7 @@ SECTIONS: dict[str, Callable[[Run], None]] = {
     "memory": memory,
     "profile": profile,
     "ways": ways,
+    "cuts": cuts,
 }
 
 

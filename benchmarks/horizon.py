@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 import bloomq
-from bloomq.forward import STEP_TOKENS
-from bloomq.layers import Span
+from bloomq.layers import STEP_TOKENS, Span
 
 TEXT = Path(__file__).parent.parent / "README.md"
 REPEAT = 25

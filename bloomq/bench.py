@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from bloomq.backends.numba_cpu.layers import NumbaBackend
 from bloomq.errors import UsageError
-from bloomq.forward import STEP_TOKENS
 from bloomq.heads import Head
-from bloomq.layers import Cache, Span
+from bloomq.layers import Cache, Span, step_tokens
 from bloomq.pack import Pack
 
 I64 = NDArray[np.int64]
@@ -142,9 +141,9 @@ class Bench:
                 cache.copy(0, row)
 
     def _prefill(self, cache: Cache, row: int, tokens: int) -> None:
-        ids = self._random_ids(tokens)
-        for start in range(0, tokens, STEP_TOKENS):
-            part = ids[start : start + STEP_TOKENS]
+        ids, most = self._random_ids(tokens), step_tokens(self._lm.backend)
+        for start in range(0, tokens, most):
+            part = ids[start : start + most]
             last = np.arange(len(part))[-1:] if start + len(part) == tokens else np.arange(0)
             self._lm.step(part, cache, Span.of([row], [len(part)]), last)
 

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from bloomq.errors import CapacityError, NumericError
 from bloomq.heads import Head
 from bloomq.inputs import Inputs, KeyValues, Mask
-from bloomq.layers import Cache, Span, zeros
+from bloomq.layers import Cache, Span, step_tokens, zeros
 from bloomq.tracing import Trace, layer_by_layer
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
-STEP_TOKENS = 512  # of a prompt in one step: bounds the activations' memory
+RESULT_BYTES = 64 << 20  # that a step gives at once: 64 positions of 250,880 logits
 
 
 def run(
@@ -49,7 +49,7 @@ def run(
     _make_room(past.cache, int((before + inputs.mask.sum(axis=1)).max()))
     columns = np.concatenate([past.mask, inputs.mask], axis=1)
     try:
-        for rows, counts, at in _pieces(inputs.mask):
+        for rows, counts, at in _pieces(inputs.mask, wanted, head):
             span = Span.of(rows, counts)
             index = np.flatnonzero(wanted[at])
             if trace is None and inputs.ids is not None:
@@ -104,11 +104,22 @@ def cut(lengths: list[int], most: int) -> Iterator[list[tuple[int, int, int]]]:
         yield step
 
 
-def _pieces(mask: Mask) -> Iterator[tuple[list[int], list[int], tuple[I64, I64]]]:
-    """Steps of at most STEP_TOKENS real tokens: rows, tokens of each, and their (row, column)
-    indices in the batch."""
+def _pieces(
+    mask: Mask, wanted: Mask, head: Head
+) -> Iterator[tuple[list[int], list[int], tuple[I64, I64]]]:
+    """Steps of as many real tokens as the backend takes, of fewer where their results would be more
+    than RESULT_BYTES: rows, tokens of each, and their (row, column) indices in the batch."""
     real = [np.flatnonzero(row) for row in mask]
-    for step in cut([len(columns) for columns in real], STEP_TOKENS):
-        rows, counts = [row for row, _, _ in step], [stop - start for _, start, stop in step]
-        column = np.concatenate([real[row][start:stop] for row, start, stop in step])
-        yield rows, counts, (np.repeat(rows, counts), column)
+    fitting = max(1, RESULT_BYTES // (4 * head.columns) // 16) * 16
+    for step in cut([len(columns) for columns in real], step_tokens(head.backend)):
+        results = sum(wanted[row, real[row][start:stop]].sum() for row, start, stop in step)
+        for piece in [step] if results <= fitting else _recut(step, fitting):
+            rows, counts = [row for row, _, _ in piece], [stop - start for _, start, stop in piece]
+            column = np.concatenate([real[row][start:stop] for row, start, stop in piece])
+            yield rows, counts, (np.repeat(rows, counts), column)
+
+
+def _recut(step: list[tuple[int, int, int]], most: int) -> Iterator[list[tuple[int, int, int]]]:
+    """A step as steps of at most `most` tokens."""
+    for piece in cut([stop - start for _, start, stop in step], most):
+        yield [(step[i][0], step[i][1] + a, step[i][1] + b) for i, a, b in piece]

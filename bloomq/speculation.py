@@ -13,9 +13,8 @@ from typing import Protocol
 
 import numpy as np
 
-from bloomq.forward import STEP_TOKENS
 from bloomq.heads import Head
-from bloomq.layers import Span
+from bloomq.layers import Span, step_tokens
 
 MOST_GUESSES = 7  # with the token before them a block of eight, the largest of the CPU's kernels
 _FEW_GUESSES = 3  # a block of four, which costs hardly more than one token
@@ -82,8 +81,9 @@ class DraftModel:
 
     def _feed(self, ids: list[int]) -> int | None:
         """Run tokens; the likeliest next one, None where the logits are no numbers."""
-        for start in range(0, len(ids), STEP_TOKENS):
-            part = np.array(ids[start : start + STEP_TOKENS], np.int64)
+        most = step_tokens(self._lm.backend)
+        for start in range(0, len(ids), most):
+            part = np.array(ids[start : start + most], np.int64)
             logits = self._lm.step(
                 part, self._cache, Span.of([0], [len(part)]), np.array([len(part) - 1])
             )

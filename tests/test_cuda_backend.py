@@ -7,19 +7,23 @@ import importlib.metadata
 import importlib.util
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+import bloomq
 from bloomq import backends
-from bloomq.backends.cuda import device
+from bloomq.backends.cuda import device, products
+from bloomq.backends.placed.layers import Place, PlacedBackend
 from bloomq.backends.reference import ReferenceBackend
 from bloomq.errors import BackendError, CapacityError, UsageError
 from bloomq.heads import Head
-from bloomq.layers import Backend, Span
+from bloomq.layers import GPU_STEP_TOKENS, STEP_TOKENS, Backend, Span, step_tokens
 from bloomq.pack import Pack
 from bloomq.schemes import SCHEME_NAMES
 from bloomq.tokenizer import BloomTokenizer
@@ -120,6 +124,7 @@ def test_what_was_chosen_is_said(opened: Pack):
 
 def gpu(monkeypatch, capability: tuple[int, int] = (9, 0)):
     """A CudaBackend for GPUs that are not here; nothing of it may run."""
+    monkeypatch.setattr(products, "why_no_triton", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     return CudaBackend
@@ -143,6 +148,63 @@ def test_torchs_own_products_go_with_torchs_own_attention(monkeypatch):
     }  # fmt: skip
     assert not gpu(monkeypatch, (7, 5))("cuda:0")._how.attends_by_triton
     assert not CudaBackend("cpu", kernels="triton")._how.attends_by_triton
+
+
+def test_a_machine_where_triton_cannot_compile_says_so_and_does_without(monkeypatch):
+    pytest.importorskip("triton")
+    backend = gpu(monkeypatch)
+    monkeypatch.setattr(products, "why_no_triton", lambda: "Failed to find C compiler.")
+    with pytest.warns(UserWarning, match="cannot be compiled, decoding is slower: Failed to find"):
+        how = backend("cuda:0")._how
+    assert not how.has_triton and not how.attends_by_triton
+    with pytest.raises(BackendError, match="which cannot compile: Failed to find C compiler"):
+        backend("cuda:0", kernels="triton")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for asked in ("torch", "bitsandbytes"):
+            backend("cuda:0", kernels=asked)  # says nothing of it
+    assert CudaBackend("cpu", kernels="triton")._how.has_triton  # its interpreter
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("Failed to find C compiler.\nPlease"), "Failed to find C compiler."),
+        (subprocess.CalledProcessError(1, ["gcc"]), "gcc ended with exit code 1: are Python's"),
+        (PermissionError(13, "Permission denied"), "Permission denied"),
+        (AssertionError("libcuda.so cannot found!\nPlease"), "libcuda.so cannot found!"),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_why_triton_cannot_compile_is_one_line(monkeypatch, error, says):
+    runtime = pytest.importorskip("triton.runtime")
+
+    def compiled() -> int:
+        if error is not None:
+            raise error
+        return 0
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_device=compiled))
+    monkeypatch.setattr(runtime, "driver", driver)
+    found = device.why_no_triton.__wrapped__()
+    assert found is None if says is None else says in found and "\n" not in found
+
+
+def test_prompts_are_read_in_steps_as_long_as_the_backend_takes(opened: Pack, monkeypatch):
+    model = bloomq.load(opened.path, backend="cuda", devices="cpu")
+    assert step_tokens(model.backend) == GPU_STEP_TOKENS == 4 * STEP_TOKENS
+    monkeypatch.setattr(CudaBackend, "step_tokens", 600)
+    step, sizes = model.head._step, []
+
+    def counted(ids: np.ndarray, *given: Any) -> Any:
+        sizes.append(len(ids))
+        return step(ids, *given)
+
+    monkeypatch.setattr(model.head, "_step", counted)
+    model.generate([5] * 1009, max_new_tokens=2)
+    assert sizes == [600, 409, 1]
+    places = [Place(model.backend, range(1)), Place(ReferenceBackend(), range(1, 2))]
+    assert step_tokens(PlacedBackend(places)) == STEP_TOKENS  # of the place that takes fewest
 
 
 def test_what_comes_to_the_cpu_is_waited_for(monkeypatch):
@@ -381,10 +443,10 @@ def test_a_full_gpu_in_a_step_is_an_error_and_the_next_step_runs(opened: Pack, m
     cache, span = head.cache(1, 32), Span.of([0], [3])
     with monkeypatch.context() as patch:
 
-        def full(x, approximate):
+        def full(*given):
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-        patch.setattr(torch.nn.functional, "gelu", full)
+        patch.setattr(torch.nn.functional, "layer_norm", full)
         with pytest.raises(CapacityError, match="for a step of 3 tokens: use fewer rows, a"):
             head.step(np.arange(3), cache, span, np.array([2]))
     assert cache.lengths.tolist() == [0]

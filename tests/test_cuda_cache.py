@@ -3,6 +3,7 @@ and with steps that are padded, and what only static buffers have to say."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,11 @@ from bloomq.layers import Span
 
 torch = pytest.importorskip("torch")
 
+from torch.multiprocessing.reductions import StorageWeakRef  # noqa: E402
+
 from bloomq.backends.cuda import cache as caches  # noqa: E402  # they need torch
 from bloomq.backends.cuda.attention import attention  # noqa: E402
+from bloomq.backends.cuda.buffers import Layer  # noqa: E402
 from bloomq.backends.cuda.cache import CudaCache  # noqa: E402
 from bloomq.backends.cuda.steps import in_graphs  # noqa: E402
 
@@ -167,6 +171,98 @@ def test_a_device_without_memory_is_named(rows: DeviceRows, monkeypatch: pytest.
     with pytest.raises(CapacityError, match=expected):
         rows.cache.grow(300)
     assert rows.cache.capacity == 256
+
+
+# -- growing ---------------------------------------------------------------------------------------
+
+
+class Memory:
+    """What caches have of a device, and the most that they may: of storages still alive."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._held: list[tuple[Any, int]] = []
+        self.most = self.room = 1 << 30
+        empty = CudaCache._empty
+
+        def counted(cache: CudaCache, shape: tuple[int, ...], dtype: Any) -> Any:
+            made = empty(cache, shape, dtype)
+            if self.used + made.nbytes > self.room:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+            self._held.append((StorageWeakRef(made.untyped_storage()), made.nbytes))
+            self.most = max(self.most, self.used)
+            return made
+
+        monkeypatch.setattr(CudaCache, "_empty", counted)
+
+    @property
+    def used(self) -> int:
+        return sum(size for storage, size in self._held if not storage.expired())
+
+
+LAYERS = 5
+
+
+def filled(dtype: Any) -> CudaCache:
+    """A cache of two rows of 40 tokens, with something in each."""
+    config = replace(CONFIG, n_layer=LAYERS)
+    cache = CudaCache(config, 2, 40, 0, dtype, CPU)
+    rng = np.random.default_rng(0)
+    for layer in cache.layers:
+        vectors = rng.standard_normal((2, 80, 3, 8)).astype(np.float32)
+        layer.store(torch.arange(80), torch.from_numpy(vectors))
+    cache.lengths[:] = 40, 31
+    return cache
+
+
+def held_by(cache: CudaCache) -> list[bytes]:
+    rows = [cache.stored(row) for row in (0, 1)]
+    return [part.tobytes() for row in rows for part in (row.keys, row.values, row.scales)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_growing_takes_two_layers_more_than_what_is_there_then(dtype: str, monkeypatch):
+    memory = Memory(monkeypatch)
+    cache = filled(dtype)
+    before, kept, memory.most = cache.nbytes, held_by(cache), 0
+    cache.grow(100, 3)
+    assert memory.used == cache.nbytes == before // 81 * 301
+    assert memory.most == cache.nbytes + 2 * before // LAYERS
+    assert held_by(cache) == kept
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_cache_for_which_memory_ends_midway_is_as_before(dtype: str, layer: int, monkeypatch):
+    memory = Memory(monkeypatch)
+    cache = filled(dtype)
+    before, kept = cache.nbytes, held_by(cache)
+    slot = before // 81 // LAYERS  # bytes of a layer
+    # So many layers have grown, the first one's memory is kept: one byte too few for the next.
+    memory.room = before + slot * (layer * (200 - 81) + (81 if layer else 0)) + slot * 200 - 1
+    with pytest.raises(CapacityError, match="ask for fewer tokens or rows"):
+        cache.grow(100)
+    assert (cache.capacity, cache.batch, held_by(cache)) == (40, 2, kept)
+    assert memory.used == cache.nbytes == before
+    memory.room = 1 << 30
+    cache.grow(100, 3)
+    assert held_by(cache) == kept
+
+
+def test_a_cache_whose_growing_is_interrupted_is_as_before(monkeypatch: pytest.MonkeyPatch):
+    cache = filled("f16")
+    kept, copies = held_by(cache), []
+
+    def interrupt(*given: Any) -> None:
+        copies.append(given)
+        if len(copies) == 3:
+            raise KeyboardInterrupt
+        copy_to(*given)
+
+    copy_to = Layer.copy_to
+    monkeypatch.setattr(Layer, "copy_to", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.grow(100)
+    assert (cache.capacity, held_by(cache)) == (40, kept)
 
 
 # -- buffers ---------------------------------------------------------------------------------------

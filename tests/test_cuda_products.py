@@ -52,6 +52,11 @@ def far(found: torch.Tensor, expected: torch.Tensor) -> float:
 SUMS = 16 * 2**-24
 
 
+def scaled(product: torch.Tensor, of: Stored) -> torch.Tensor:
+    """What a product gives, with the scales that are left to what follows it."""
+    return product * of.scales if of.scheme.name == "int8" else product
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
 def test_weights_restored_in_blocks_give_the_product_of_the_whole(scheme, tokens, monkeypatch):
@@ -59,7 +64,8 @@ def test_weights_restored_in_blocks_give_the_product_of_the_whole(scheme, tokens
     expected = x.double() @ torch.from_numpy(source.dequantize()).double().T
     for size in (1, 4 * 256 * 32, 1 << 27):  # a row, 32 of them, all
         monkeypatch.setattr(products, "RESTORED_BYTES", size)
-        found = RestoredProduct(load(source), torch.float32)(x)
+        there = load(source)
+        found = scaled(RestoredProduct(there, torch.float32)(x), there)
         assert found.dtype == torch.float32
         assert far(found, expected) < SUMS
 
@@ -69,7 +75,8 @@ def test_weights_restored_in_blocks_give_the_product_of_the_whole(scheme, tokens
 def test_products_of_16_bits_lose_no_more_than_their_rounding(scheme, narrow):
     source, x = matrix(scheme, (150, 256)), inputs(7, 256)
     how = Arithmetic(CPU, narrow, "torch", "float")
-    found = products.product(load(source), how)(x)
+    there = load(source)
+    found = scaled(products.product(there, how)(x), there)
     expected = x.double() @ torch.from_numpy(source.dequantize()).double().T
     unit = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}[
         how.dtype(source.scheme)
@@ -297,3 +304,23 @@ def test_nothing_comes_from_the_host_within_a_step(scheme, kernels, monkeypatch)
             patch.setattr(torch.Tensor, name, from_host)
         after = [layer(x) for layer, x in zip(layers, given, strict=True)]
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "f16"])
+@pytest.mark.parametrize("given", ["nothing", "bias", "all"])
+def test_what_follows_a_product_of_many_tokens_is_the_same_in_one_kernel(scheme, given):
+    pytest.importorskip("triton")
+    source, x = matrix(scheme, (150, 256)), inputs(66, 256)  # Triton's products take 64
+    wide = [torch.randn(66, 150, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    bias = None if given == "nothing" else torch.linspace(-1, 1, 150)
+    delta, add = wide if given == "all" else (None, None)
+    found = [
+        CudaLinear(
+            load(source), Arithmetic(CPU, torch.float32, kernels, "float"), bias, None,
+            "gelu" if given == "all" else None,
+        )(x, add=add, delta=delta)
+        for kernels in ("triton", "torch")
+    ]  # fmt: skip
+    # The same product; gelu's exponential and quotient are good to some 2^-21, each of the sums
+    # and scales to 2^-24.
+    assert far(found[0], found[1]) < 2**-20

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import accumulate
+
 import numpy as np
 import pytest
 
@@ -13,6 +16,8 @@ pytest.importorskip("bitsandbytes")
 import torch
 
 from bloomq.backends.cuda.layers import CudaBackend
+from bloomq.backends.cuda.surveyed import LogitRows
+from bloomq.backends.cuda.top import best_of, row_sums
 from bloomq.layers import SURVEYED_ROWS
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -67,6 +72,25 @@ def test_what_a_step_finds_out_is_what_top_finds(size: int):
     assert np.array_equal(found.ids, expected.ids)
     assert found.logits.tobytes() == expected.logits.tobytes()
     assert found.logsumexp == pytest.approx(expected.logsumexp, rel=1e-12, abs=1e-10)
+
+
+def most_bytes(work: Callable[[], object]) -> int:
+    """That torch holds at a time, while it does this."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        held = work()
+    sizes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    del held
+    return max(accumulate(sizes))
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_finding_out_takes_the_bytes_that_a_plan_counts(batch: int):
+    """`placement.work` has 12 bytes of a logit and 8 of a token, and 33 of one row's sums."""
+    logits = torch.from_numpy(np.tile(rows(50_000), (2, 1))[:batch])
+    few = 4096  # of what is one number for each row
+    assert 0 <= most_bytes(lambda: LogitRows.of(logits)) - 50_000 * (12 * batch + 8) < few
+    assert 0 <= most_bytes(lambda: best_of(logits, 1)) - 50_000 * (12 * batch + 8) < few
+    assert 0 <= most_bytes(lambda: row_sums(logits[0], 0.7)) - 50_000 * 33 < few
 
 
 def test_a_step_of_many_rows_finds_nothing_out():

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from models import Tiny, pack
 
 import bloomq
-from bloomq import forward
 from bloomq.errors import BloomqError, CapacityError, UsageError
 from bloomq.generation import Engine, Reader, Request, Window, read
 from bloomq.language_model import LanguageModel
+from bloomq.layers import STEP_TOKENS
 from bloomq.sampling import Sampler, Sampling
 
 TINY = Tiny(n_head=4, head_dim=16, vocab_size=211, seed=4)
@@ -619,7 +619,7 @@ def reader(model: LanguageModel, engine: Engine, name: int) -> Reader:
 def test_a_step_is_no_longer_than_it_may_be(tiny, monkeypatch):
     sizes = steps(tiny, monkeypatch)
     tiny.generate([tokens(1, 3), tokens(2, 1400), tokens(3, 5)], max_new_tokens=5)
-    assert max(sizes) <= forward.STEP_TOKENS
+    assert max(sizes) <= STEP_TOKENS
 
 
 def test_errors_of_the_engine_are_bloomqs(tiny):

@@ -14,9 +14,9 @@ from models import Tiny, copied, pack
 
 import bloomq
 from bloomq.errors import CapacityError, NumericError, UsageError
-from bloomq.forward import STEP_TOKENS
 from bloomq.generation import Stats, results
 from bloomq.language_model import LanguageModel
+from bloomq.layers import STEP_TOKENS
 from bloomq.pack import Pack
 from bloomq.text import TextAssembler
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ pytest.importorskip("bitsandbytes")
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
+import gpu_cuts  # noqa: E402
 import gpu_figures  # noqa: E402
 import gpu_goals  # noqa: E402
 import gpu_loading  # noqa: E402
@@ -132,6 +134,38 @@ def test_every_engine_is_sampled_in_every_round_and_reported(run: Run, tmp_path:
     assert all(row["tokens_per_s"] > 0 and row["step_gb"] >= 0 for row in rows)
 
 
+def test_figures_are_said_after_every_round_and_the_latest_count(run: Run, tmp_path: Path):
+    run.sizes = replace(run.sizes, repeat=3)
+    engine = Bloomq(run, "tiny", "nf4", 1, 16)
+    engines = {"bloomq nf4": engine}
+    in_turns(run, engines, lambda _: 0.5, lambda found: report(run, "tiny", 1, 9, engines, found))
+    rows = [row for row in rows_of(tmp_path) if "tokens_per_s" in row]
+    assert [len(row["step_s"]) for row in rows] == [1, 2, 3]
+    failed = {"section": "decode", "what": "bloomq nf4", "failed": "out of memory"}
+    assert gpu_goals.latest([*rows, failed]) == [rows[2], failed]
+
+
+def test_tests_are_counted_as_pytest_says_them_with_workers_and_without():
+    said = (
+        "test_a.py::test_b[cuda:0-f16] PASSED   [ 50%]\n"
+        "test_a.py::test_c FAILED   [100%]\n"
+        "[gw1] [  3%] PASSED test_a.py::test_b \n[gw0] [ 99%] SKIPPED test_a.py::test_d \n"
+        "FAILED test_a.py::test_c - assert PASSED\n1 failed, 2 passed in 3.1s\n"
+    )
+    assert gpu_figures.counted(said) == {"passed": 2, "failed": 1, "skipped": 1}
+
+
+def test_a_machine_without_pytest_has_a_line_that_says_so(tmp_path: Path, monkeypatch):
+    job = gpu_figures.Job(tmp_path, tmp_path, "cpu", tiny=True)
+    missing = tmp_path / "python"
+    missing.write_text("#!/bin/sh\necho python: No module named pytest\nexit 1\n")
+    missing.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(missing))
+    gpu_figures.run(job, "conformance", time.monotonic() + 60)
+    (row,) = rows_of(tmp_path)
+    assert row["failed"] == "python: No module named pytest (exit code 1, log.txt)"
+
+
 def test_an_engine_that_fails_costs_only_its_own_row(run: Run, tmp_path: Path):
     def take(engine: Any) -> float:
         if engine == "bad":
@@ -163,6 +197,29 @@ def test_every_way_to_a_product_that_runs_here_is_timed(run: Run, tmp_path: Path
     assert "| int8 by torch" in named
     assert "| nf4 by bitsandbytes" in named
     assert len(named) == len(gpu_ways.SCHEMES) * (len(gpu_ways.WAYS) - 1)  # Triton wants a GPU
+
+
+def test_cuts_are_measured_and_the_fastest_is_a_line_of_the_table(run: Run, tmp_path, monkeypatch):
+    products = pytest.importorskip("bloomq.backends.cuda.triton_products")
+    times = iter([3.0, 2.0, 1.0, 4.0])
+
+    def timed(run: Run, work: Any) -> float:
+        work()
+        return next(times)
+
+    monkeypatch.setattr(gpu_cuts, "_seconds", timed)
+    gpu_cuts.cuts(run)
+    rows = rows_of(tmp_path)
+    assert not [row for row in rows if "failed" in row]
+    named = [row["what"] for row in rows if "cut_us" in row]
+    assert named == ["cut of ('int8', 'tile')", "cut of ('int4', 'one')"]
+    lines = gpu_goals.cuts_table(rows)[1:-2]
+    table: dict[Any, Any] = eval("\n".join(["{", *lines, "}"]), {"Blocks": products.Blocks})
+    # Of the first the other candidate was faster, of the second what is there now.
+    assert table == {
+        ("int8", "tile"): gpu_cuts.candidates("int8", 1, torch.int8)[1],
+        ("int4", "one"): products.CUTS["int4", "one"],
+    }
 
 
 # -- goals -----------------------------------------------------------------------------------------

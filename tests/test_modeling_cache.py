@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from oracle import Models, Spec, ids_of, padded
 
 import bloomq
-from bloomq import forward
+from bloomq import forward, layers
 from bloomq.errors import NumericError, UsageError
 
 BASE = Spec(kind="BloomModel", n_head=3)
@@ -142,7 +142,7 @@ def test_a_call_that_fails_midway_leaves_the_past_as_it_was(models, monkeypatch)
     """3 x 6 tokens in steps of 4: the third step fails."""
     model, ids = models.ours(BASE), ids_of(BASE, 3, 10)
     past = model(ids[:, :4]).past_key_values
-    monkeypatch.setattr(forward, "STEP_TOKENS", 4)
+    monkeypatch.setattr(layers, "STEP_TOKENS", 4)
     step, calls = model.head._step, []
 
     def failing(*args: Any) -> Any:
@@ -160,6 +160,28 @@ def test_a_call_that_fails_midway_leaves_the_past_as_it_was(models, monkeypatch)
     monkeypatch.undo()
     found = model(ids[:, 4:], past_key_values=past)[0]
     assert found.tobytes() == model(ids)[0][:, 4:].tobytes()
+
+
+def test_logits_of_many_tokens_come_in_steps_with_the_same_bits(models, monkeypatch):
+    """Rows of 40, 23 and 40 tokens. Where 16 tokens' logits are all that a step may give, steps of
+    which more are wanted are cut; of which fewer are, such as the last of each row, run whole."""
+    model, ids = models.ours(Spec(n_head=3)), ids_of(BASE, 3, 40)
+    mask = np.ones((3, 40), np.int64)
+    mask[1, :17] = 0
+    whole, last = model(ids, attention_mask=mask)[0], model(ids, logits_to_keep=1)[0]
+    step, wanted = model.head._step, []
+
+    def counted(ids: Any, cache: Any, span: Any, index: Any) -> Any:
+        wanted.append((len(ids), len(index)))
+        return step(ids, cache, span, index)
+
+    monkeypatch.setattr(model.head, "_step", counted)
+    monkeypatch.setattr(forward, "RESULT_BYTES", 4 * 16 * model.head.columns)
+    assert model(ids, attention_mask=mask)[0].tobytes() == whole.tobytes()
+    assert wanted == [(16, 16)] * 6 + [(7, 7)]
+    wanted.clear()
+    assert model(ids, logits_to_keep=1)[0].tobytes() == last.tobytes()
+    assert wanted == [(120, 3)]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

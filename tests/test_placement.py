@@ -223,31 +223,81 @@ def test_work_space_of_the_176b_is_what_its_parts_add_up_to():
         schemes=[get_scheme("int4"), get_scheme("int6")],
     )  # fmt: skip
     assert found.context_bytes == CONTEXT_BYTES == 600 << 20
-    # 512 tokens of 40 C bytes; then int4's blocks restored, 3.5 x 128 MiB, which are more than
-    # 2^26 biases of 6 bytes.
-    assert found.step_bytes == 512 * 40 * C + 448 * (1 << 20)
-    assert found.logits_bytes == 4 * VOCAB * 32
-    # Steps of 1, 2 and 4 rows, each of 70 x 15 kernels of 16 KiB; and their own work space.
-    assert found.graph_bytes == 3 * 70 * 15 * 16384 + 4 * (40 * C + 4 * VOCAB)
+    # 2,048 tokens of 48 C bytes; then int4's blocks restored, 2.5 x 128 MiB, which are more than
+    # 2^26 biases of 2 bytes.
+    assert found.step_bytes == 2048 * 48 * C + 320 * (1 << 20)
+    # 4 rows of logits, float32; of each logit its order, 4 bytes, and its key, 8; each token's
+    # place, 8 bytes.
+    assert found.logits_bytes == VOCAB * (4 * 4 + 4 * 12 + 8) == 18_063_360
+    # Steps of 1, 2 and 4 rows, each of 70 x 15 kernels of 16 KiB; activations and logits of 7 rows
+    # in all, and what each step finds out about its logits.
+    surveyed = VOCAB * (7 * 12 + 3 * 8)
+    assert found.graph_bytes == 3 * 70 * 15 * 16384 + 7 * (48 * C + 4 * VOCAB) + surveyed
+
+
+def test_recorded_steps_of_more_rows_than_are_surveyed_keep_their_logits_alone():
+    same: dict[str, Any] = {"layers": 1, "context": 64, "cache_dtype": "f16"}
+    graphs = {
+        (batch, head): work(
+            BIG, "cuda", **same, has_head=head, batch=batch, schemes=[get_scheme("f16")]
+        ).graph_bytes
+        for batch in (64, 96) for head in (False, True)
+    }  # fmt: skip
+    # 1, 2, 4, ... 64: 127 rows in 7 steps; one step more of 96.
+    assert graphs[64, True] - graphs[64, False] == VOCAB * (127 * (4 + 12) + 7 * 8)
+    assert graphs[96, True] - graphs[64, True] - (graphs[96, False] - graphs[64, False]) == (
+        96 * VOCAB * 4
+    )
+
+
+def test_a_rank_has_its_share_of_a_steps_work():
+    found = work(
+        BIG, "cuda", layers=70, has_head=False, batch=4, context=2048, cache_dtype="f16",
+        schemes=[get_scheme("int8")], heads=14,
+    )  # fmt: skip
+    # An eighth of the heads: of a token 8 C bytes whole and an eighth of 48 C, and biases of 14.
+    assert found.step_bytes == 2048 * (8 * C + 6 * C) + 2048 * 2048 * (14 * 2 + 12)
+
+
+def test_logits_of_many_tokens_are_read_64_at_a_time_and_sampled_one_by_one():
+    small = published("bloom-560m")
+    same: dict[str, Any] = {"layers": 24, "cache_dtype": "f16", "schemes": [get_scheme("f16")]}
+    found = work(small, "cuda", **same, has_head=True, batch=1, context=2048)
+    # More than 2,048 tokens of 48 x 1024 bytes and 16 x 2048 x 2048 biases of 2.75 bytes: 276 MB.
+    assert found.step_bytes == max(VOCAB * (64 * 16 + 8), 2048 * 48 * 1024 + (1 << 26) * 11 // 4)
+    # Of one row four float64 and which are possible, 33 bytes, are more than 12 + 8.
+    assert found.logits_bytes == VOCAB * (4 + 33)
+
+
+def test_a_cache_that_doubles_has_room_for_the_last_layers_of_the_one_before():
+    small = published("bloom-560m")
+    found = work(
+        small, "cuda", layers=24, has_head=False, batch=256, context=2048, cache_dtype="f16",
+        schemes=[get_scheme("f16")],
+    )  # fmt: skip
+    assert found.step_bytes == (256 * 2048 + 1) * 2 * 2 * 1024
 
 
 def test_nf4_restores_whole_matrices_and_an_int8_cache_a_row():
     same: dict[str, Any] = {"layers": 1, "has_head": False, "batch": 1, "context": 2048}
     plain = work(BIG, "cuda", **same, cache_dtype="f16", schemes=[get_scheme("f16")])
-    assert plain.step_bytes == 512 * 40 * C + 6 * (1 << 26)  # biases
+    # Biases of 2 bytes, made of distances of 12 bytes for all 112 heads.
+    assert plain.step_bytes == 2048 * 48 * C + int((1 << 26) * (2 + 12 / 112))
+    wide = work(BIG, "cuda", **same, cache_dtype="f32", schemes=[get_scheme("f32")])
+    assert wide.step_bytes - plain.step_bytes == 2 * (1 << 26)
     nf4 = work(BIG, "cuda", **same, cache_dtype="f16", schemes=[get_scheme("nf4")])
-    assert nf4.step_bytes == 512 * 40 * C + 8 * C * C
+    assert nf4.step_bytes == 2048 * 48 * C + 8 * C * C
     int8 = work(BIG, "cuda", **same, cache_dtype="int8", schemes=[get_scheme("f16")])
     assert int8.step_bytes - plain.step_bytes == 2 * 2048 * C * 10
 
 
 def test_int8_matrices_round_their_inputs_and_many_rows_restore_weights():
     same: dict[str, Any] = {"layers": 1, "has_head": False, "context": 2048, "cache_dtype": "f16"}
-    few = work(BIG, "cuda", **same, batch=64, schemes=[get_scheme("int8")])
-    assert few.step_bytes == 512 * 52 * C + 6 * (1 << 26)
-    assert few.graph_bytes == 7 * 15 * 16384 + 64 * 52 * C
+    few = work(BIG, "cuda", **same, batch=4, schemes=[get_scheme("int8")])
+    assert few.step_bytes == 2048 * 56 * C + int((1 << 26) * (2 + 12 / 112))
+    assert few.graph_bytes == 3 * 15 * 16384 + 7 * 56 * C
     many = work(BIG, "cuda", **same, batch=65, schemes=[get_scheme("int8")])
-    assert many.graph_bytes == 8 * 15 * 16384 + 65 * 52 * C + (128 << 20)
+    assert many.graph_bytes == 8 * 15 * 16384 + (127 + 65) * 56 * C + (128 << 20)
 
 
 def test_a_device_without_the_head_needs_no_logits():

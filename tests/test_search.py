@@ -19,8 +19,8 @@ from models import Tiny, checkpoint, pack
 import bloomq
 from bloomq import backends
 from bloomq.errors import CapacityError, NumericError, UsageError
-from bloomq.forward import STEP_TOKENS
 from bloomq.language_model import LanguageModel
+from bloomq.layers import STEP_TOKENS
 from bloomq.sampling import Sampling
 from bloomq.search import BeamOptions, BeamSearch, Hypothesis, beam_search, best
 from bloomq.search.beams import Beams, Ends

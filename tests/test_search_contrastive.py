@@ -15,8 +15,8 @@ from models import Tiny, pack
 import bloomq
 from bloomq import backends
 from bloomq.errors import CapacityError, NumericError, UsageError
-from bloomq.forward import STEP_TOKENS
 from bloomq.language_model import LanguageModel
+from bloomq.layers import STEP_TOKENS
 from bloomq.sampling import Sampling
 from bloomq.search import ContrastiveSearch, ContrastOptions, Hypothesis, contrastive_search
 

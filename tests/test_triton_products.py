@@ -173,7 +173,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from bloomq.backends.cuda.triton_gemv import gemv
-types = {"out": "*fp32", "x": "*bf16", "codes": "*i32", "scales": "*fp16", "n": "i32"}
+types = {"out": "*fp32", "x": "*bf16", "codes": "*i32", "scales": "*fp16", "n": "i32",
+         "magic": "i32"}
 fixed = {"K": 4096, "X": 4096, "KIND": "int4", "WIDTH": 32, "GROUP": 32, "ACT": "gelu", "M": 1,
          "BN": 8, "PIECES": 32, "STAGES": 3, "book": None, "bias": None, "delta": None, "add": None}
 names = gemv.arg_names
@@ -191,7 +192,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from bloomq.backends.cuda import triton_gemv, triton_products
-types = {"out": "*fp32", "sums": "*fp32", "x": "*fp32", "codes": "*fp32", "m": "i32", "n": "i32"}
+types = {"out": "*fp32", "sums": "*fp32", "x": "*fp32", "codes": "*fp32", "m": "i32", "n": "i32",
+         "magic": "i32"}
 fixed = {"K": 64, "X": 64, "KIND": "float", "WIDTH": 4, "GROUP": 0, "ACT": None, "BN": 4,
          "PIECES": 16, "STAGES": 3, "M": 4, "SPLITS": 2, "BLOCK": 1024}
 for kernel, ones in ((triton_gemv.gemv, "n"), (triton_products.finish, "m"),

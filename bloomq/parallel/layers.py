@@ -29,6 +29,7 @@ from bloomq.layers import (
     Top,
     X,
     slopes,
+    step_tokens,
 )
 from bloomq.levels import Levels, Sums, merged
 from bloomq.parallel.cache import ParallelCache
@@ -72,6 +73,10 @@ class ParallelBackend:
         """The same on every rank, whichever GPU it has."""
         heads = "+".join(map(str, np.diff(self.cuts.heads).tolist()))
         return f"{_GPU.sub('cuda', self.inner.arithmetic)}, heads on ranks {heads}"
+
+    @property
+    def step_tokens(self) -> int:
+        return step_tokens(self.inner)
 
     def embedding(self, table: Matrix) -> Embedding:
         start, stop = self.cuts.cut(table.name).of(self.group.rank)

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.errors import UsageError
-from bloomq.forward import STEP_TOKENS, cut
+from bloomq.forward import cut
 from bloomq.generation import FinishReason, PrefillProgress, check_prompts
 from bloomq.heads import Head
-from bloomq.layers import Span
+from bloomq.layers import Span, step_tokens
 from bloomq.sampling import Sampling
 from bloomq.search.beams import Stopped
 from bloomq.search.candidates import Candidates, Outlook
@@ -112,10 +112,10 @@ class ContrastiveSearch:
         ]  # fmt: skip
 
     def _prefill(self, progress: PrefillProgress) -> None:
-        """The prompts in steps of at most STEP_TOKENS."""
-        total = sum(len(text.prompt) for text in self.texts)
+        """The prompts in steps of as many tokens as the backend takes."""
+        total, most = sum(len(text.prompt) for text in self.texts), step_tokens(self._head.backend)
         done = 0
-        for step in cut([len(text.prompt) for text in self.texts], STEP_TOKENS):
+        for step in cut([len(text.prompt) for text in self.texts], most):
             ids = np.concatenate([self.texts[i].prompt[a:b] for i, a, b in step])
             rows = [self.texts[i].rows.used[0] for i, _, _ in step]
             hidden, states = self._run(ids, Span.of(rows, [b - a for _, a, b in step]))

@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bloomq.forward import STEP_TOKENS, cut
+from bloomq.forward import cut
 from bloomq.generation import PrefillProgress, check_prompts
 from bloomq.heads import Head
-from bloomq.layers import Span
+from bloomq.layers import Span, step_tokens
 from bloomq.sampling import Sampling
 from bloomq.search.beams import Beams, Ends, Stopped
 from bloomq.search.candidates import Outlook
@@ -64,9 +64,9 @@ class BeamSearch:
 
     def run(self, progress: PrefillProgress = lambda done, total: None) -> Iterator[int]:
         """Search, in steps: yields how many tokens the texts under way have behind each."""
-        total = sum(map(len, self._prompts))
+        total, most = sum(map(len, self._prompts)), step_tokens(self._head.backend)
         done = 0
-        for step in cut([len(prompt) for prompt in self._prompts], STEP_TOKENS):
+        for step in cut([len(prompt) for prompt in self._prompts], most):
             ids = np.concatenate([self._prompts[i][a:b] for i, a, b in step])
             rows = [self._rows[i].used[0] for i, _, _ in step]
             ended = [i for i, _, b in step if b == len(self._prompts[i])]

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
-from bloomq.backends.cuda.cache import Held, Layer, by_row
+from bloomq.backends.cuda.buffers import Layer, by_row
+from bloomq.backends.cuda.cache import Held
 from bloomq.backends.cuda.places import Ones, Piece, Places
 from bloomq.backends.cuda.products import on_device_of
 from bloomq.layers import Attention, Span, slopes

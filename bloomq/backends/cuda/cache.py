@@ -7,7 +7,6 @@ copied to the device before it runs, so nothing within it waits for the host.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bloomq.backends.cuda.buffers import Layer
 from bloomq.backends.cuda.places import Places
 from bloomq.config import BloomConfig
 from bloomq.errors import CapacityError
@@ -28,44 +28,6 @@ ELEMENTS: dict[CacheDtype, tuple[torch.dtype, type[np.generic]]] = {
     "int8": (torch.int8, np.int8),
 }
 ADDRESSABLE_BYTES = 1 << 47  # of a process on x86-64; torch's sizes overflow at 63 bits
-FAINT = 1e-30  # largest component of a vector that int8 holds as zeros: 127 / it is finite
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Layer:
-    """A layer's keys and values in slots: token t of row r lies in slot r * capacity + t, and the
-    last slot is nobody's, for what padding writes.
-
-    codes: [2, slots, H, D], keys and then values, float32, float16 or int8; scales: float32
-    [2, slots, H], what int8 codes are multiplied with, of size 0 for others. by_triton: may
-    Triton's kernel read them?
-    """
-
-    codes: torch.Tensor
-    scales: torch.Tensor
-    by_triton: bool = False
-
-    def store(self, slots: torch.Tensor, vectors: torch.Tensor) -> None:
-        """Keys and values [2, M, H, D] into slots [M]; int8 rounded half to even, with the scale
-        peak / 127 for each vector."""
-        if self.codes.dtype == torch.int8:
-            wide = vectors.float()
-            peak = wide.abs().amax(dim=-1, keepdim=True)  # [2, M, H, 1]
-            faint = peak < FAINT
-            vectors = torch.round(wide * (127 / peak).masked_fill(faint, 0))
-            self.scales.index_copy_(1, slots, (peak / 127).masked_fill(faint, 0)[..., 0])
-        self.codes.index_copy_(1, slots, vectors.to(self.codes.dtype))
-
-    def restored(self, codes: torch.Tensor, scales: torch.Tensor, to: torch.dtype) -> torch.Tensor:
-        """Parts of both, [..., H, D] and [..., H], as numbers [..., H, D]."""
-        if not self.scales.numel():
-            return codes.to(to)
-        return (codes.float() * scales[..., None]).to(to)
-
-
-def by_row(part: torch.Tensor, batch: int, capacity: int) -> torch.Tensor:
-    """A view of a buffer [2, slots, ...] as [2, batch, capacity, ...]."""
-    return part[:, :-1].view(2, batch, capacity, *part.shape[2:])
 
 
 class Held(Protocol):
@@ -93,8 +55,14 @@ class CudaCache:
         self.dtype, self.device = dtype, device
         self.lengths: I64 = np.zeros(batch, np.int64)
         self.gates: F32 = np.zeros((batch, ranks), np.float32)
-        self._head = (config.n_head, config.head_dim)
-        self.layers = self._buffers(config.n_layer, batch, capacity)
+        self._head, self._n_layer = (config.n_head, config.head_dim), config.n_layer
+        self.layers: list[Layer] = []
+        for _ in range(config.n_layer):
+            made = self._buffers(batch, capacity)
+            if made is None:
+                self.layers.clear()  # the error's traceback keeps this cache
+                raise self._refusal(batch, capacity)
+            self.layers.append(made)
         self.recorded: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         self._known: tuple[Span, I64, Places] | None = None
 
@@ -109,7 +77,7 @@ class CudaCache:
 
     @property
     def token_bytes(self) -> int:
-        return self._layer_token_bytes * len(self.layers)
+        return self._layer_token_bytes * self._n_layer
 
     @property
     def _layer_token_bytes(self) -> int:
@@ -117,24 +85,26 @@ class CudaCache:
         scale_bytes = 4 if self.dtype == "int8" else 0
         return 2 * n_head * (head_dim * np.dtype(ELEMENTS[self.dtype][1]).itemsize + scale_bytes)
 
-    def _buffers(self, n_layer: int, batch: int, capacity: int) -> list[Layer]:
-        """Raises: CapacityError where there is no such memory."""
-        total_bytes = n_layer * (batch * capacity + 1) * self._layer_token_bytes
+    def _total_bytes(self, batch: int, capacity: int) -> int:
+        return (batch * capacity + 1) * self.token_bytes
+
+    def _buffers(self, batch: int, capacity: int) -> Layer | None:
+        """A layer's; None where there is no memory for it, or no addresses for all layers."""
+        if self._total_bytes(batch, capacity) > ADDRESSABLE_BYTES:
+            return None
+        shape = (2, batch * capacity + 1, *self._head)
+        scales = shape[:3] if self.dtype == "int8" else (0,)
         try:
-            if total_bytes > ADDRESSABLE_BYTES:
-                raise MemoryError
-            shape = (2, batch * capacity + 1, *self._head)
-            scales = shape[:3] if self.dtype == "int8" else (0,)
-            return [
-                Layer(self._empty(shape, self.dtype), self._empty(scales, "f32"), self._by_triton)
-                for _ in range(n_layer)
-            ]
+            codes, beside = self._empty(shape, self.dtype), self._empty(scales, "f32")
         except (torch.cuda.OutOfMemoryError, MemoryError, CapacityError):
-            pass  # outside, so that the traceback does not keep what there was memory for
+            return None
+        return Layer(codes, beside, self._by_triton)
+
+    def _refusal(self, batch: int, capacity: int) -> CapacityError:
         where = "" if self.device.type == "cpu" else f" on {self.device}"
-        raise CapacityError(
-            f"no memory for a cache of {total_bytes / 1e9:.1f} GB{where}: ask for fewer tokens or "
-            "rows"
+        return CapacityError(
+            f"no memory for a cache of {self._total_bytes(batch, capacity) / 1e9:.1f} GB{where}: "
+            "ask for fewer tokens or rows"
         )
 
     def _empty(self, shape: tuple[int, ...], dtype: CacheDtype) -> torch.Tensor:
@@ -166,24 +136,56 @@ class CudaCache:
 
     def _parts(self) -> list[torch.Tensor]:
         """Every buffer, [2, slots, ...]."""
-        parts = [part for layer in self.layers for part in (layer.codes, layer.scales)]
-        return [part for part in parts if part.numel()]
+        return [part for layer in self.layers for part in layer.parts]
 
     def grow(self, capacity: int, batch: int | None = None) -> None:
+        """Layer by layer: while it grows, two layers of the size before are there beside the whole
+        of the new size. The second is the first layer's, kept so that where memory ends midway the
+        others can go back.
+
+        Raises: CapacityError, the cache as before, though elsewhere in memory.
+        """
         capacity, batch = max(self.capacity, capacity), max(self.batch, batch or 0)
-        if (capacity, batch) == (self.capacity, self.batch):
+        before, after = (self.batch, self.capacity), (batch, capacity)
+        if before == after:
             return
-        before = self._parts()
         self.recorded.clear()  # first: what they have for work space may be what is missing
         self._known = None
-        self.layers = self._buffers(len(self.layers), batch, capacity)
-        for old, new in zip(before, self._parts(), strict=True):
-            source = by_row(old, self.batch, self.capacity)
-            by_row(new, batch, capacity)[:, : self.batch, : self.capacity] = source
+        self.layers, spare = list(self.layers), self.layers[0]
+        try:
+            for i in range(self._n_layer):
+                new = self._buffers(*after)
+                if new is None:
+                    raise self._refusal(*after)
+                self.layers[i].copy_to(new, before, after)
+                self.layers[i] = new
+        except BaseException:
+            self._go_back(after, spare)
+            raise
+        del spare
+        torch.cuda.empty_cache()  # what torch would hold in reserve of the old; not on the CPU
         more = batch - self.batch
         self.lengths = np.pad(self.lengths, (0, more))
         self.gates = np.pad(self.gates, ((0, more), (0, 0)))
         self.capacity, self.batch = capacity, batch
+
+    def _go_back(self, shape: tuple[int, int], spare: Layer) -> None:
+        """Bring the first layers, those that have grown to this shape, to what they were: without
+        new memory, each where the one behind it was, and then in as much as they need."""
+        before, slots = (self.batch, self.capacity), self.batch * self.capacity + 1
+        grown = sum(layer.slots > slots for layer in self.layers)
+        for i in reversed(range(grown)):
+            larger = self.layers[i]
+            larger.copy_to(spare, shape, before)
+            self.layers[i], spare = spare, larger.first(slots)
+            del larger
+        del spare
+        for i in range(grown - 1):
+            exact = self._buffers(*before)
+            if exact is None:
+                return
+            self.layers[i].copy_to(exact, before, before)
+            self.layers[i] = exact
 
     def truncate(self, row: int, length: int) -> None:
         self.lengths[row] = min(length, int(self.lengths[row]))

@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import re
+import subprocess
 import sys
 from functools import lru_cache
 
@@ -69,6 +70,28 @@ def why_not() -> str | None:
         )
     if not torch.cuda.is_available():
         return "torch sees no GPU (nvidia-smi and CUDA_VISIBLE_DEVICES say which there are)"
+    return None
+
+
+@lru_cache(maxsize=1)
+def why_no_triton() -> str | None:
+    """Why Triton's kernels cannot run on this machine's GPUs; None where they can.
+
+    Its driver is a file of C that it compiles once for each Python: that wants a C compiler,
+    Python's headers, and a folder to keep it in.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_device()
+    except subprocess.CalledProcessError as error:
+        compiler = error.cmd[0] if isinstance(error.cmd, list) else error.cmd
+        return f"{compiler} ended with exit code {error.returncode}: are Python's headers there?"
+    except (RuntimeError, OSError, ImportError, AssertionError) as error:  # asserts: no libcuda
+        said = str(error).strip().splitlines()
+        return said[0] if said else type(error).__name__
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from bloomq.backends.cuda.top import best_of, logsumexp, row_sums
 from bloomq.config import BloomConfig
 from bloomq.errors import BackendError, UsageError
 from bloomq.layers import (
+    GPU_STEP_TOKENS,
     SURVEYED_ROWS,
     Activation,
     Attention,
@@ -51,6 +53,7 @@ class CudaBackend:
     """
 
     name = "cuda"
+    step_tokens = GPU_STEP_TOKENS
 
     def __init__(
         self,
@@ -76,6 +79,12 @@ class CudaBackend:
         narrow = _narrow(compute_dtype, self.device)
         self._how = Arithmetic(self.device, narrow, kernels, activations, outlier_threshold)
         self._loader = Loader(self.device)
+        missing = self._how.without_triton()
+        if missing is not None and kernels == "triton":
+            raise BackendError(f"kernels is 'triton', which cannot compile: {missing}: use auto")
+        if missing is not None:
+            said = f"Triton's kernels cannot be compiled, decoding is slower: {missing}"
+            warnings.warn(said, stacklevel=2)
 
     @property
     def description(self) -> str:

@@ -44,19 +44,33 @@ class DeviceNorm:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Epilogue:
-    """What follows a product; its constants of gelu are BLOOM's, rounded to float32."""
+    """What follows a product; its constants of gelu are BLOOM's, rounded to float32. scales: of
+    each column, where the product has not multiplied with them; by_triton: in one kernel, so that y
+    is read and written once, where a prompt's step else does it up to four times."""
 
     bias: Tensor | None
     act: Activation | None
+    scales: Tensor | None = None
+    by_triton: bool = False
 
     def __call__(self, y: Tensor, delta: Tensor | None, add: Tensor | None) -> Tensor:
-        """act(y + bias + delta) + add; y is overwritten."""
+        """act(y * scales + bias + delta) + add; y is overwritten."""
+        if self.by_triton:
+            from bloomq.backends.cuda.triton_products import finished_in_place
+
+            with on_device_of(y):
+                done: Tensor = finished_in_place(
+                    y, scales=self.scales, bias=self.bias, act=self.act, delta=delta, add=add
+                )
+            return done
+        if self.scales is not None:
+            y = y.mul_(self.scales)
         if self.bias is not None:
             y = y.add_(self.bias)
         if delta is not None:
             y = y.add_(delta)
         if self.act == "gelu":
-            y = F.gelu(y, approximate="tanh")
+            y = torch.ops.aten.gelu_(y, approximate="tanh")
         return y if add is None else y.add_(add)
 
 
@@ -72,9 +86,12 @@ class CudaLinear:
         act: Activation | None = None,
     ) -> None:
         self._n, self._padding = stored.shape[0], stored.columns - stored.shape[1]
-        self._product, self._norm, self._finish = product(stored, how), norm, Epilogue(bias, act)
-        few = FewTokens(stored, how, norm, self._finish)
-        self._few = few if how.has_triton and not how.by_tokens(stored) else None
+        self._product, self._norm = product(stored, how), norm
+        by_triton = how.has_triton and not how.by_tokens(stored)
+        scales = stored.scales if how.by_codes(stored) else None
+        self._finish = Epilogue(bias, act, scales, by_triton)
+        few = FewTokens(stored, how, norm, Epilogue(bias, act))
+        self._few = few if by_triton else None
 
     def __call__(self, x: Tensor, add: Tensor | None = None, delta: Tensor | None = None) -> Tensor:
         if not len(x):
@@ -120,7 +137,8 @@ class FewTokens:
         """x, normed, as its int8 codes restore it: [M, K] float32, for any number of tokens."""
         (codes, scales), (m, k) = self._rounded(x), x.shape
         group = self._stored.scheme.group_size
-        grouped = F.pad(codes, (0, -k % group)).view(m, -1, group)
+        padding = -k % group
+        grouped = (F.pad(codes, (0, padding)) if padding else codes).view(m, -1, group)
         return (grouped * scales[..., None]).view(m, -1)[:, :k]
 
     def _rounded(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 
-from bloomq.backends.cuda.device import import_bitsandbytes
+from bloomq.backends.cuda.device import import_bitsandbytes, why_no_triton
 from bloomq.backends.cuda.stored import Stored, codes_of, restored
 from bloomq.schemes import Scheme
 
@@ -79,8 +79,17 @@ class Arithmetic:
 
     @property
     def _compiles(self) -> bool:
+        new_enough = torch.cuda.get_device_capability(self.device) >= (8, 0)
+        return new_enough and why_no_triton() is None
+
+    def without_triton(self) -> str | None:
+        """Why kernels of Triton that are installed, and should run on this GPU, do not; None where
+        they do or nobody asks for them."""
+        if self.device.type == "cpu" or self.kernels in ("torch", "bitsandbytes"):
+            return None
         there = importlib.util.find_spec("triton") is not None
-        return there and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        new_enough = torch.cuda.get_device_capability(self.device) >= (8, 0)
+        return why_no_triton() if there and new_enough else None
 
     def dtype(self, scheme: Scheme) -> torch.dtype:
         """Of a product's inputs: a float's own where the device computes with it."""
@@ -97,6 +106,10 @@ class Arithmetic:
         fits = stored.columns % _INT8_COLUMNS == 0 and stored.shape[0] % _INT8_ROWS == 0
         return self.threshold is not None and stored.scheme.name == "int8" and fits
 
+    def by_codes(self, stored: Stored) -> bool:
+        """Is what a matrix's product gives still to be multiplied with the scales of its rows?"""
+        return stored.scheme.name == "int8" and not self.by_tokens(stored)
+
     def by_groups(self, stored: Stored) -> bool:
         """Is a matrix multiplied with int8 activations of a scale for each token and group?"""
         asked = self.threshold is None and self.activations == "int8"
@@ -104,8 +117,8 @@ class Arithmetic:
 
 
 def product(stored: Stored, how: Arithmetic) -> Product:
-    """The way that a matrix goes. Its activations are rounded here, if they are to be and Triton
-    does not (`linear.FewTokens`)."""
+    """The way that a matrix goes; without its scales where it goes `Arithmetic.by_codes`. Its
+    activations are rounded here, if they are to be and Triton does not (`linear.FewTokens`)."""
     if how.by_tokens(stored):
         return Int8Product(stored, how)
     if stored.scheme.name == "nf4" and how.kernels != "torch":
@@ -138,8 +151,9 @@ class RestoredProduct:
         return y if scale is None else y * scale
 
     def _part(self, x: Tensor, stored: Stored) -> Tensor:
-        if stored.scheme.name == "int8":  # its codes are exact in 16 bits, its scales are not
-            return multiply(x, codes_of(stored, self._dtype)) * stored.scales
+        # int8's codes are exact in 16 bits, its scales are not: they follow, see `by_codes`.
+        if stored.scheme.name == "int8":
+            return multiply(x, codes_of(stored, self._dtype))
         return multiply(x, restored(stored, self._dtype))
 
 

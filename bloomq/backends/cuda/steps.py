@@ -23,7 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from bloomq.backends.cuda.attention import reads_own_keys
-from bloomq.backends.cuda.cache import CudaCache, Layer
+from bloomq.backends.cuda.buffers import Layer
+from bloomq.backends.cuda.cache import CudaCache
 from bloomq.backends.cuda.places import Ones, Places
 from bloomq.errors import CapacityError
 from bloomq.layers import Span, Step

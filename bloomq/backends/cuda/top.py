@@ -24,7 +24,8 @@ def best_id(logits: Tensor) -> Tensor:
 def _keys(logits: Tensor) -> Tensor:
     """int64 [B, V] that order as the logits do, of equals the lower id first: no two are equal."""
     places = torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
-    return (_ordered(logits).long() << 32) | places
+    keys = _ordered(logits).long()  # in place from here on: `placement.work` counts the bytes
+    return keys.bitwise_left_shift_(32).bitwise_or_(places)
 
 
 def _id_of(keys: Tensor, count: int) -> Tensor:
@@ -33,17 +34,17 @@ def _id_of(keys: Tensor, count: int) -> Tensor:
 
 def _ordered(x: Tensor) -> Tensor:
     """float32 -> int32 in the same order, the zeros alike, NaN least."""
-    bits = torch.where(x == 0, 0, x).view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative ones backwards
-    return torch.where(torch.isnan(x), _MINUS_INFINITY - 1, ordered)
+    bits = (x + 0.0).view(torch.int32)  # -0 + 0 is 0
+    ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # negative ones backwards
+    return ordered.masked_fill_(torch.isnan(x), _MINUS_INFINITY - 1)
 
 
 def logsumexp(logits: Tensor) -> Tensor:
     """[B, V] -> float64 [B]: 250,880 terms in float32 may lose more than 1e-6. NaN where a logit
     is, or +inf."""
-    scaled = logits.double()
-    peak = scaled.amax(dim=1, keepdim=True)
-    return peak[:, 0] + (scaled - peak).exp().sum(dim=1).log()
+    wide = logits.to(torch.float64, copy=True)
+    peak = wide.amax(dim=1, keepdim=True)
+    return peak[:, 0] + wide.sub_(peak).exp_().sum(dim=1).log()
 
 
 def row_sums(row: Tensor, temperature: float) -> Tensor:

@@ -4,16 +4,18 @@ A product of a token is a read of its weights, so a kernel is as good as the sha
 bandwidth that it reaches. Every thread loads 16 bytes of codes at a time, three such loads ahead
 where the compiler can keep them in shared memory, and adds up in float32.
 
-Instructions a weight at one token, as the compiled loops have them (sm_90), against what an H200
-can start, 132 multiprocessors x 128 x 1.75 GHz = 3.0e13 a second, and what 4.8 TB/s bring:
+Instructions a weight at one token, counted in the compiled loops of 8 rows (sm_90 SASS), against
+what an H200 can start, 132 multiprocessors x 128 x 1.75 GHz = 3.0e13 a second, and what 4.8 TB/s
+bring:
 
-    int4    3.2: mask, less 2^23, add; 1/8 shift, 1 for x    9.0e12 weights/s (0.53 B)   80 to 100 %
-    nf4     6: shift, mask, address 2, table, add            8.5e12 (0.56 B)                    58 %
+    int4    4.7: mask, less 2^23, add; 1.7 for x and loads   8.5e12 weights/s (0.56 B)          75 %
+            4.2 with 16 rows                                                                    83 %
+    nf4     6.9: shift, sign, address 2, table, add          8.5e12 (0.56 B)                    51 %
     int8    3: extend, convert (half rate), add              4.8e12 (1 B)                      150 %
     f16     2: widen, add                                    2.4e12 (2 B)                      600 %
 
 so int8 and floats should be bound by memory alone (80 to 90 % of it), int4 by both (55 to 75 %),
-nf4 by its table (45 to 55 %: a load from 64 bytes of the first-level cache for each weight). Three
+nf4 by its table (45 to 50 %: a load from 64 bytes of the first-level cache for each weight). Three
 more tokens cost an int4 weight three additions more. None of this has been measured.
 
 Invariant: each output is added up in one order, whatever the other rows are: no atomics. Offsets
@@ -66,27 +68,30 @@ def _eight(x, first, inside, PIECES: tl.constexpr):
 
 
 @triton.jit
-def _level(words, BIT: tl.constexpr):
+def _level(words, magic, BIT: tl.constexpr):
     """(code - 8) * 2**BIT of the 4 bits from BIT on, BIT at most 16, without a conversion: set in
-    the fraction of 2**23, which is then taken away; exact."""
-    bits = (words & (15 << BIT)) | 0x4B000000
+    the fraction of 2**23, `magic`, which is then taken away; exact. That number is an argument
+    because one instruction has room for one constant: as a constant it took the mask's place, and
+    masks were loaded into registers again and again, 66 of a loop's 360 instructions."""
+    bits = (words & (15 << BIT)) | magic
     return bits.to(tl.float32, bitcast=True) - (8388608.0 + 8.0 * (1 << BIT))
 
 
 @triton.jit
-def _int4_products(words, x, first, inside, PIECES: tl.constexpr):
+def _int4_products(words, magic, x, first, inside, PIECES: tl.constexpr):
     """words [BN, PIECES, 4] of eight codes, the first of each byte in its high half -> code * x,
-    summed over each piece, [BN, PIECES]. The power of two that a code carries is taken from x."""
+    summed over each piece, [BN, PIECES]. The power of two that a code carries is taken from the
+    sum over the words."""
     x0, x1, x2, x3, x4, x5, x6, x7 = _eight(x, first, inside, PIECES)
     high = words >> 12  # columns 4, 6 and 7 lie beyond the fraction's bits
-    y = _level(words, 0) * x1[None]
-    y += _level(words, 4) * (x0 * 0.0625)[None]
-    y += _level(words, 8) * (x3 * 0.00390625)[None]
-    y += _level(words, 12) * (x2 * 0.000244140625)[None]
-    y += _level(words, 16) * (x5 * 0.0000152587890625)[None]
-    y += _level(high, 8) * (x4 * 0.00390625)[None]
-    y += _level(high, 12) * (x7 * 0.000244140625)[None]
-    y += _level(high, 16) * (x6 * 0.0000152587890625)[None]
+    y = _level(words, magic, 0) * x1[None]
+    y += _level(words, magic, 4) * (x0 * 0.0625)[None]
+    y += _level(words, magic, 8) * (x3 * 0.00390625)[None]
+    y += _level(words, magic, 12) * (x2 * 0.000244140625)[None]
+    y += _level(words, magic, 16) * (x5 * 0.0000152587890625)[None]
+    y += _level(high, magic, 8) * (x4 * 0.00390625)[None]
+    y += _level(high, magic, 12) * (x7 * 0.000244140625)[None]
+    y += _level(high, magic, 16) * (x6 * 0.0000152587890625)[None]
     return tl.sum(y, axis=2)
 
 
@@ -105,9 +110,9 @@ def _nf4_products(words, book, x, first, inside, PIECES: tl.constexpr):
     return tl.sum(y, axis=2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["magic"])
 def gemv(
-    out, x, codes, scales, book, bias, delta, add, n,
+    out, x, codes, scales, book, bias, delta, add, n, magic,
     K: tl.constexpr, X: tl.constexpr, KIND: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr,
     ACT: tl.constexpr, M: tl.constexpr, BN: tl.constexpr, PIECES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -145,7 +150,7 @@ def gemv(
             mine = x + token * X
             if KIND == "int4":
                 words = loaded.to(tl.uint32, bitcast=True)
-                part = _int4_products(words, mine, start * 32, X, PIECES) * scale
+                part = _int4_products(words, magic, mine, start * 32, X, PIECES) * scale
             elif KIND == "nf4":
                 words = loaded.to(tl.uint32, bitcast=True)
                 part = _nf4_products(words, book, mine, start * 32, X, PIECES) * scale

@@ -16,7 +16,7 @@ Invariant: each output is added up in one order: no atomics. Offsets into the we
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,6 +33,9 @@ PROGRAMS = 264  # that keep 132 multiprocessors busy: two each
 # Weights in the 16 bytes that a thread loads at once.
 IN_16_BYTES = {"int4": 32, "nf4": 32, "int8": 16, "int6": 16, "f32": 4, "f16": 8, "bf16": 8}
 Kind = Literal["int4", "nf4", "byte", "float"]
+Case = Literal["one", "few", "tile", "wide"]
+_MAGIC = 0x4B000000  # 2^23 as float32
+_MOST_ROWS = 65535  # of a grid's second dimension
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,37 +50,77 @@ class Blocks:
     splits: int = 1
 
 
+# How products are cut, by what the weights are ("int8": with int8 activations) and how many tokens
+# there are: one, up to four, up to 32, up to 64. By reasoning alone, see `blocks_for`; the section
+# "cuts" of benchmarks/gpu_figures.sh measures others and prints lines to put here.
+CUTS: dict[tuple[Kind | Literal["int8"], Case], Blocks] = {
+    ("int4", "one"): Blocks(8, 32, 4, 3),
+    ("int4", "few"): Blocks(8, 32, 4, 3),
+    ("int4", "tile"): Blocks(32, 8, 4, 3),
+    ("int4", "wide"): Blocks(64, 8, 4, 2),
+    ("nf4", "one"): Blocks(8, 32, 4, 1),
+    ("nf4", "few"): Blocks(8, 32, 4, 1),
+    ("nf4", "tile"): Blocks(32, 8, 4, 1),
+    ("nf4", "wide"): Blocks(64, 8, 4, 1),
+    ("byte", "one"): Blocks(8, 32, 4, 3),
+    ("byte", "few"): Blocks(4, 32, 4, 3),
+    ("byte", "tile"): Blocks(32, 8, 4, 3),
+    ("byte", "wide"): Blocks(64, 8, 4, 2),
+    ("float", "one"): Blocks(8, 32, 4, 3),
+    ("float", "few"): Blocks(4, 32, 4, 3),
+    ("float", "tile"): Blocks(32, 8, 4, 3),
+    ("float", "wide"): Blocks(64, 8, 4, 2),
+    ("int8", "tile"): Blocks(32, 8, 4, 5),
+    ("int8", "wide"): Blocks(64, 8, 4, 3),
+}
+
+
 def _kind(scheme: str) -> Kind:
     return (
         "byte" if scheme in ("int8", "int6") else scheme if scheme in ("int4", "nf4") else "float"
     )
 
 
+def case_of(scheme: str, m: int, dtype: torch.dtype) -> tuple[Kind | Literal["int8"], Case]:
+    """Which line of CUTS a product is cut by."""
+    if dtype == torch.int8:
+        return "int8", "tile" if m <= 32 else "wide"
+    if m <= BY_HAND:
+        return _kind(scheme), "one" if m == 1 else "few"
+    return _kind(scheme), "tile" if m <= 32 else "wide"
+
+
 def blocks_for(scheme: str, m: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Blocks:
-    """The cut of a product [m, k] x [n, k] of activations of `dtype`, by reasoning alone.
+    """The cut of a product [m, k] x [n, k] of activations of `dtype`: its line of CUTS, less where
+    the matrix is small, and K cut where its rows are too few.
 
     Up to four tokens: 32 pieces of 16 bytes are one load of a warp, 512 bytes of a row. Four warps
-    of a row or two, three loads ahead: 6 to 12 KB in flight a program, of 25 KB that a
-    multiprocessor needs (4.8 TB/s x 700 ns / 132), where six programs fit. Fewer rows a program
-    leave more programs, so that K is never cut: BLOOM's least n is 1,024. nf4 looks ahead by its
-    programs alone, else its table's loads would be sent through shared memory too. More tokens, and
-    int8 ones of any number: 32 rows of 128 bytes, and K cut until there are two programs for each
-    multiprocessor. Beyond 32 tokens, and in float32, the activations' tiles take more of the shared
-    memory than the weights': one fewer ahead and half as many columns leave int4's within the 99 KB
-    of the GPUs that have least.
+    of a row or two, with three stages two loads ahead: 4 to 8 KB in flight a program, of 25 KB or
+    more that a multiprocessor needs (4.8 TB/s x 700 ns / 132), where six programs fit. Fewer rows a
+    program leave more programs, so that K is never cut: BLOOM's least n is 1,024. nf4 looks ahead
+    by its programs alone, else its table's loads would be sent through shared memory too. More
+    tokens, and int8 ones of any number: 32 rows of 128 bytes, and K cut until there are two
+    programs for each multiprocessor; of int8, three of which hold 4,096 rows, four loads ahead
+    have 16 KB in flight each, in 25 KB of shared memory. Beyond 32 tokens, and in float32, the
+    activations' tiles take more of the shared memory than the weights': one fewer ahead and half as
+    many columns leave int4's within the 99 KB of the GPUs that have least.
     """
+    return fitted(CUTS[case_of(scheme, m, dtype)], scheme, m, n, k, dtype)
+
+
+def fitted(cut: Blocks, scheme: str, m: int, n: int, k: int, dtype: torch.dtype) -> Blocks:
+    """A line of CUTS for a matrix of this size: see `blocks_for`."""
     pieces = k // IN_16_BYTES[scheme]
     if m <= BY_HAND and dtype != torch.int8:
-        spare = scheme in ("int4", "nf4") or m == 1  # registers for a second row of each warp
-        rows = 8 if spare and n >= 8 * PROGRAMS else 4
-        wide = min(32, triton.next_power_of_2(pieces))
-        return Blocks(rows, wide, warps=4, stages=1 if scheme == "nf4" else 3)
-    rows = 64 if m > 32 and dtype != torch.float32 else 32
-    wide = min(4 if dtype == torch.float32 else 8, triton.next_power_of_2(pieces))
+        rows = cut.rows if n >= cut.rows * PROGRAMS else min(4, cut.rows)
+        wide = min(cut.pieces, triton.next_power_of_2(pieces))
+        return replace(cut, rows=rows, pieces=wide)
+    is_float32 = dtype == torch.float32
+    rows = min(32, cut.rows) if is_float32 else cut.rows
+    wide = min(4 if is_float32 else cut.pieces, triton.next_power_of_2(pieces))
     most = max(1, pieces // (2 * wide))  # two tiles a program at least
     splits = min(most, -(-PROGRAMS // -(-n // rows)), 16)
-    stages = 1 if scheme == "nf4" else 3 if m <= 32 else 2
-    return Blocks(rows, wide, warps=4, stages=stages, splits=splits)
+    return replace(cut, rows=rows, pieces=wide, splits=splits)
 
 
 @triton.jit
@@ -250,7 +293,7 @@ def product(
     if m <= BY_HAND and x.dtype != torch.int8:
         words = codes.view(torch.int32) if kind in ("int4", "nf4") else codes
         gemv[(triton.cdiv(n, cut.rows),)](
-            out, x, words, scale, book, bias, delta, add, n, ACT=act, M=m, **common
+            out, x, words, scale, book, bias, delta, add, n, _MAGIC, ACT=act, M=m, **common
         )
         return out
     whole = cut.splits == 1
@@ -270,6 +313,31 @@ def product(
             ACT=act, SPLITS=cut.splits, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return out
+
+
+def finished_in_place(
+    y: torch.Tensor,
+    *,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    act: Literal["gelu"] | None,
+    delta: torch.Tensor | None,
+    add: torch.Tensor | None,
+) -> torch.Tensor:
+    """act(y * scales + bias + delta) + add in the place of y, float32 [M, N], for any M; scales:
+    float32 [N]. Bytes: each of them once."""
+    m, n = y.shape
+    delta, add = (None if one is None else one.contiguous() for one in (delta, add))
+    # As many programs in the second dimension as a grid may have.
+    for first in range(0, m, _MOST_ROWS):
+        rows = slice(first, min(first + _MOST_ROWS, m))
+        mine = y[rows]
+        of_rows = (None if one is None else one[rows] for one in (delta, add))
+        finish[(triton.cdiv(n, 1024), len(mine))](
+            mine, mine, scales, bias, *of_rows, len(mine), n,
+            ACT=act, SPLITS=1, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    return y
 
 
 # -- the same in plain torch -----------------------------------------------------------------------

@@ -35,6 +35,7 @@ from bloomq.layers import (
     Step,
     Top,
     X,
+    step_tokens,
 )
 from bloomq.levels import Levels, Sums
 from bloomq.weights import Matrix, Norm
@@ -98,6 +99,11 @@ class PlacedBackend:
             return found[0]
         told = zip(self.places, found, strict=True)
         return "placed: " + "; ".join(f"{_words(place.layers)} {text}" for place, text in told)
+
+    @property
+    def step_tokens(self) -> int:
+        """Of the place that takes the fewest."""
+        return min(map(step_tokens, self._backends))
 
     # -- layers ------------------------------------------------------------------------------------
 
