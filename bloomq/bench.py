@@ -187,8 +187,11 @@ class Bench:
 
     @property
     def _products(self) -> int:
-        """Of a prompt's token: every matrix but the table and the head, which few tokens need."""
-        body = [name for name in self._pack.schemes if name not in ("wte", "lm_head")]
+        """Of a prompt's token: every matrix but the table, the head and the last block's MLP, which
+        few tokens need."""
+        last = f"h.{self._pack.config.n_layer - 1}.mlp."
+        few = ("wte", "lm_head", last + "up", last + "down")
+        body = [name for name in self._pack.schemes if name not in few]
         return sum(math.prod(self._pack.matrix(name).shape) for name in body)
 
 

@@ -54,8 +54,8 @@ class Head:
         self._step = self._compiled()
 
     def _compiled(self) -> Step:
-        def read(x: X, wanted: X) -> X:
-            found = self.read(self.backend.take(x, wanted))
+        def read(x: X) -> X:
+            found = self.read(x)
             return self.backend.survey(found) if self._gives_logits else found
 
         return self.model.compile(read)

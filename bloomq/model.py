@@ -57,6 +57,7 @@ class Block:
     """
 
     def __init__(self, weights: Weights, backend: Backend, layer: int) -> None:
+        self.backend = backend
         config, h = weights.config, f"h.{layer}"
         c, post = config.hidden_size, config.apply_residual_connection_post_layernorm
 
@@ -87,12 +88,18 @@ class Block:
         block.up, block.down = self.up.adapted(adapters), self.down.adapted(adapters)
         return block
 
-    def __call__(self, x: X, cache: Cache, span: Span) -> X:
-        """x [M, C] -> [M, C]."""
+    def __call__(self, x: X, cache: Cache, span: Span, wanted: X | None = None) -> X:
+        """x [M, C] -> [M, C], or of the tokens `wanted` [W] alone [W, C]: the others need no MLP.
+        (With adapters they do, whose gates go by the span.)"""
         x = self.ln_1(x)
         mixed = self.attention(self.qkv(x, cache, span), cache, span)  # [M, C]
-        x = self.ln_2(self.out(mixed, cache, span, add=x))
-        return self.down(self.up(x, cache, span), cache, span, add=x)  # through [M, 4C]
+        x = self.out(mixed, cache, span, add=x)
+        gated = self.up.down is not None or self.down.down is not None
+        if wanted is not None and not gated:
+            x = self.backend.take(x, wanted)
+        x = self.ln_2(x)
+        x = self.down(self.up(x, cache, span), cache, span, add=x)  # through [M, 4C]
+        return self.backend.take(x, wanted) if wanted is not None and gated else x
 
 
 def _unchanged(x: X) -> X:
@@ -121,8 +128,8 @@ class Transformer:
         model.blocks = [block.adapted(adapters) for block in self.blocks]
         return model
 
-    def compile(self, read: Callable[[X, X], X]) -> Step:
-        """A step of this model that ends in read(hidden [M, C], wanted [W]).
+    def compile(self, read: Callable[[X], X]) -> Step:
+        """A step of this model that ends in read(hidden [W, C]), of the wanted tokens' states.
 
         Called with ids [M], cache, span and wanted; the cache then holds these tokens. Raises:
         UsageError for an id outside the vocabulary or a cache of other adapters, CapacityError
@@ -130,7 +137,7 @@ class Transformer:
         writes it in place) says at its next use that it was lost.
         """
         replay = self.backend.compile(
-            lambda ids, cache, span, wanted: read(self._forward(ids, cache, span), wanted)
+            lambda ids, cache, span, wanted: read(self._forward(ids, cache, span, wanted))
         )
 
         def step(ids: I64, cache: Cache, span: Span, wanted: I64) -> X:
@@ -141,11 +148,11 @@ class Transformer:
 
         return step
 
-    def _forward(self, ids: X, cache: Cache, span: Span) -> X:
+    def _forward(self, ids: X, cache: Cache, span: Span, wanted: X) -> X:
         x = self.emb_ln(self.wte(ids))  # [M, C]
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, cache, span)
-        return x
+        return self.blocks[-1](x, cache, span, wanted)  # [W, C]
 
     def check_gates(self, cache: Cache) -> None:
         """Raises: UsageError for a cache made when other adapters were loaded: kernels read as many

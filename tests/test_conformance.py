@@ -167,7 +167,7 @@ def test_a_step_writes_only_its_rows_and_only_beyond_their_lengths(build: Build)
 def test_lengths_grow_only_when_the_cache_is_told(build: Build):
     lm = build()
     cache, span = lm.cache(1, 16), Span.of([0], [3])
-    lm.model._forward(IDS[:3], cache, span)
+    lm.model._forward(IDS[:3], cache, span, np.arange(3))
     assert cache.lengths.tolist() == [0]
     cache.advance(span)
     assert cache.lengths.tolist() == [3]
@@ -240,7 +240,7 @@ def test_compiled_equals_eager(build: Build, name: str):
     hidden = []
 
     def forward(ids, cache, span, wanted):
-        return lm.backend.take(lm.model._forward(ids, cache, span), wanted)
+        return lm.model._forward(ids, cache, span, wanted)
 
     for step in (forward, lm.backend.compile(forward)):
         for _ in range(2):  # recorded, then replayed

@@ -102,7 +102,7 @@ def test_other_ways_to_compute_give_much_the_same(opened: Pack, options: dict):
 def test_the_residual_stream_and_logits_are_float32(opened: Pack):
     head = Head(opened, CudaBackend("cpu", compute_dtype="bf16"), "BloomForCausalLM")
     cache, span = head.cache(1, 16), Span.of([0], [3])
-    hidden = head.model._forward(np.arange(3), cache, span)
+    hidden = head.model._forward(np.arange(3), cache, span, np.arange(3))
     assert hidden.dtype == torch.float32
     assert head.read(hidden).dtype == torch.float32
 

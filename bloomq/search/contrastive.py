@@ -81,7 +81,7 @@ class ContrastiveSearch:
         check_greedy(self._sampling, "contrastive search")
         self._sampling.check_ids(head.config.vocab_size)
         # Hidden states before the last norm: `head.ln_f` and `head.read` both begin there.
-        self._hidden = head.model.compile(head.backend.take)
+        self._hidden = head.model.compile(lambda x: x)
         count = min(int(options.top_k), head.config.vocab_size)
         size = max(map(len, prompts)) + self._most  # candidates for the last token are run too
         self._cache = head.cache(count * len(prompts), size)
