@@ -56,8 +56,9 @@ class Pool:
         if helpers is None or helpers.process != os.getpid():
             with self._starting:
                 if self._helpers is None or self._helpers.process != os.getpid():
-                    self._helpers = _Helpers(self.threads - 1)
-                    weakref.finalize(self, self._helpers.stop)
+                    made = _Helpers(self.threads - 1)
+                    weakref.finalize(self, made.stop)  # first: Ctrl-C may come in between
+                    self._helpers = made
                 helpers = self._helpers
         return helpers
 
