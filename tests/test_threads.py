@@ -328,6 +328,31 @@ def test_helpers_start_at_the_first_need_and_end_with_their_pool():
     assert helpers_alive() == before
 
 
+def test_ctrl_c_while_helpers_start_leaves_none_of_them(monkeypatch: pytest.MonkeyPatch):
+    gc.collect()
+    before, start, started = helpers_alive(), threading.Thread.start, [0]
+
+    def interrupted(self: threading.Thread) -> None:
+        start(self)
+        started[0] += 1
+        if started[0] == 2:
+            raise KeyboardInterrupt
+
+    pool = Pool(4)
+    program, numbers = counting()
+    monkeypatch.setattr(numba_threads.threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(program)
+    deadline = time.monotonic() + 10
+    while helpers_alive() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert helpers_alive() == before
+    assert not numbers.any()
+    pool.run(program)
+    assert (numbers == 20).all()
+    assert helpers_alive() == before + 3
+
+
 def test_helpers_sleep_when_there_is_nothing_to_do():
     pool = Pool(2)
     program, _ = counting()
