@@ -428,7 +428,7 @@ def test_sequences_go_on_after_steps_that_were_cut_off_anywhere(tiny, monkeypatc
     counted, or all: what is left in the cache is nobody's token."""
     prompts = [tokens(1, 70), tokens(2, 600), tokens(3, 20) * 8]
     options = {"max_new_tokens": 30, "draft": draft, "window": window}
-    alone = [tiny.generate(prompt, **options).ids for prompt in prompts]
+    alone = [tiny.generate(prompt, **options) for prompt in prompts]
     tiny.forget()
     step, advance, rng = tiny.head.step, tiny.engine.advance, np.random.default_rng(0)
     pressed = 0
@@ -455,7 +455,8 @@ def test_sequences_go_on_after_steps_that_were_cut_off_anywhere(tiny, monkeypatc
 
     monkeypatch.setattr(tiny.head, "step", cut_off)
     monkeypatch.setattr(tiny.engine, "advance", insistent)
-    assert [g.ids for g in tiny.generate(prompts, **options)] == alone
+    found = tiny.generate(prompts, **options)
+    assert [(g.ids, g.logprobs) for g in found] == [(g.ids, g.logprobs) for g in alone]
     assert pressed > 5
     idle = tiny.engine.idle_tokens
     assert tiny.engine._rows.cache.pages_in_use == idle // 64
