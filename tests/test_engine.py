@@ -421,6 +421,47 @@ def test_ctrl_c_at_any_instant_leaves_the_others_and_the_next_as_they_should_be(
     assert tiny.engine.used_rows == 1  # the other's
 
 
+@pytest.mark.parametrize("draft", [None, "lookup"])
+@pytest.mark.parametrize("window", [None, Window(128), Window(192, 64)], ids=str)
+def test_sequences_go_on_after_steps_that_were_cut_off_anywhere(tiny, monkeypatch, draft, window):
+    """Before they began, with keys and values written that no length counts, with some of the rows
+    counted, or all: what is left in the cache is nobody's token."""
+    prompts = [tokens(1, 70), tokens(2, 600), tokens(3, 20) * 8]
+    options = {"max_new_tokens": 30, "draft": draft, "window": window}
+    alone = [tiny.generate(prompt, **options) for prompt in prompts]
+    tiny.forget()
+    step, advance, rng = tiny.head.step, tiny.engine.advance, np.random.default_rng(0)
+    pressed = 0
+
+    def cut_off(ids, cache, span, wanted):
+        nonlocal pressed
+        if rng.random() < 0.6:
+            return step(ids, cache, span, wanted)
+        pressed += 1
+        if rng.random() < 0.7:
+            before = cache.lengths.copy()
+            step(ids, cache, span, wanted)
+            uncounted = span.rows[rng.integers(len(span.rows) + 1) :]
+            cache.lengths[uncounted] = before[uncounted]
+        raise KeyboardInterrupt
+
+    def insistent(awaited):
+        awaited = list(awaited)
+        while True:
+            try:
+                return advance(awaited)
+            except KeyboardInterrupt:
+                continue
+
+    monkeypatch.setattr(tiny.head, "step", cut_off)
+    monkeypatch.setattr(tiny.engine, "advance", insistent)
+    found = tiny.generate(prompts, **options)
+    assert [(g.ids, g.logprobs) for g in found] == [(g.ids, g.logprobs) for g in alone]
+    assert pressed > 5
+    idle = tiny.engine.idle_tokens
+    assert tiny.engine._rows.cache.pages_in_use == idle // 64
+
+
 def test_ctrl_c_on_jax_costs_the_text_and_not_the_model(base, monkeypatch):
     model = bloomq.load(pack(base, TINY, "f32"), backend="jax")
     expected = model.generate([5, 6, 7], max_new_tokens=4).ids

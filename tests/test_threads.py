@@ -41,6 +41,36 @@ def add_one():
     return add_one
 
 
+@lru_cache
+def note_chunk():
+    """Of each unit: chunks that had it += 1, the first and the last unit of its chunk. Arguments:
+    noted [units, 3]."""
+
+    @kernel
+    def note_chunk(arguments, first, last):
+        noted = longs(fields(arguments, 1)[0], 3 * last)
+        for unit in range(first, last):
+            noted[3 * unit] += 1
+            noted[3 * unit + 1] = first
+            noted[3 * unit + 2] = last
+
+    return note_chunk
+
+
+@lru_cache
+def mirror():
+    """target[unit] = source[units - 1 - unit] + 1, which another thread may have written.
+    Arguments: source, target, units."""
+
+    @kernel
+    def mirror(arguments, first, last):
+        source, target, units = fields(arguments, 3)
+        for unit in range(first, last):
+            longs(target, units)[unit] = longs(source, units)[units - 1 - unit] + 1
+
+    return mirror
+
+
 def counting(units: int = 500, operations: int = 20) -> tuple[Program, np.ndarray]:
     """A program each of whose operations adds one to every number."""
     program, numbers = Program(), np.zeros(units, np.int64)
@@ -68,6 +98,44 @@ def test_every_unit_of_every_operation_is_done_once(threads: int):
     for run in range(1, 20):
         pool.run(program)
         assert (numbers == 20 * run).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("units", [1, 2, 7, 8, 9, 63, 64, 65, 500])
+def test_chunks_cover_each_unit_once_and_split_no_block(threads: int, units: int):
+    """Whichever thread begins; without `most` each chunk is a block, as of tokens in a prologue."""
+    for least in (1, 3, 8, 100):
+        for most in (0, 1, 5, 64, 1000):
+            for who in {0, 1, threads // 2, threads - 1}:
+                program, noted = Program(), np.zeros((units, 3), np.int64)
+                program.add(note_chunk(), units, least, noted.ctypes.data, most=most)
+                program.job(threads).help(who, 0)
+                count, first, last = noted.T
+                at = np.arange(units)
+                assert (count == 1).all()
+                assert (first <= at).all()
+                assert (at < last).all()
+                assert (last - first <= max(least, most)).all()
+                if not most:
+                    assert (first == at // least * least).all()
+                    assert (last == np.minimum(first + least, units)).all()
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_more_threads_than_cores_do_any_program_right(threads: int):
+    """Operations that read what the last wrote, of random sizes, run again and again."""
+    rng, pool = np.random.default_rng(threads), Pool(threads)
+    for _ in range(12):
+        units, program = int(rng.integers(1, 200)), Program()
+        here, there = np.zeros((2, units), np.int64)
+        pairs = int(rng.integers(1, 30))
+        for source, target in [(here, there), (there, here)] * pairs:
+            least, most = int(rng.integers(1, 9)), int(rng.integers(0, 40))
+            at = source.ctypes.data, target.ctypes.data
+            program.add(mirror(), units, least, *at, units, most=most, touched=BIG)
+        for run in range(1, 15):
+            pool.run(program)
+            assert (here == 2 * pairs * run).all()
 
 
 def test_an_operation_without_units_is_none():
@@ -104,6 +172,30 @@ def test_a_helper_that_comes_after_the_end_changes_nothing():
     Pool(1).run(program)  # in between, the program has run again
     job.work()
     assert (numbers == 40).all()
+
+
+def test_a_helper_works_on_though_nobody_else_refers_to_the_program():
+    program, numbers = Program(), np.zeros(100, np.int64)
+    for _ in range(20):
+        program.add(add_one(), 100, 3, numbers.ctypes.data)
+    job, there = program.job(2), weakref.ref(program)
+    del program
+    gc.collect()
+    assert there() is not None
+    job.help(1, 0)
+    assert (numbers == 20).all()
+
+
+def test_a_program_that_has_run_is_held_by_nobody():
+    """Nor what it read, as pages of keys: the helpers have the latest job until the next comes."""
+    pool = Pool(2)
+    program, _ = counting()
+    program.held = np.zeros(3)
+    there = weakref.ref(program), weakref.ref(program.held)
+    pool.run(program)
+    del program
+    gc.collect()
+    assert [one() for one in there] == [None, None]
 
 
 def test_small_programs_are_done_by_the_caller_alone():
@@ -234,6 +326,31 @@ def test_helpers_start_at_the_first_need_and_end_with_their_pool():
     while helpers_alive() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert helpers_alive() == before
+
+
+def test_ctrl_c_while_helpers_start_leaves_none_of_them(monkeypatch: pytest.MonkeyPatch):
+    gc.collect()
+    before, start, started = helpers_alive(), threading.Thread.start, [0]
+
+    def interrupted(self: threading.Thread) -> None:
+        start(self)
+        started[0] += 1
+        if started[0] == 2:
+            raise KeyboardInterrupt
+
+    pool = Pool(4)
+    program, numbers = counting()
+    monkeypatch.setattr(numba_threads.threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(program)
+    deadline = time.monotonic() + 10
+    while helpers_alive() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert helpers_alive() == before
+    assert not numbers.any()
+    pool.run(program)
+    assert (numbers == 20).all()
+    assert helpers_alive() == before + 3
 
 
 def test_helpers_sleep_when_there_is_nothing_to_do():

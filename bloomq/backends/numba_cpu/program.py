@@ -179,12 +179,13 @@ class Job:
         lines = _FIRST + self._operations * (1 + threads)
         self._counters = _aligned(lines * LINE).view(np.int64)
         self._table = table.ctypes.data
-        self._owners = (program, program.held, table)  # what kernels of late helpers may still use
+        self._owners: tuple[object, ...] = (program, program.held, table)
         self.announced = self.number = 0
 
     def work(self) -> None:
         """Take chunks until all are taken; returns when all are done, or when the run is stopped.
-        Between slices Python looks at signals."""
+        Between slices Python looks at signals. Of what is done nothing is held but what a late
+        helper reads, the table and the counters: the latest job is there until the next comes."""
         run, counters = runner(), self._counters.ctypes.data
         for first in range(0, self._operations, _SLICE):
             last = min(first + _SLICE, self._operations)
@@ -192,6 +193,7 @@ class Job:
                 self._table, first, last, counters, offer_core(), self._threads,
                 0 if first else self.announced, self.number,
             )  # fmt: skip
+        self._owners = self._owners[-1:]
 
     def help(self, who: int, looks: int) -> None:
         """The same as thread `who`; then look so many times whether another run was announced. All
@@ -199,7 +201,7 @@ class Job:
         asleep, and waking up takes longer than many an operation."""
         helper()(
             self._table, self._operations, self._counters.ctypes.data, offer_core(), self._threads,
-            who, self.announced, self.number, looks,
+            who, self.announced, self.number, looks if self.announced else 0,
         )  # fmt: skip
 
     def stop(self) -> None:
@@ -312,11 +314,12 @@ def _work(table, first_operation, last_operation, counters, offer, threads, who)
         function, arguments = _read(operation), _read(operation + 8)
         units, least, most = _read(operation + 16), _read(operation + 24), _read(operation + 32)
         chunks = (units + least - 1) // least
+        stretches = min(threads, chunks)
         done = counters + operations + LINE * (1 + threads) * i
-        for other in range(threads):
-            stretch = (who + other) % threads
-            start = (chunks * stretch + threads - 1) // threads * least
-            end = min((chunks * (stretch + 1) + threads - 1) // threads * least, units)
+        for other in range(stretches):
+            stretch = (who + other) % stretches
+            start = (chunks * stretch + stretches - 1) // stretches * least
+            end = min((chunks * (stretch + 1) + stretches - 1) // stretches * least, units)
             taken = done + LINE * (1 + stretch)
             while start + _read(taken) < end and not _read(stop):
                 # Less and less, so that the last chunks end at about the same time.

@@ -56,8 +56,10 @@ class Pool:
         if helpers is None or helpers.process != os.getpid():
             with self._starting:
                 if self._helpers is None or self._helpers.process != os.getpid():
-                    self._helpers = _Helpers(self.threads - 1)
-                    weakref.finalize(self, self._helpers.stop)
+                    made = _Helpers(self.threads - 1)
+                    weakref.finalize(self, made.stop)
+                    made.start()
+                    self._helpers = made
                 helpers = self._helpers
         return helpers
 
@@ -72,13 +74,20 @@ class _Helpers:
         self._job: Job | None = None  # None: helpers shall end
         self._bells = [threading.Lock() for _ in range(count)]
         self._publishing = threading.Lock()
-        for who, bell in enumerate(self._bells, start=1):
-            bell.acquire()
-            thread = threading.Thread(
-                target=self._help, args=(bell, who), name="bloomq", daemon=True
-            )
-            with suppress(RuntimeError):  # the system gives no more threads: fewer help
-                thread.start()
+
+    def start(self) -> None:
+        """Let the threads begin; where Ctrl-C cuts that off, none stays."""
+        try:
+            for who, bell in enumerate(self._bells, start=1):
+                bell.acquire()
+                thread = threading.Thread(
+                    target=self._help, args=(bell, who), name="bloomq", daemon=True
+                )
+                with suppress(RuntimeError):  # the system gives no more threads: fewer help
+                    thread.start()
+        except BaseException:
+            self.stop()
+            raise
 
     def publish(self, job: Job | None) -> None:
         with self._publishing:
