@@ -5,6 +5,7 @@ and whole conversions against those of the CPU's kernels.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from bloomq.converters.calibration import engine as engine_module
-from bloomq.converters.calibration import estimate, forward
+from bloomq.converters.calibration import estimate, forward, sensitivity
 from bloomq.converters.calibration.conversion import plan_calibrated
 from bloomq.converters.calibration.cpu_engine import CpuEngine
 from bloomq.converters.calibration.engine import CPU, Device, device_of
@@ -38,8 +39,10 @@ from calibration_oracle import (
 )
 from click.testing import CliRunner
 from conftest import DEMO, write_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bloomq
+from bloomq.backends.cuda.stored import Loader, Stored
 from bloomq.cli import commands
 from bloomq.config import BloomConfig
 from bloomq.errors import BackendError, CapacityError, NumericError, UsageError
@@ -47,6 +50,7 @@ from bloomq.pack import Pack
 from bloomq.pack_writer import partial_folder
 from bloomq.scheme_choice import choose_schemes
 from bloomq.schemes import get_scheme
+from bloomq.weights import Matrix
 
 TORCH = Device("cpu")  # no option gives it: "cuda" is never the CPU in disguise
 EPSILON = 2.0**-24  # what rounding to float32 changes, of a value
@@ -169,6 +173,31 @@ def test_descent_is_the_textbooks(group):
     ours = output_errors(w, values, h)
     assert (ours <= begun * (1 + 1e-4)).all()
     check_as_good(ours, output_errors(w, expected * np.repeat(steps, group, axis=1), h))
+
+
+class Waits(TorchDispatchMode):
+    """Counts what, on a GPU, has the host wait for what was launched before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten = torch.ops.aten
+        self.count += func in (aten._local_scalar_dense.default, aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_nothing_in_the_loops_over_columns_waits_for_the_device(group):
+    w, h = problem(32, 256)
+    by = factor(there(h + np.eye(256, dtype=np.float32)), np.arange(256))
+    with Waits() as waits:
+        codes, scales = gptq(there(w.T), by, group, -8, 7)
+        descend(there(w.T), there(h), codes, scales, -8, 7, 2)
+        assert waits.count == 0
+        bool(codes[0, 0] < 8)
+        assert waits.count == 1
 
 
 @pytest.mark.parametrize(("name", "group"), SCHEMES)
@@ -307,7 +336,7 @@ def test_an_interrupted_conversion_goes_on_to_the_same_bytes_on_the_same_device(
 ):
     def planned(target: str, device: Device) -> Any:
         plan, producer, method = plan_calibrated(
-            small, tmp_path / target, text, tokens=1024, window=64, bits=5.2, device=device
+            small, tmp_path / target, text, tokens=1024, window=64, bits=4.9, device=device
         )
         return plan, {"producer": producer, "method": method}
 
@@ -316,6 +345,7 @@ def test_an_interrupted_conversion_goes_on_to_the_same_bytes_on_the_same_device(
             raise KeyboardInterrupt
 
     plan, how = planned("whole", TORCH)
+    assert plan.schemes["h.1.attn.out"].name == "int6"  # it makes up: both streams are in the files
     assert not run(plan, **how).resumed_bytes
     for target, begun in (("same", TORCH), ("other", CPU)):
         plan, how = planned(target, begun)
@@ -352,14 +382,61 @@ def test_a_device_that_is_not_there_is_told_with_the_remedy(text, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_memory_that_runs_out_is_told(small, text, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["torch", "cublas"],
+)
+def test_memory_that_runs_out_is_told(small, text, tmp_path, monkeypatch, error):
     def full(*arguments: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(TorchMoments, "add", full)
     plan, producer, method = plan_calibrated(small, tmp_path / "p", text, tokens=64, device=TORCH)
     with pytest.raises(CapacityError, match="is too small to calibrate there, or others use it"):
         run(plan, producer=producer, method=method)
+    with pytest.raises(CapacityError, match="is too small to calibrate there, or others use it"):
+        estimate.measured_rates(plan)
+
+
+def test_other_failures_of_torch_are_not_taken_for_memory(engine):
+    with pytest.raises(RuntimeError, match="device-side assert"), engine.watched():
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+@pytest.mark.parametrize("api", ["older", "newer"])
+def test_a_program_that_asked_for_tf32_gets_moments_of_whole_float32(engine, api):
+    matmul = torch.backends.cuda.matmul
+    try:
+        if api == "older":
+            torch.set_float32_matmul_precision("high")
+        elif not hasattr(matmul, "fp32_precision"):
+            pytest.skip("torch 2.8 has the older names alone")
+        else:
+            matmul.fp32_precision = "tf32"
+        with engine.watched():
+            assert not matmul.allow_tf32
+        assert matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_sensitivities_bring_the_head_to_the_device_once(small, tmp_path, monkeypatch):
+    """In each of its two schemes, not for every few tokens: it is the largest of all matrices."""
+    load, loaded = Loader._loaded, Counter[str]()
+
+    def counted(loader: Loader, matrix: Matrix) -> Stored:
+        loaded[matrix.name] += 1
+        return load(loader, matrix)
+
+    monkeypatch.setattr(Loader, "_loaded", counted)
+    monkeypatch.setattr(sensitivity, "_HEAD_TOKENS", 8)
+    ids = np.random.default_rng(0).integers(0, 8192, (2, 16))
+    sensitivity.measure(read_checkpoint(small), ids, tmp_path / "versions", device=TORCH)
+    assert loaded["wte"] == 2
 
 
 @pytest.mark.parametrize(

@@ -130,9 +130,11 @@ def _rows_at_once(n: int, k: int) -> int:
 
 
 def measured_rates(plan: Plan) -> Rates:
-    """By samples, on the plan's device and threads."""
+    """By samples, on the plan's device and threads. Raises: CapacityError."""
     with ThreadPoolExecutor(plan.workers) as pool:
-        return _measured(Device(plan.device).engine(pool, plan.workers), plan.workers)
+        engine = Device(plan.device).engine(pool, plan.workers)
+        with engine.watched():
+            return _measured(engine, plan.workers)
 
 
 def _measured(engine: Engine, threads: int) -> Rates:

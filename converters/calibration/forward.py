@@ -283,12 +283,14 @@ class Runner:
         for tokens, _ in self.steps():
             sink(norm(self._engine.there(x[tokens])))
 
-    def logits(self, weights: UnderWay, head: Matrix | None, x: F32) -> F32:
-        """What a head makes of hidden states x [M, C]; None: what the last norm does."""
-        norm, there = weights.norm("ln_f"), self._engine.there(x)
-        if head is None:
-            return self.numpy(self._backend.norm(norm)(there))
-        return self.numpy(self._backend.linear(head, norm=norm)(there))
+    def head(self, weights: UnderWay, matrix: Matrix | None) -> Callable[[F32], F32]:
+        """What a head makes of hidden states [M, C]; None: what the last norm does."""
+        norm = weights.norm("ln_f")
+        if matrix is None:
+            layer: Callable[[X], X] = self._backend.norm(norm)
+        else:
+            layer = self._backend.linear(matrix, norm=norm)
+        return lambda x: self.numpy(layer(self._engine.there(x)))
 
 
 def places_of(wanted: I64) -> dict[int, int]:

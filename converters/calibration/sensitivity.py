@@ -32,6 +32,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 Progress = Callable[[int, int], None]
+Head = Callable[[F32], F32]  # hidden states [M, C] -> [M, V]
 
 PROBE = CANDIDATES[0]
 _REST = get_scheme("int8")  # of all other matrices: a quarter of f32's time, next to no loss
@@ -71,7 +72,7 @@ class _Sweep:
     def __init__(
         self, checkpoint: Checkpoint, ids: I64, folder: Path, engine: Engine, progress: Progress
     ) -> None:
-        self._checkpoint, self._config = checkpoint, checkpoint.config
+        self._checkpoint, self._config, self._engine = checkpoint, checkpoint.config, engine
         self._runner = Runner(ids, checkpoint.config, engine)
         self._report = progress
         names = [s.name for s in weight_specs(self._config) if s.kind in ("embedding", "linear")]
@@ -148,8 +149,10 @@ class _Sweep:
         for number, (name, probe) in enumerate(found.items()):
             one = UnderWay(self._checkpoint, {**weights.matrices, name: probe.probe})
             self._runner.through(layer, one, versions[0], versions[begun + number])
-        for version in versions[:begun]:
-            self._runner.through(layer, weights, version, version)
+        # As one text: a device is given the block's matrices once, not for each version.
+        runner = Runner(np.tile(self._runner.ids, (begun, 1)), self._config, self._engine)
+        both = versions[:begun].reshape(-1, self._config.hidden_size)  # a view
+        runner.through(layer, weights, both, both)
 
     def _divergences(self, versions: F32, table: _Probe) -> Iterator[tuple[str, float]]:
         weights = UnderWay(self._checkpoint)
@@ -157,31 +160,34 @@ class _Sweep:
         if head is None and self._config.architecture == "BloomForCausalLM":
             head = self._probe("lm_head", np.ones(self._config.hidden_size))
             self._errors["lm_head"] = head.errors
-            yield "lm_head", self._kl(weights, versions[0], versions[0], head.rest, head.probe)
+        # Bound once: a device gets the largest of all matrices once, not for every few tokens.
+        rest = self._runner.head(weights, None if head is None else head.rest)
+        apart = _half_square if head is None else divergence
+        if head is not None and head is not table:
+            probe = self._runner.head(weights, head.probe)
+            yield "lm_head", _mean(apart, versions[0], versions[0], rest, probe)
         for name, version in zip(["wte", *self._names], versions[1:], strict=True):
-            both = (None, None) if head is None else (head.rest, head.rest)
             if name == "wte" and head is table:
-                both = (table.rest, table.probe)
-            yield name, self._kl(weights, versions[0], version, *both)
-
-    def _kl(
-        self, weights: UnderWay, base: F32, other: F32, of_base: Matrix | None,
-        of_other: Matrix | None,
-    ) -> float:  # fmt: skip
-        """The mean divergence of what a head makes of two versions; without a language model's
-        head, half the squared distance of the hidden states."""
-        total = 0.0
-        for start in range(0, len(base), _HEAD_TOKENS):
-            at = slice(start, start + _HEAD_TOKENS)
-            p, q = (
-                self._runner.logits(weights, of_base, base[at]),
-                self._runner.logits(weights, of_other, other[at]),
-            )
-            if of_base is None:
-                total += float(np.square(p - q, dtype=np.float64).sum()) / 2
+                probe = self._runner.head(weights, table.probe)
+                yield name, _mean(apart, versions[0], version, rest, probe)
             else:
-                total += sum(divergence(a, b) for a, b in zip(p, q, strict=True))
-        return max(total / len(base), 0.0)
+                yield name, _mean(apart, versions[0], version, rest, rest)
+
+
+def _mean(
+    apart: Callable[[F32, F32], float], base: F32, other: F32, of_base: Head, of_other: Head
+) -> float:
+    """How far apart, on average, is what heads make of the tokens of two versions."""
+    total = 0.0
+    for start in range(0, len(base), _HEAD_TOKENS):
+        at = slice(start, start + _HEAD_TOKENS)
+        total += sum(map(apart, of_base(base[at]), of_other(other[at])))
+    return max(total / len(base), 0.0)
+
+
+def _half_square(p: F32, q: F32) -> float:
+    """Half the squared distance of hidden states, where there is no language model's head."""
+    return float(np.square(p - q, dtype=np.float64).sum()) / 2
 
 
 class _Squares:

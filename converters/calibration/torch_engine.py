@@ -1,8 +1,9 @@
 """A calibration by torch: on a GPU, or on torch's CPU device, for tests.
 
 The layers are the CUDA backend's, in float32, which round no activations but those of int8
-matrices; the host reads, rounds to nearest and packs codes meanwhile. Invariant: of the device's
-memory, what one matrix and some windows' activations need (`estimate.device_bytes`).
+matrices. The host reads, rounds to nearest and packs codes; the device waits for it meanwhile.
+Invariant: of the device's memory, what one matrix and some windows' activations need
+(`estimate.device_bytes`).
 
 Everything is on one stream, where cuBLAS gives the same bits each time on GPUs of one architecture
 and size. Source: cuBLAS, "Results Reproducibility".
@@ -10,6 +11,7 @@ and size. Source: cuBLAS, "Results Reproducibility".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +33,7 @@ from .torch_sums import TorchMoments, TorchWanted, there
 F32 = NDArray[np.float32]
 # Rows that are solved together at least: each lot of them costs all launches anew.
 _LEAST_ROWS = 4096
+_ALLOCATION_FAILED = re.compile("CUDA error: out of memory|STATUS_ALLOC_FAILED")
 
 
 class TorchEngine:
@@ -62,14 +65,35 @@ class TorchEngine:
     @contextmanager
     def watched(self) -> Iterator[None]:
         try:
-            yield
+            with _whole_products():
+                yield
             return
         except torch.OutOfMemoryError:
             pass  # its traceback holds tensors: raised outside
+        except RuntimeError as error:  # what CUDA's libraries raise when they get no work space
+            if not _ALLOCATION_FAILED.search(str(error)):
+                raise
         raise CapacityError(
             f"the memory of {self._device} is too small to calibrate there, or others use it: free "
             "some (--dry-run says how much is needed), or calibrate on the CPU"
         )
+
+
+@contextmanager
+def _whole_products() -> Iterator[None]:
+    """Within it, products of float32 are float32's own, whatever the program around has asked for,
+    or TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which NVIDIA's containers set: TF32's 10 bits are too few
+    for the moments of correlated inputs."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # asked for by torch's newer names, of which the older ones will not tell
+        narrow = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        before = "high" if narrow else "highest"
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def solved_rows(k: int) -> int:

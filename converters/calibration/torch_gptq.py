@@ -2,7 +2,7 @@
 
 A column is a handful of kernels over its rows, so their launches decide the time, and rows are
 many. What 128 columns get from all before them, or from all others, is one product. Nothing in the
-loops waits for the device. Invariant: products are float32's own, see `torch_sums`.
+loops waits for the device. Invariant: products are float32's own, see `torch_engine`.
 """
 
 from __future__ import annotations

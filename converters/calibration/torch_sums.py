@@ -1,8 +1,7 @@
 """The sums of a calibration on torch's device: moments, and what matrices should make up for.
 
-As on the CPU, sums are taken about the first rows' mean and in float32. Products are float32's own:
-what torch takes for them by default ("highest"); with `torch.set_float32_matmul_precision` at less,
-a GPU would multiply in TF32, whose 10 bits the moments of correlated inputs do not bear.
+As on the CPU, sums are taken about the first rows' mean and in float32. Products are float32's own,
+not TF32's: see `torch_engine`.
 """
 
 from __future__ import annotations
