@@ -231,6 +231,18 @@ def test_nan_in_one_row_does_not_reach_another(build: Build):
     assert np.isnan(found[2:4]).all()
 
 
+def test_a_block_of_wanted_tokens_gives_their_rows_of_all(build: Build, name: str):
+    lm, span = build(), Span.of([0, 1], [9, 4])
+    x = lm.model.emb_ln(lm.model.wte(IDS[:13]))
+    for wanted in ([12], [12, 3, 8], [], list(range(13))):
+        every, some = (
+            np.array(lm.backend.numpy(lm.model.blocks[-1](x, lm.cache(2, 16), span, index)))
+            for index in (None, np.array(wanted, np.int64))
+        )
+        assert some.shape == (len(wanted), every.shape[1])
+        assert not wanted or close(some, every[wanted], name)
+
+
 # -- compiled equals eager, any number of threads --------------------------------------------------
 
 
