@@ -34,7 +34,9 @@ print(out.round(3).tolist())
 """
 RESULT = "[[-1.0, 1.0], [0.0, 0.0]]"
 COMPILED = "bloomq.compile INFO compiled norm_rows ("
-HELPERS = tuple(f"bloomq.compile INFO compiled {name} (" for name in ("run_program", "help_program"))
+HELPERS = tuple(
+    f"bloomq.compile INFO compiled {name} (" for name in ("run_program", "help_program")
+)
 
 
 def run(cache: Path | str | None, *, before: str = "", **environment: str) -> list[str]:
