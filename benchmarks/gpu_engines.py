@@ -13,7 +13,7 @@ from gpu_weights import CODE_DEVIATION, DEVIATION, RandomWeights, config_of
 from bloomq.backends.cuda.layers import CudaBackend
 from bloomq.backends.cuda.stored import Loader, Stored
 from bloomq.heads import Head
-from bloomq.layers import Cache, CacheDtype, Span, step_tokens
+from bloomq.layers import Cache, CacheDtype, Span
 from bloomq.schemes import ROW_MULTIPLE
 from bloomq.weights import Matrix
 
@@ -82,7 +82,7 @@ class Bloomq:
 
     def start(self, ids: np.ndarray[Any, Any]) -> None:
         """ids [B, T] in steps of whole rows, or of pieces of one."""
-        (batch, length), most = ids.shape, step_tokens(self.backend)
+        (batch, length), most = ids.shape, self.backend.step_tokens
         for row in range(batch):
             self.cache.truncate(row, 0)
         rows = max(1, most // length)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from bloomq.backends.numba_cpu.layers import NumbaBackend
 from bloomq.errors import UsageError
 from bloomq.heads import Head
-from bloomq.layers import Cache, Span, step_tokens
+from bloomq.layers import Cache, Span
 from bloomq.pack import Pack
 
 I64 = NDArray[np.int64]
@@ -141,7 +141,7 @@ class Bench:
                 cache.copy(0, row)
 
     def _prefill(self, cache: Cache, row: int, tokens: int) -> None:
-        ids, most = self._random_ids(tokens), step_tokens(self._lm.backend)
+        ids, most = self._random_ids(tokens), self._lm.backend.step_tokens
         for start in range(0, tokens, most):
             part = ids[start : start + most]
             last = np.arange(len(part))[-1:] if start + len(part) == tokens else np.arange(0)

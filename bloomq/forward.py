@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from bloomq.errors import CapacityError, NumericError
 from bloomq.heads import Head
 from bloomq.inputs import Inputs, KeyValues, Mask
-from bloomq.layers import Cache, Span, step_tokens, zeros
+from bloomq.layers import Cache, Span, zeros
 from bloomq.tracing import Trace, layer_by_layer
 
 F32 = NDArray[np.float32]
@@ -111,7 +111,7 @@ def _pieces(
     than RESULT_BYTES: rows, tokens of each, and their (row, column) indices in the batch."""
     real = [np.flatnonzero(row) for row in mask]
     fitting = max(1, RESULT_BYTES // (4 * head.columns) // 16) * 16
-    for step in cut([len(columns) for columns in real], step_tokens(head.backend)):
+    for step in cut([len(columns) for columns in real], head.backend.step_tokens):
         results = sum(wanted[row, real[row][start:stop]].sum() for row, start, stop in step)
         for piece in [step] if results <= fitting else _recut(step, fitting):
             rows, counts = [row for row, _, _ in piece], [stop - start for _, start, stop in piece]

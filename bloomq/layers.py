@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -256,6 +256,11 @@ class Backend(Protocol):
         the same, and can continue each other's caches."""
         ...
 
+    @property
+    def step_tokens(self) -> int:
+        """Of prompts, in one step at most."""
+        ...
+
     def embedding(self, table: Matrix) -> Embedding: ...
     def norm(self, norm: Norm) -> LayerNorm: ...
     def linear(
@@ -320,21 +325,6 @@ class Backend(Protocol):
         ...
 
     def numpy(self, x: X) -> F32: ...
-
-
-@runtime_checkable
-class OwnSteps(Protocol):
-    """A backend whose steps are not of STEP_TOKENS."""
-
-    @property
-    def step_tokens(self) -> int:
-        """Of prompts, in one step at most."""
-        ...
-
-
-def step_tokens(backend: Backend) -> int:
-    """How many tokens of prompts a step of this backend takes at most."""
-    return backend.step_tokens if isinstance(backend, OwnSteps) else STEP_TOKENS
 
 
 def zeros(shape: tuple[int, ...], dtype: type[np.generic], what: str = "a cache") -> NDArray[Any]:

@@ -16,7 +16,7 @@ from bloomq.checks import is_whole
 from bloomq.errors import UsageError
 from bloomq.forward import cut
 from bloomq.heads import Head
-from bloomq.layers import Cache, Span, Top, step_tokens
+from bloomq.layers import Cache, Span, Top
 from bloomq.sharing import Batch, Text, batches
 
 F32 = NDArray[np.float32]
@@ -133,7 +133,7 @@ def pieces(
 
     Raises: NumericError for logits that are not finite.
     """
-    held, most = {r: int(cache.lengths[r]) for r in rows}, step_tokens(head.backend)
+    held, most = {r: int(cache.lengths[r]) for r in rows}, head.backend.step_tokens
     for ids, span, _ in _steps(rows, held, {r: first[r] - 1 for r in rows}, most):
         head.step(ids, cache, span, np.zeros(0, np.int64))  # nobody reads these logits
     last = {r: len(row) - 1 for r, row in rows.items()}  # which predicts nothing

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from bloomq.heads import Head
-from bloomq.layers import Span, step_tokens
+from bloomq.layers import Span
 
 MOST_GUESSES = 7  # with the token before them a block of eight, the largest of the CPU's kernels
 _FEW_GUESSES = 3  # a block of four, which costs hardly more than one token
@@ -81,7 +81,7 @@ class DraftModel:
 
     def _feed(self, ids: list[int]) -> int | None:
         """Run tokens; the likeliest next one, None where the logits are no numbers."""
-        most = step_tokens(self._lm.backend)
+        most = self._lm.backend.step_tokens
         for start in range(0, len(ids), most):
             part = np.array(ids[start : start + most], np.int64)
             logits = self._lm.step(

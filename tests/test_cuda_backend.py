@@ -23,7 +23,7 @@ from bloomq.backends.placed.layers import Place, PlacedBackend
 from bloomq.backends.reference import ReferenceBackend
 from bloomq.errors import BackendError, CapacityError, UsageError
 from bloomq.heads import Head
-from bloomq.layers import GPU_STEP_TOKENS, STEP_TOKENS, Backend, Span, step_tokens
+from bloomq.layers import GPU_STEP_TOKENS, STEP_TOKENS, Backend, Span
 from bloomq.pack import Pack
 from bloomq.schemes import SCHEME_NAMES
 from bloomq.tokenizer import BloomTokenizer
@@ -192,7 +192,7 @@ def test_why_triton_cannot_compile_is_one_line(monkeypatch, error, says):
 
 def test_prompts_are_read_in_steps_as_long_as_the_backend_takes(opened: Pack, monkeypatch):
     model = bloomq.load(opened.path, backend="cuda", devices="cpu")
-    assert step_tokens(model.backend) == GPU_STEP_TOKENS == 4 * STEP_TOKENS
+    assert model.backend.step_tokens == GPU_STEP_TOKENS == 4 * STEP_TOKENS
     monkeypatch.setattr(CudaBackend, "step_tokens", 600)
     step, sizes = model.head._step, []
 
@@ -204,7 +204,7 @@ def test_prompts_are_read_in_steps_as_long_as_the_backend_takes(opened: Pack, mo
     model.generate([5] * 1009, max_new_tokens=2)
     assert sizes == [600, 409, 1]
     places = [Place(model.backend, range(1)), Place(ReferenceBackend(), range(1, 2))]
-    assert step_tokens(PlacedBackend(places)) == STEP_TOKENS  # of the place that takes fewest
+    assert PlacedBackend(places).step_tokens == STEP_TOKENS  # of the place that takes fewest
 
 
 def test_what_comes_to_the_cpu_is_waited_for(monkeypatch):

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from oracle import Models, Spec, ids_of, padded
 
 import bloomq
-from bloomq import forward, layers
+from bloomq import forward
 from bloomq.errors import NumericError, UsageError
 
 BASE = Spec(kind="BloomModel", n_head=3)
@@ -142,7 +142,7 @@ def test_a_call_that_fails_midway_leaves_the_past_as_it_was(models, monkeypatch)
     """3 x 6 tokens in steps of 4: the third step fails."""
     model, ids = models.ours(BASE), ids_of(BASE, 3, 10)
     past = model(ids[:, :4]).past_key_values
-    monkeypatch.setattr(layers, "STEP_TOKENS", 4)
+    monkeypatch.setattr(type(model.backend), "step_tokens", 4)
     step, calls = model.head._step, []
 
     def failing(*args: Any) -> Any:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import Tiny, pack
 
 import bloomq
-from bloomq import layers, scoring
+from bloomq import scoring
 from bloomq.errors import NumericError, UsageError
 from bloomq.language_model import LanguageModel
 from bloomq.scoring import Piece, Scores, score
@@ -138,7 +138,7 @@ def test_pieces_of_another_size_have_the_same_bits(
 ) -> None:
     expected = score(demo.head, rows_of(demo), top=2)
     monkeypatch.setattr(scoring, "PIECE_TOKENS", 7)
-    monkeypatch.setattr(layers, "STEP_TOKENS", 20)
+    monkeypatch.setattr(type(demo.backend), "step_tokens", 20)
     for found, wanted in zip(score(demo.head, rows_of(demo), top=2), expected, strict=True):
         assert_same_bits(found, wanted)
 

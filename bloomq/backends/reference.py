@@ -13,7 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.config import BloomConfig
-from bloomq.layers import Activation, Span, Step, Stored, Top, check_drop, slopes, zeros
+from bloomq.layers import (
+    STEP_TOKENS,
+    Activation,
+    Span,
+    Step,
+    Stored,
+    Top,
+    check_drop,
+    slopes,
+    zeros,
+)
 from bloomq.levels import Levels, Sums, levels_of, sums_of
 from bloomq.schemes import F32, NF4_CODEBOOK, NF4_INT8_CODEBOOK, Scheme, round_up, untile_rows
 from bloomq.weights import Matrix, Norm
@@ -25,6 +35,7 @@ class ReferenceBackend:
     """`Backend` in NumPy."""
 
     name = "reference"
+    step_tokens = STEP_TOKENS
 
     def __init__(self, activations: Literal["f32", "int8"] = "f32") -> None:
         self.activations = activations

@@ -23,7 +23,7 @@ from bloomq.generation.results import Alternatives, Token
 from bloomq.generation.rows import Kept, Rows
 from bloomq.generation.sequence import Request, Sequence, check_request
 from bloomq.heads import Head
-from bloomq.layers import Span, Stored, Top, X, step_tokens
+from bloomq.layers import Span, Stored, Top, X
 from bloomq.sampling import Logits
 from bloomq.speculation import MOST_GUESSES
 
@@ -236,7 +236,7 @@ class Engine:
         under_way = [one for one in self._sequences if one.row is not None and not one.has_ended]
         decoding = [one for one in under_way if one.produced and one.is_awaited][: self._most]
         shares = [share for one in decoding if (share := self._next(one, len(decoding)))]
-        room = step_tokens(self.head.backend) - sum(len(share.ids) for share in shares)
+        room = self.head.backend.step_tokens - sum(len(share.ids) for share in shares)
         if shares:
             room = min(room, _BESIDE)
         for one in under_way:
@@ -268,7 +268,7 @@ class Engine:
     def _room(self, one: Sequence) -> int:
         """How many tokens may run before others must leave the window."""
         window = one.request.window
-        return step_tokens(self.head.backend) if window is None else window.room(one.held)
+        return self.head.backend.step_tokens if window is None else window.room(one.held)
 
     def _tidy(self, sequences: list[Sequence]) -> None:
         """Take back what a step that was interrupted, or guessed wrong, has left in the cache, and

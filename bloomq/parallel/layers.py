@@ -29,7 +29,6 @@ from bloomq.layers import (
     Top,
     X,
     slopes,
-    step_tokens,
 )
 from bloomq.levels import Levels, Sums, merged
 from bloomq.parallel.cache import ParallelCache
@@ -76,7 +75,7 @@ class ParallelBackend:
 
     @property
     def step_tokens(self) -> int:
-        return step_tokens(self.inner)
+        return self.inner.step_tokens
 
     def embedding(self, table: Matrix) -> Embedding:
         start, stop = self.cuts.cut(table.name).of(self.group.rank)

@@ -14,7 +14,7 @@ from bloomq.checks import is_whole
 from bloomq.errors import UsageError
 from bloomq.forward import cut
 from bloomq.heads import Head
-from bloomq.layers import Cache, Span, step_tokens
+from bloomq.layers import Cache, Span
 from bloomq.lora import Choice
 
 F32 = NDArray[np.float32]
@@ -77,7 +77,7 @@ def _rounded(length: int) -> int:
 def _run(head: Head, cache: Cache, rows: list[I64], last: bool) -> list[F32]:
     """The results of one batch, row by row, from an empty cache."""
     parts: list[list[F32]] = [[] for _ in rows]
-    for step in cut([len(row) for row in rows], step_tokens(head.backend)):
+    for step in cut([len(row) for row in rows], head.backend.step_tokens):
         ids = np.concatenate([rows[row][start:stop] for row, start, stop in step])  # [M]
         span = Span.of([row for row, _, _ in step], [stop - start for _, start, stop in step])
         wanted = span.last if last else np.arange(len(ids))

@@ -18,7 +18,7 @@ from bloomq.errors import UsageError
 from bloomq.forward import cut
 from bloomq.generation import FinishReason, PrefillProgress, check_prompts
 from bloomq.heads import Head
-from bloomq.layers import Span, step_tokens
+from bloomq.layers import Span
 from bloomq.sampling import Sampling
 from bloomq.search.beams import Stopped
 from bloomq.search.candidates import Candidates, Outlook
@@ -113,7 +113,7 @@ class ContrastiveSearch:
 
     def _prefill(self, progress: PrefillProgress) -> None:
         """The prompts in steps of as many tokens as the backend takes."""
-        total, most = sum(len(text.prompt) for text in self.texts), step_tokens(self._head.backend)
+        total, most = sum(len(text.prompt) for text in self.texts), self._head.backend.step_tokens
         done = 0
         for step in cut([len(text.prompt) for text in self.texts], most):
             ids = np.concatenate([self.texts[i].prompt[a:b] for i, a, b in step])

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bloomq.forward import cut
 from bloomq.generation import PrefillProgress, check_prompts
 from bloomq.heads import Head
-from bloomq.layers import Span, step_tokens
+from bloomq.layers import Span
 from bloomq.sampling import Sampling
 from bloomq.search.beams import Beams, Ends, Stopped
 from bloomq.search.candidates import Outlook
@@ -64,7 +64,7 @@ class BeamSearch:
 
     def run(self, progress: PrefillProgress = lambda done, total: None) -> Iterator[int]:
         """Search, in steps: yields how many tokens the texts under way have behind each."""
-        total, most = sum(map(len, self._prompts)), step_tokens(self._head.backend)
+        total, most = sum(map(len, self._prompts)), self._head.backend.step_tokens
         done = 0
         for step in cut([len(prompt) for prompt in self._prompts], most):
             ids = np.concatenate([self._prompts[i][a:b] for i, a, b in step])

@@ -18,7 +18,17 @@ from bloomq.backends.jax.attention import JaxCache, attention
 from bloomq.backends.jax.restore import Parts, picked, placed, whole
 from bloomq.backends.jax.steps import in_few_shapes
 from bloomq.config import BloomConfig
-from bloomq.layers import Activation, Attention, Embedding, LayerNorm, Linear, Span, Step, Top
+from bloomq.layers import (
+    STEP_TOKENS,
+    Activation,
+    Attention,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Span,
+    Step,
+    Top,
+)
 from bloomq.levels import Levels, Sums, levels_of, sums_of
 from bloomq.schemes import Scheme
 from bloomq.weights import Matrix, Norm
@@ -32,6 +42,7 @@ class JaxBackend:
     """`Backend` over jax arrays; calls take NumPy's too."""
 
     name = "jax"
+    step_tokens = STEP_TOKENS
 
     @property
     def description(self) -> str:

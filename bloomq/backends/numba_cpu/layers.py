@@ -29,7 +29,16 @@ from bloomq.backends.numba_cpu.surveyed import LogitRows, Survey
 from bloomq.backends.numba_cpu.threads import Pool, physical_cores
 from bloomq.config import BloomConfig
 from bloomq.errors import UsageError
-from bloomq.layers import SURVEYED_ROWS, Activation, CacheDtype, Span, Step, Top, slopes
+from bloomq.layers import (
+    STEP_TOKENS,
+    SURVEYED_ROWS,
+    Activation,
+    CacheDtype,
+    Span,
+    Step,
+    Top,
+    slopes,
+)
 from bloomq.levels import Levels, Sums
 from bloomq.weights import Matrix, Norm
 
@@ -51,6 +60,7 @@ class NumbaBackend:
     """
 
     name = "numba"
+    step_tokens = STEP_TOKENS
 
     def __init__(self, threads: int | None = None, cache_dtype: CacheDtype = "f16") -> None:
         most = os.cpu_count() or 1

@@ -35,7 +35,6 @@ from bloomq.layers import (
     Step,
     Top,
     X,
-    step_tokens,
 )
 from bloomq.levels import Levels, Sums
 from bloomq.weights import Matrix, Norm
@@ -103,7 +102,7 @@ class PlacedBackend:
     @property
     def step_tokens(self) -> int:
         """Of the place that takes the fewest."""
-        return min(map(step_tokens, self._backends))
+        return min(backend.step_tokens for backend in self._backends)
 
     # -- layers ------------------------------------------------------------------------------------
 
