@@ -3,7 +3,8 @@
     python benchmarks/peers.py --work DIR --install        once: the peers, in DIR/venv
     python benchmarks/peers.py --work DIR [--models bloom-560m bloom-7b1] [--peers llama.cpp ...]
                                [--repeat 5] [--threads N] [--json FILE] [--plot FILE.png]
-    python benchmarks/peers.py --work DIR --quality        perplexity of their 4-bit files and ours
+    python benchmarks/peers.py --work DIR --quality        perplexity of their 4-bit files and ours,
+                               [--checkpoint DIR]          of the demo or another small checkpoint
 
 Prefill of 512 tokens (pp512) and greedy decode (tg32) at batch 1, random weights in the published
 shapes. bloomq is loaded beside one peer at a time, each in a process of its own; samples alternate,
@@ -123,7 +124,7 @@ def main() -> None:
         sys.exit(f"error: {python}: no peers here: run once with --install")
     bench = Bench(args.work, python, args.threads, args.repeat)
     if args.quality:
-        measure_quality(bench, args.text, args.tokens, args.window)
+        measure_quality(bench, args.checkpoint, args.text, args.tokens, args.window)
         return
     rows = compare_all(bench, args.models, args.peers, args.json)
     if args.plot and rows:
@@ -142,6 +143,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="append every sample here, as JSON lines")
     parser.add_argument("--plot", type=Path, help="draw the table here, as PNG")
     parser.add_argument("--quality", action="store_true", help="perplexity on the demo, then end")
+    parser.add_argument("--checkpoint", type=Path, default=DEMO, help="for --quality")
     heldout = HERE.parent.parent / "shared/corpora/heldout"
     parser.add_argument("--text", type=Path, default=heldout, help="for --quality")
     parser.add_argument("--tokens", type=int, default=8000, help="of each file, for --quality")
@@ -160,6 +162,9 @@ def install(venv: Path) -> None:
     command: list[str | Path] = [venv / "bin" / "python", "-m", "pip", "install", *REQUIREMENTS]
     command += ["--no-binary", "llama-cpp-python"]
     subprocess.run(command, check=True, env=environment)
+    # optimum-intel brings torchvision, whose operators are those of another build of torch where
+    # that is a CPU one: transformers then cannot import BLOOM. No peer here looks at pictures.
+    subprocess.run([*command[:3], "uninstall", "--yes", "torchvision"], check=True)
 
 
 def compare_all(
@@ -445,11 +450,11 @@ def draw(bench: Bench, rows: list[dict[str, Any]], target: Path) -> None:
             print(f"no picture: {error}")
 
 
-def measure_quality(bench: Bench, text: Path, tokens: int, window: int) -> None:
-    """Perplexity of the demo checkpoint at the compared settings, on the same ids and windows."""
+def measure_quality(bench: Bench, source: Path, text: Path, tokens: int, window: int) -> None:
+    """Perplexity of a checkpoint at the compared settings, on the same ids and windows."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        bloomq.convert(DEMO, folder / "f32", scheme="f32")
+        bloomq.convert(source, folder / "f32", scheme="f32")
         base = bloomq.load(folder / "f32")
         windows = read_windows(base, text, tokens, window)
         np.save(folder / "windows.npy", np.array(windows))
@@ -459,25 +464,25 @@ def measure_quality(bench: Bench, text: Path, tokens: int, window: int) -> None:
         print(f"{'setting':22} {'bits':>5} {'perplexity':>10} {'change':>18}")
         for scheme, head in (("int8", None), ("int4", None), ("int4", "int4")):
             target = folder / f"{scheme}-{head}"
-            bloomq.convert(DEMO, target, scheme=scheme, head_scheme=head)
+            bloomq.convert(source, target, scheme=scheme, head_scheme=head)
             model = bloomq.load(target)
             losses = [mean_loss(log_softmax(model, ids), ids) for ids in windows]
             label = f"bloomq {scheme}" + (f", head {head}" if head else "")
             quality_line(label, model.pack.bits_per_weight, losses, loss)
         for kind in ("f16", "q8_0", "q4_k_m", "q4_0"):
             try:
-                facts = gguf_quality(bench, folder, kind)
+                facts = gguf_quality(bench, source, folder, kind)
             except PeerError as error:
                 print(f"llama.cpp {kind}: skipped: {error}")
                 continue
             quality_line(f"llama.cpp {kind}", facts["bits_per_weight"], facts["losses"], loss)
 
 
-def gguf_quality(bench: Bench, folder: Path, kind: str) -> dict[str, Any]:
-    """The demo's losses by window in llama.cpp. Raises: PeerError."""
+def gguf_quality(bench: Bench, source: Path, folder: Path, kind: str) -> dict[str, Any]:
+    """The checkpoint's losses by window in llama.cpp. Raises: PeerError."""
     target, whole = folder / f"{kind}.gguf", folder / "f16.gguf"
     if not whole.exists():
-        run_quietly(bench, "gguf", DEMO, whole)
+        run_quietly(bench, "gguf", source, whole)
     if not target.exists():
         run_quietly(bench, "quantize", whole, target, kind)
     command = (bench.python, WORKER, "losses", target, folder / "windows.npy")

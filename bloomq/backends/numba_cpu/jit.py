@@ -38,6 +38,12 @@ def cpu_features() -> frozenset[str]:
     return frozenset(item[1:] for item in (text or "").split(",") if item.startswith("+"))
 
 
+def cpu_name() -> str:
+    """LLVM's name of the processor that code is compiled for ("znver4"), or NUMBA_CPU_NAME's."""
+    name = numba.config.CPU_NAME
+    return llvm.get_host_cpu_name() if name in (None, "host") else str(name)
+
+
 def best_tier(features: frozenset[str]) -> str:
     """The first tier of `simd.TIERS` whose features are all there."""
     return next(tier for tier, needs in TIERS.items() if features.issuperset(needs))

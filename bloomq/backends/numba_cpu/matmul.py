@@ -24,6 +24,7 @@ import llvmlite.ir as ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from bloomq.backends.numba_cpu.jit import cpu_name
 from bloomq.backends.numba_cpu.simd import (
     F32,
     I32,
@@ -40,9 +41,11 @@ from bloomq.backends.numba_cpu.simd import (
 
 # Codes and scales are asked for so far ahead: some 100 ns at full bandwidth. Of two tiles that are
 # read side by side the first would run into the second, so where a pair leaves the level-2 cache
-# room, the same place of the next pair is asked for.
+# room, the same place of the next pair is asked for. One tile's single stream is fetched unasked by
+# `_STREAMING` processors: there asking costs more than it gains (docs/experiments.md).
 _AHEAD_BYTES, _SCALES_AHEAD_BYTES = 4096, 1024
 _PAIR_BYTES = 64 << 10
+_STREAMING = ("znver4",)
 _STEP = 16  # columns of an iteration
 
 
@@ -133,13 +136,7 @@ def _emit_product(
     tiles = [v.at(codes, b.mul(I64(i), tile_codes)) for i in range(spec.tiles)]
     tile_scale = [v.at(scales, b.mul(I64(i), tile_scales)) for i in range(spec.tiles)]
     slots = [v.at(totals, 4 * LANES * i) for i in range(spec.tiles * tokens)]
-    ahead: ir.Value = I64(_AHEAD_BYTES)
-    scales_ahead: ir.Value = I64(_SCALES_AHEAD_BYTES)
-    if spec.tiles == 2:
-        pair, scales_pair = b.mul(I64(2), tile_codes), b.mul(I64(2), tile_scales)
-        near = b.icmp_signed("<=", pair, I64(_PAIR_BYTES))
-        ahead = b.select(near, pair, ahead)
-        scales_ahead = b.select(near, scales_pair, scales_ahead)
+    ahead, scales_ahead = _distances(v, spec, tile_codes, tile_scales)
     with cgutils.for_range(b, groups, intp=I64) as loop:
         g = loop.index
         if spec.is_float:
@@ -156,6 +153,20 @@ def _emit_product(
             sums = _joined(v, spec, sums)
             weight_scales = [_load_scales(v, spec, at, g, scales_ahead) for at in tile_scale]
             _fold(v, sums, weight_scales, v.at(act_scales, meta), slots)
+
+
+def _distances(
+    v: Vectors, spec: Spec, tile_codes: ir.Value, tile_scales: ir.Value
+) -> tuple[ir.Value | None, ir.Value | None]:
+    """How far ahead codes and scales are asked for, in bytes; None: not at all."""
+    b = v.b
+    if spec.tiles == 1:
+        streaming = cpu_name() in _STREAMING
+        return (None, None) if streaming else (I64(_AHEAD_BYTES), I64(_SCALES_AHEAD_BYTES))
+    pair, scales_pair = b.mul(I64(2), tile_codes), b.mul(I64(2), tile_scales)
+    near = b.icmp_signed("<=", pair, I64(_PAIR_BYTES))
+    ahead = b.select(near, pair, I64(_AHEAD_BYTES))
+    return ahead, b.select(near, scales_pair, I64(_SCALES_AHEAD_BYTES))
 
 
 def _joined(v: Vectors, spec: Spec, sums: list[ir.Value]) -> list[ir.Value]:
@@ -223,23 +234,27 @@ def _emit_finish(
 
 
 def _load_scales(
-    v: Vectors, spec: Spec, scales: ir.Value, g: ir.Value, ahead: ir.Value
+    v: Vectors, spec: Spec, scales: ir.Value, g: ir.Value, ahead: ir.Value | None
 ) -> ir.Value:
     """The 16 rows' scales of group g: one per row for int8, float16 per group for the others."""
     if spec.scheme == "int8":
         return v.load(scales, V16F)
     at = v.at(scales, v.b.mul(g, I64(2 * LANES)))
-    v.prefetch(v.at(at, ahead))
+    if ahead is not None:
+        v.prefetch(v.at(at, ahead))
     scale = v.b.fpext(v.load(at, V16H), V16F)
     # The integer code book is 127 times the real one.
     return v.b.fmul(scale, v.constant(V16F, 1 / 127)) if spec.scheme == "nf4" else scale
 
 
-def _weight_bytes(v: Vectors, spec: Spec, codes: ir.Value, ahead: ir.Value) -> list[ir.Value]:
+def _weight_bytes(
+    v: Vectors, spec: Spec, codes: ir.Value, ahead: ir.Value | None
+) -> list[ir.Value]:
     """The codes of 16 columns as four prepared vectors of 16 rows x 4 columns."""
     loaded = []
     for at in range(0, _STEP // 4 * spec.bytes_per_k4, 64):
-        v.prefetch(v.at(v.at(codes, ahead), at))
+        if ahead is not None:
+            v.prefetch(v.at(v.at(codes, ahead), at))
         loaded.append(v.load(v.at(codes, at), V64B))
     if spec.scheme == "int8":
         return [v.prepare(part, signed=True) for part in loaded]
@@ -271,7 +286,7 @@ def _accumulate(
 
 def _group_int(
     v: Vectors, spec: Spec, tiles: list[ir.Value], acts: ir.Value, g: ir.Value,
-    start: list[ir.Value], ahead: ir.Value,
+    start: list[ir.Value], ahead: ir.Value | None,
 ) -> list[ir.Value]:  # fmt: skip
     """int32 sums [rows][tiles][16 rows] over one group, 16 columns to an iteration: with 32 of
     them LLVM loads ahead of the accumulators, and spills."""

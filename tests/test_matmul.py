@@ -1,0 +1,44 @@
+"""What the products' micro-kernels are made of: the instructions, not the numbers they give."""
+
+from __future__ import annotations
+
+import llvmlite.ir as ir
+import pytest
+
+from bloomq.backends.numba_cpu import matmul
+from bloomq.backends.numba_cpu.jit import cpu_name
+from bloomq.backends.numba_cpu.matmul import Spec, _emit_product
+from bloomq.backends.numba_cpu.simd import I64, Vectors
+
+
+def emitted(spec: Spec) -> str:
+    """The LLVM IR of a product's micro-kernel, as it is written."""
+    module = ir.Module()
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 9), "product")
+    builder = ir.IRBuilder(function.append_basic_block())
+    _emit_product(Vectors(builder, spec.tier), spec, *function.args)
+    builder.ret_void()
+    return str(module)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nf4"])
+def test_a_streaming_processor_is_not_asked_for_one_tile(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+):
+    group = 128 if scheme == "int8" else 64
+    one, two = (Spec(scheme, group, "avx512-vnni", tokens) for tokens in (1, 8))
+    monkeypatch.setattr(matmul, "cpu_name", lambda: "znver5")
+    assert "llvm.prefetch" in emitted(one) and "llvm.prefetch" in emitted(two)
+    monkeypatch.setattr(matmul, "cpu_name", lambda: "znver4")
+    assert "llvm.prefetch" not in emitted(one)
+    assert "llvm.prefetch" in emitted(two)
+
+
+def test_the_processor_is_the_one_that_numba_compiles_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("numba.config.CPU_NAME", "skylake")
+    assert cpu_name() == "skylake"
+    monkeypatch.setattr("numba.config.CPU_NAME", None)
+    host = cpu_name()
+    assert host not in ("", "host")
+    monkeypatch.setattr("numba.config.CPU_NAME", "host")
+    assert cpu_name() == host
