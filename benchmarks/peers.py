@@ -310,18 +310,22 @@ def for_transformers(source: Path, folder: Path) -> Path:
 
 
 def choose_flash(bench: Bench, path: Path) -> str:
-    """Options for flash attention where it is the faster, by test, from the best of two."""
-    times: dict[str, dict[str, float]] = {}
-    for option in ("", "flash-pp flash-tg"):
-        with bench.serve("llama.cpp", path, option) as child:
+    """Options for flash attention where it is the faster, by test: medians of five, in turns."""
+    with (
+        bench.serve("llama.cpp", path) as plain,
+        bench.serve("llama.cpp", path, "flash-pp flash-tg") as flash,
+    ):
+        for child in (plain, flash):
             child.read()
-            for test, (command, _) in TESTS.items():
+            for command, _ in TESTS.values():
                 child.ask(command)
-                best = min(child.ask(command)["s"] for _ in range(2))
-                times.setdefault(test, {})[option] = best
-    return " ".join(
-        f"flash-{test[:2]}" for test, of in times.items() if of["flash-pp flash-tg"] < of[""]
-    )
+        chosen = []
+        for test, (command, _) in TESTS.items():
+            pairs = [[child.ask(command)["s"] for child in (plain, flash)] for _ in range(5)]
+            without, with_it = (median(seconds) for seconds in zip(*pairs, strict=True))
+            if with_it < without:
+                chosen.append(f"flash-{test[:2]}")
+    return " ".join(chosen)
 
 
 def compare(
