@@ -142,7 +142,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="append every sample here, as JSON lines")
     parser.add_argument("--plot", type=Path, help="draw the table here, as PNG")
-    parser.add_argument("--quality", action="store_true", help="perplexity on the demo, then end")
+    parser.add_argument("--quality", action="store_true", help="perplexity, then end")
     parser.add_argument("--checkpoint", type=Path, default=DEMO, help="for --quality")
     heldout = HERE.parent.parent / "shared/corpora/heldout"
     parser.add_argument("--text", type=Path, default=heldout, help="for --quality")
@@ -151,6 +151,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if args.quality and not args.text.exists():
         parser.error(f"{args.text}: no such text: name a file or folder with --text")
+    if args.quality and not (args.checkpoint / "config.json").is_file():
+        parser.error(f"{args.checkpoint}: no config.json there: name a folder with --checkpoint")
     return args
 
 

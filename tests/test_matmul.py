@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import llvmlite.ir as ir
 import pytest
+from product_ir import product_module
 
 from bloomq.backends.numba_cpu import matmul
 from bloomq.backends.numba_cpu.jit import cpu_name
-from bloomq.backends.numba_cpu.matmul import Spec, _emit_product
-from bloomq.backends.numba_cpu.simd import I64, Vectors
-
-
-def emitted(spec: Spec) -> str:
-    """The LLVM IR of a product's micro-kernel, as it is written."""
-    module = ir.Module()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 9), "product")
-    builder = ir.IRBuilder(function.append_basic_block())
-    _emit_product(Vectors(builder, spec.tier), spec, *function.args)
-    builder.ret_void()
-    return str(module)
+from bloomq.backends.numba_cpu.matmul import Spec
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nf4"])
@@ -28,10 +17,11 @@ def test_a_streaming_processor_is_not_asked_for_one_tile(
     group = 128 if scheme == "int8" else 64
     one, two = (Spec(scheme, group, "avx512-vnni", tokens) for tokens in (1, 8))
     monkeypatch.setattr(matmul, "cpu_name", lambda: "znver5")
-    assert "llvm.prefetch" in emitted(one) and "llvm.prefetch" in emitted(two)
+    assert "llvm.prefetch" in str(product_module(one))
+    assert "llvm.prefetch" in str(product_module(two))
     monkeypatch.setattr(matmul, "cpu_name", lambda: "znver4")
-    assert "llvm.prefetch" not in emitted(one)
-    assert "llvm.prefetch" in emitted(two)
+    assert "llvm.prefetch" not in str(product_module(one))
+    assert "llvm.prefetch" in str(product_module(two))
 
 
 def test_the_processor_is_the_one_that_numba_compiles_for(monkeypatch: pytest.MonkeyPatch):

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import llvmlite.binding as llvm
-import llvmlite.ir as ir
 import pytest
+from product_ir import product_module
 
 from bloomq.backends.numba_cpu.jit import best_tier
-from bloomq.backends.numba_cpu.matmul import Spec, _emit_product
-from bloomq.backends.numba_cpu.simd import I64, Vectors
+from bloomq.backends.numba_cpu.matmul import Spec
 
 TRIPLE, FEATURES = "aarch64-unknown-linux-gnu", "+neon,+dotprod,+fullfp16"
 
 
 def assembly(spec: Spec) -> str:
     """The AArch64 assembly of a product's micro-kernel."""
-    module = ir.Module()
+    module = product_module(spec)
     module.triple = TRIPLE
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 9), "product")
-    builder = ir.IRBuilder(function.append_basic_block())
-    _emit_product(Vectors(builder, spec.tier), spec, *function.args)
-    builder.ret_void()
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     target = llvm.Target.from_triple(TRIPLE)
