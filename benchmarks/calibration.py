@@ -38,7 +38,8 @@ import bloomq
 from bloomq.backends.numba_cpu.threads import physical_cores
 
 ROOT = Path(__file__).resolve().parent.parent
-G32, G64, G128 = ({"scheme": "int4", "group_size": g} for g in (32, 64, 128))
+G32, G128 = ({"scheme": "int4", "group_size": g} for g in (32, 128))
+NL4 = {"scheme": "nl4", "group_size": 64}
 GPTQ_ALONE = Settings(sweeps=0, correct_bias=False)
 DESCENT = Settings(correct_bias=False)
 BIASES = Settings(make_up=False)
@@ -49,10 +50,14 @@ VARIANTS: tuple[tuple[str, dict[str, Any], Settings | None], ...] = (
     ("int4-g32 int6 +descent", G32, DESCENT),
     ("int4-g32 int6 +bias", G32, BIASES),
     ("int4-g32 int6 +stream", G32, Settings()),
+    ("nl4-g64 int6 nearest", NL4, None),
+    ("nl4-g64 int6 +stream", NL4, Settings()),
     ("int4-g32 nearest", {**G32, "head_scheme": "int4"}, None),
     ("int4-g32 calibrated", {**G32, "head_scheme": "int4"}, Settings()),
     ("int4-g128 nearest", {**G128, "head_scheme": "int4"}, None),
     ("int4-g128 calibrated", {**G128, "head_scheme": "int4"}, Settings()),
+    ("nl4-g64 nearest", {**NL4, "head_scheme": "nl4"}, None),
+    ("nl4-g64 calibrated", {**NL4, "head_scheme": "nl4"}, Settings()),
     ("int6 calibrated", {"scheme": "int6"}, Settings()),
     ("int8 nearest", {"scheme": "int8"}, None),
     ("int8 calibrated", {"scheme": "int8"}, Settings()),

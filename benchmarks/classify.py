@@ -33,7 +33,7 @@ BATCH_SIZES = (4, 16, 32)
 # float16 is what transformers computes in unless told otherwise, as the published files have it;
 # bfloat16 is the fastest where the processor has instructions for it.
 RUNNERS = (
-    "bloomq int4", "bloomq int8",
+    "bloomq nl4", "bloomq int8",
     "transformers float16", "transformers float32", "transformers bfloat16",
 )  # fmt: skip
 
@@ -77,7 +77,7 @@ def prepare(work: Path) -> None:
         subprocess.run([sys.executable, *command], check=True)
         for name in ("tokenizer_config.json", "tokenizer.json"):
             shutil.copy(TOKENIZER / name, checkpoint)
-    for scheme in ("int4", "int8"):
+    for scheme in ("nl4", "int8"):
         if not (work / f"classifier-560m-{scheme}").exists():
             bloomq.convert(checkpoint, work / f"classifier-560m-{scheme}", scheme=scheme)
 

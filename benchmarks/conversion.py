@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=DEMO)
     parser.add_argument("--shape", choices=PUBLISHED, help="made up: the embedding and --layers")
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--scheme", default="int4")
+    parser.add_argument("--scheme", default="nl4")
     parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("--sink", action="store_true", help="write nothing")
     parser.add_argument("--gb", type=float, help="with --sink: at most about so much of the source")

@@ -23,7 +23,7 @@ TEXT = (
     "Once upon a time, in a small village by the sea, there lived an old woman who mended nets. "
     "Every morning she walked to the harbour and counted the boats, and every evening she "
 )
-SCHEMES = ("f32", "bf16", "int8", "int4", "nf4")
+SCHEMES = ("f32", "bf16", "int8", "nl4", "int4", "nf4")
 # Of the squared logits: what the project allows of int8 activations. 16-bit ones lose far less:
 # a step of 2**-8 of the value, NMSE 2**-18 / 3 = 1.3e-6 for each of some ten products in a row.
 NMSE = 5e-4

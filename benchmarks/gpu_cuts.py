@@ -27,8 +27,8 @@ NAMES = ("mlp.up", "attn.out")
 COPIES = 4  # of both: 340 MB in int8, 180 MB in 4 bits
 # Scheme, tokens, int8 activations: decode at batch 1, at 8 and at 32, of what is decoded with most.
 CASES = (
-    ("int8", 1, True), ("int4", 1, False), ("nf4", 1, False), ("int8", 32, True),
-    ("int4", 32, False), ("int4", 4, False), ("bf16", 1, False), ("int8", 64, True),
+    ("int8", 1, True), ("nl4", 1, False), ("int4", 1, False), ("int8", 32, True),
+    ("nl4", 32, False), ("nl4", 4, False), ("bf16", 1, False), ("int8", 64, True),
 )  # fmt: skip
 
 
@@ -49,9 +49,10 @@ def candidates(scheme: str, m: int, dtype: torch.dtype) -> list[Any]:
     """The table's own line, and others beside it."""
     from bloomq.backends.cuda.triton_products import BY_HAND, CUTS, case_of
 
-    now = CUTS[case_of(scheme, m, dtype)]
+    case = case_of(scheme, m, dtype)
+    now = CUTS[case]
     if m <= BY_HAND and dtype != torch.int8:
-        stages = (1,) if scheme == "nf4" else (2, 3, 4)  # its table would go the codes' way
+        stages = (1,) if case[0] == "book" else (2, 3, 4)  # its entries would go the codes' way
         tried = [replace(now, rows=rows, stages=n) for rows in (4, 8, 16) for n in stages]
         tried += [replace(now, warps=8), replace(now, rows=16, warps=8)]
     else:

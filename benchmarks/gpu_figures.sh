@@ -10,8 +10,8 @@
 #
 # Needs torch for CUDA, triton, transformers, bitsandbytes >= 0.50, pytest, and what bloomq needs; a
 # package that is missing is a line in the table, not the end, and so is a C compiler or Python.h,
-# without which Triton compiles nothing and torch's own products take its place. The GPU is to be nobody else's: 64 GB
-# of memory for bloom-7b1 and all its peers at once (less leaves some out, and says which), 140 GB for
+# without which Triton compiles nothing and torch's own products take its place. The GPU is to be nobody else's: 70 GB
+# of memory for bloom-7b1 and all its peers at once (less leaves some out, and says which), 132 GB for
 # the 176B shapes. Writes figures.jsonl, table.md, profile.txt and log.txt into OUT (a run replaces
 # those of the one before), and a pack of 2 GB into $TMPDIR, which it deletes. PYTHON names another
 # interpreter, DEVICE another GPU (cuda:0), LIMIT another limit in seconds for everything (570).

@@ -108,10 +108,13 @@ GOALS = (
     Goal("parity: reference, transformers", "all pass", "parity", passed, 1, "of 1"),
     Goal("greedy int8 text of 200 tokens", "equals the CPU's", "greedy", passed, 1, "of 1"),
     Goal("7b1 int8 decode, of bandwidth", ">= 60 %", "decode", percent("bloomq int8"), 60, "%"),
+    Goal("7b1 nl4 decode, of bandwidth", ">= 50 %", "decode", percent("bloomq nl4"), 50, "%"),
     Goal("7b1 int4 decode, of bandwidth", ">= 50 %", "decode", percent("bloomq int4"), 50, "%"),
     Goal("7b1 nf4 decode, of bandwidth", ">= 50 %", "decode", percent("bloomq nf4"), 50, "%"),
     Goal("7b1 int8 over bitsandbytes int8", ">= 8 x", "decode",
          times("bloomq int8", INT8_PEERS), 8, "x"),
+    Goal("7b1 nl4 over bitsandbytes nf4", ">= 5 x", "decode",
+         times("bloomq nl4", NF4_PEERS), 5, "x"),
     Goal("7b1 int4 over bitsandbytes nf4", ">= 5 x", "decode",
          times("bloomq int4", NF4_PEERS), 5, "x"),
     Goal("7b1 nf4 over bitsandbytes nf4", ">= 5 x", "decode",
@@ -119,18 +122,18 @@ GOALS = (
     *(
         Goal(f"7b1 {scheme} over bf16 (ours, transformers)", ">= 1 x", "decode",
              times(f"bloomq {scheme}", ("bloomq bf16", *BF16_PEERS)), 1, "x")
-        for scheme in ("int8", "int4", "nf4")
+        for scheme in ("int8", "nl4", "int4", "nf4")
     ),
     Goal("560m int8 over bitsandbytes int8", ">= 8 x", "small",
          times("bloomq int8", INT8_PEERS), 8, "x"),
-    Goal("560m int4 over bitsandbytes nf4", ">= 8 x", "small",
-         times("bloomq int4", NF4_PEERS), 8, "x"),
+    Goal("560m nl4 over bitsandbytes nf4", ">= 8 x", "small",
+         times("bloomq nl4", NF4_PEERS), 8, "x"),
     Goal("7b1 batch 32 int8 over bitsandbytes int8", ">= 3 x", "batch",
          times("bloomq int8", INT8_PEERS), 3, "x"),
     *(
         Goal(f"7b1 prefill 2,048 {scheme} over transformers bf16", ">= 1 x", "prefill",
              times(f"bloomq {scheme}", BF16_PEERS), 1, "x")
-        for scheme in ("int8", "int4", "bf16")
+        for scheme in ("int8", "nl4", "int4", "bf16")
     ),
     Goal("176B, 4 bits, one device, of bandwidth", ">= 45 %", "big", big_percent, 45, "%"),
     Goal("176B, 4 bits, decode", ">= 20 tokens/s", "big", big_rate, 20, "tokens/s"),

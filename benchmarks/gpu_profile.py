@@ -15,9 +15,9 @@ TOP = 25  # kernels in the listing
 
 
 def profile(run: Run) -> None:
-    """bloom-7b1 in int8 and int4: after warming up, so that graphs are recorded."""
+    """bloom-7b1 in int8 and nl4: after warming up, so that graphs are recorded."""
     sizes, model = run.sizes, run.model("bloom-7b1")
-    for scheme in ("int8", "int4"):
+    for scheme in ("int8", "nl4"):
         try:
             engine = Bloomq(run, model, scheme, 1, sizes.prefill + 8 * sizes.tokens)
             ids = prompts(model, 1, sizes.prefill)

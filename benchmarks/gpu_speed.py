@@ -15,25 +15,23 @@ from gpu_run import Engine, Run, Sample, built, in_turns, report, status_mb
 from bloomq.layers import CacheDtype
 
 # 4 bits, 2,048 tokens x 4, on a device that has little room beside them: the first that fits.
-BIG_SETTINGS: tuple[tuple[str, CacheDtype], ...] = (
-    ("int4", "f16"), ("nf4", "f16"), ("int4", "int8"),
-)  # fmt: skip
+BIG_SETTINGS: tuple[tuple[str, CacheDtype], ...] = (("nl4", "f16"), ("nl4", "int8"))
 
 
 def decode_7b1(run: Run) -> None:
     """Batch 1, every scheme beside every peer."""
     settings = INT8, INT8_PLAIN, NF4, BF16, BF16_SDPA
-    _decode(run, "bloom-7b1", ("int8", "int4", "nf4", "bf16"), settings, 1)
+    _decode(run, "bloom-7b1", ("int8", "nl4", "int4", "nf4", "bf16"), settings, 1)
 
 
 def batch_7b1(run: Run) -> None:
     """32 rows, one step for all."""
     settings = INT8, INT8_PLAIN, NF4, BF16_SDPA
-    _decode(run, "bloom-7b1", ("int8", "int4", "nf4", "bf16"), settings, run.sizes.batch)
+    _decode(run, "bloom-7b1", ("int8", "nl4", "int4", "bf16"), settings, run.sizes.batch)
 
 
 def decode_560m(run: Run) -> None:
-    _decode(run, "bloom-560m", ("int8", "int4"), (INT8, INT8_PLAIN, NF4), 1)
+    _decode(run, "bloom-560m", ("int8", "nl4"), (INT8, INT8_PLAIN, NF4), 1)
 
 
 def _decode(
@@ -56,7 +54,7 @@ def _decode(
 def prefill_7b1(run: Run) -> None:
     """One prompt of 2,048 tokens, to the scores of its last."""
     name, model, length = "bloom-7b1", run.model("bloom-7b1"), run.sizes.prefill
-    schemes, settings = ("int8", "int4", "nf4", "bf16"), (BF16, BF16_SDPA, NF4, INT8_PLAIN)
+    schemes, settings = ("int8", "nl4", "int4", "bf16"), (BF16, BF16_SDPA, NF4, INT8_PLAIN)
     engines = _engines(run, model, schemes, settings, 1, length + 1)
     ids = prompts(model, 1, length)
 

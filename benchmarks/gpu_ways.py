@@ -23,7 +23,7 @@ from bloomq.weights import Matrix
 
 Way = Literal["torch", "bitsandbytes", "triton", "auto"]
 WAYS: tuple[Way, ...] = ("torch", "bitsandbytes", "triton", "auto")
-SCHEMES = ("int8", "int4", "nf4", "bf16")
+SCHEMES = ("int8", "nl4", "nf4", "bf16")
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 512)
 NAMES = ("attn.qkv", "attn.out", "mlp.up", "mlp.down")
 AGAIN = 10  # in one sample, as the device is waited for at its end

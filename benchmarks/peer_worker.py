@@ -2,7 +2,7 @@
 
     peer_worker.py serve ENGINE MODEL THREADS [OPTION]      answer "pp 512" or "tg 32 8" on stdin
     peer_worker.py gguf CHECKPOINT FILE                     write a checkpoint as an F16 GGUF
-    peer_worker.py quantize FILE TARGET TYPE                of a GGUF: q4_0, q4_k_m or q8_0
+    peer_worker.py quantize FILE TARGET TYPE                of a GGUF: q4_0, q4_k_m, iq4_nl, q8_0
     peer_worker.py ctranslate2 CHECKPOINT TARGET
     peer_worker.py losses FILE WINDOWS.npy                  of a GGUF, one a window, as JSON
     peer_worker.py plot ROWS.json PICTURE.png

@@ -9,8 +9,8 @@
 Prefill of 512 tokens (pp512) and greedy decode (tg32) at batch 1, random weights in the published
 shapes. bloomq is loaded beside one peer at a time, each in a process of its own; samples alternate,
 with the machine's read bandwidth in between, and whoever is not asked is stopped: a ratio is of
-neighbours in time, the only figures that compare on a machine that drifts. int4 meets the 4-bit
-peers, int8 the 8-bit ones; a bf16 peer meets int4, which is what its user would change to.
+neighbours in time, the only figures that compare on a machine that drifts. nl4 meets the 4-bit
+peers, int8 the 8-bit ones; a bf16 peer meets nl4, which is what its user would change to.
 """
 
 from __future__ import annotations
@@ -65,14 +65,22 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("llama.cpp", "Q4_0", "q4_0.gguf", "int4"),
-    Setting("llama.cpp", "Q4_K_M", "q4_k_m.gguf", "int4"),
-    Setting("llama.cpp", "Q4_K_M, no repack", "q4_k_m.gguf", "int4", "no-repack"),
+    Setting("llama.cpp", "Q4_0", "q4_0.gguf", "nl4"),
+    Setting("llama.cpp", "Q4_K_M", "q4_k_m.gguf", "nl4"),
+    Setting("llama.cpp", "Q4_K_M, no repack", "q4_k_m.gguf", "nl4", "no-repack"),
     Setting("llama.cpp", "Q8_0", "q8_0.gguf", "int8"),
     Setting("ctranslate2", "int8", "ctranslate2-int8", "int8"),
     Setting("ctranslate2", "int8, ISA AVX512", "ctranslate2-int8", "int8", "AVX512"),
-    Setting("transformers", "bf16", "", "int4"),
-    Setting("openvino", "int4 g128", "openvino-int4", "int4"),
+    Setting("transformers", "bf16", "", "nl4"),
+    Setting("openvino", "int4 g128", "openvino-int4", "nl4"),
+)
+# Compared in quality.
+OURS: tuple[tuple[str, dict[str, object]], ...] = (
+    ("int8", {"scheme": "int8"}),
+    ("nl4", {}),
+    ("nl4, groups of 32", {"scheme": "nl4", "group_size": 32}),
+    ("nl4, head nl4", {"head_scheme": "nl4"}),
+    ("int4, groups of 32", {"scheme": "int4", "group_size": 32}),
 )
 PEERS = tuple(dict.fromkeys(setting.engine for setting in SETTINGS))
 
@@ -468,14 +476,12 @@ def measure_quality(bench: Bench, source: Path, text: Path, tokens: int, window:
         print(f"{len(windows)} windows of {window} tokens, "
               f"bloomq f32 perplexity {np.exp(loss.mean()):.3f}\n")  # fmt: skip
         print(f"{'setting':22} {'bits':>5} {'perplexity':>10} {'change':>18}")
-        for scheme, head in (("int8", None), ("int4", None), ("int4", "int4")):
-            target = folder / f"{scheme}-{head}"
-            bloomq.convert(source, target, scheme=scheme, head_scheme=head)
-            model = bloomq.load(target)
+        for number, (label, options) in enumerate(OURS):
+            bloomq.convert(source, folder / str(number), **options)  # type: ignore[arg-type]
+            model = bloomq.load(folder / str(number))
             losses = [mean_loss(log_softmax(model, ids), ids) for ids in windows]
-            label = f"bloomq {scheme}" + (f", head {head}" if head else "")
-            quality_line(label, model.pack.bits_per_weight, losses, loss)
-        for kind in ("f16", "q8_0", "q4_k_m", "q4_0"):
+            quality_line(f"bloomq {label}", model.pack.bits_per_weight, losses, loss)
+        for kind in ("f16", "q8_0", "q4_k_m", "q4_0", "iq4_nl"):
             try:
                 facts = gguf_quality(bench, source, folder, kind)
             except PeerError as error:

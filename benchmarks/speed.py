@@ -1,6 +1,6 @@
 """Conversion, load, prefill and decode on random weights in the published shapes.
 
-    python benchmarks/speed.py --work DIR [--models bloom-560m bloom-7b1] [--schemes int4 int8]
+    python benchmarks/speed.py --work DIR [--models bloom-560m bloom-7b1] [--schemes nl4 int8]
                                [--threads N] [--repeat 5] [--json FILE]
 
 Makes checkpoints and packs, then does what `bloomq bench` does on each pack: the machine's ceilings
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--models", nargs="+", default=["bloom-560m"])
-    parser.add_argument("--schemes", nargs="+", default=["int4", "int8"])
+    parser.add_argument("--schemes", nargs="+", default=["nl4", "int8"])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--json", type=Path, help="append every row here, as JSON lines")

@@ -1,7 +1,7 @@
 """The WikiText-2 table of the GPTQ paper, for real BLOOMs: ours beside what was published.
 
     python benchmarks/wikitext.py --checkpoint bloom-560m bloom-7b1 --text wiki.test.raw \
-        [--schemes f16,int8,int4] [--packs DIR]
+        [--schemes f16,int8,nl4] [--packs DIR]
     python benchmarks/wikitext.py --models PACK... --text wiki.test.raw
 
 Protocol as IST-DASLab/gptq (datautils.py, bloom.py): the test split's lines joined by two line
@@ -67,7 +67,7 @@ def main() -> int:
     source.add_argument("--models", type=Path, nargs="+", help="packs")
     source.add_argument("--checkpoint", type=Path, nargs="+", help="checkpoints, to be converted")
     parser.add_argument("--text", type=Path, required=True, help="wiki.test.raw")
-    parser.add_argument("--schemes", default="f16,int8,int4", help="of checkpoints, with commas")
+    parser.add_argument("--schemes", default="f16,int8,nl4", help="of checkpoints, with commas")
     parser.add_argument("--packs", type=Path, help="keep the converted packs in this folder")
     parser.add_argument("--window", type=int, help="another than the paper's 2,048")
     parser.add_argument("--tokens", type=int, help="so many of the text, to try it out")

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from bloomq.config import BloomConfig, weight_specs
-from bloomq.schemes import Scheme, get_scheme
+from bloomq.schemes import DEFAULT_GROUP, Scheme, get_scheme
 
+DEFAULT_SCHEME = "nl4"  # in groups of 64 it keeps as much as int4 in groups of 32, in fewer bits
 # The embedding, which is also the head, suffers most from few bits; in int6 it loses next to
 # nothing (docs/experiments.md).
-_HEAD_OF = {"int4": "int6", "nf4": "int6"}
+_HEAD_OF = {"nl4": "int6", "int4": "int6", "nf4": "int6"}
 
 
 def body_and_head(
     scheme: str, group_size: int | None, head_scheme: str | None
 ) -> tuple[Scheme, Scheme]:
     """Of the body's matrices and of the embedding and the head; the group size belongs to whichever
-    is int4. head_scheme None: int6 for int4 and nf4, else as the body.
+    has one to choose. head_scheme None: int6 for nl4, int4 and nf4, else as the body.
 
     Raises: UsageError for a scheme or a group size that cannot be.
     """
     head_scheme = _HEAD_OF.get(scheme, scheme) if head_scheme is None else head_scheme
-    if "int4" not in (scheme, head_scheme):
+    if not DEFAULT_GROUP.keys() & {scheme, head_scheme}:
         return get_scheme(scheme, group_size), get_scheme(head_scheme, group_size)
     return (
-        get_scheme(scheme, group_size if scheme == "int4" else None),
-        get_scheme(head_scheme, group_size if head_scheme == "int4" else None),
+        get_scheme(scheme, group_size if scheme in DEFAULT_GROUP else None),
+        get_scheme(head_scheme, group_size if head_scheme in DEFAULT_GROUP else None),
     )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from bloomq.config import BloomConfig, WeightSpec, weight_specs
 from bloomq.journal import Digests, Journal, read_journal
 from bloomq.pack import FORMAT, MANIFEST, TOKENIZER, VERSION, manifest_checksum
-from bloomq.schemes import Array, Scheme
+from bloomq.schemes import DEFAULT_GROUP, Array, Scheme
 from bloomq.shards import Shard, array_bytes, lay_out
 from bloomq.taken_folder import empty, flush_folder
 from bloomq.tokenizer_config import Settings
@@ -228,7 +228,7 @@ class PackWriter:
         if spec.is_matrix:
             scheme = self._schemes[spec.name]
             entry["scheme"] = scheme.name
-            if scheme.name == "int4":
+            if scheme.name in DEFAULT_GROUP:
                 entry["group_size"] = scheme.group_size
         return entry
 

@@ -64,19 +64,21 @@ def convert(
 ) -> Conversion:
     """Convert the checkpoint or the pack at `source` to a pack at `target`.
 
-    scheme: int8, int6, int4, nf4, f32, bf16 or f16; None: that in which the checkpoint is quantized
-    already (unless a group_size is given), otherwise int4; group_size: of int4 (32, 64 or 128);
-    head_scheme: of the embedding and the head, by default int6 for int4 and nf4, otherwise the
-    scheme itself. lora: folders of PEFT adapters that are merged in, each times its scale.
+    scheme: int8, int6, nl4, int4, nf4, f32, bf16 or f16; None: that in which the checkpoint is
+    quantized already (unless a group_size is given), otherwise nl4; group_size: of nl4 and int4
+    (32, 64 or 128); head_scheme: of the embedding and the head, by default int6 for nl4, int4 and
+    nf4, otherwise the scheme itself. lora: folders of PEFT adapters that are merged in, each times
+    its scale.
     revision and stream: of a hub id, see `read_checkpoint`. `force` replaces a pack that is there,
     `fresh` begins anew where an interrupted run of the same conversion would be continued.
     checksum_source: put the SHA-256 of every file of the source into the pack's provenance, which
     reads them all once more.
 
     calibrate: a text, or a folder of .txt files, to choose codes and scales by what reaches each
-    matrix (int4, int6 and int8); calibration_tokens: of it, None for 24,576. bits: instead of a
-    scheme for all, one for each matrix, so that the least is lost on that text with so many bits a
-    weight, all in. calibration_device: that computes, "cpu" (None) or a GPU, "cuda" or "cuda:N".
+    matrix (nl4, int4, int6 and int8); calibration_tokens: of it, None for 24,576. bits: instead of
+    a scheme for all, one for each matrix, nl4, int6 or int8, so that the least is lost on that text
+    with so many bits a weight, all in. calibration_device: that computes, "cpu" (None) or a GPU,
+    "cuda" or "cuda:N".
 
     Raises: UsageError, InputNotFound, ConfigError, CheckpointError, TokenizerError, PackError,
     NumericError, OutputError, BackendError, CapacityError.

@@ -138,7 +138,7 @@ def _check_rows(pack: Pack, spec: WeightSpec, rows: tuple[int, int]) -> tuple[in
         scales = np.asarray(parts["scales"], np.float32)
         by_row: F32 = scales[:, None] if scales.ndim == 1 else _by_row(scales)
         refuse(~np.isfinite(by_row).all(axis=1), "has a scale that is NaN or infinite")
-        if scheme.name in ("int8", "nf4"):  # int4's and int6's bear the sign of the largest weight
+        if scheme.name in ("int8", "nf4"):  # a grid's bear the sign of the largest weight
             refuse((by_row < 0).any(axis=1), "has a negative scale")
     if scheme.name == "int8":
         lowest = (np.asarray(parts["codes"]) == -128).any(axis=(1, 3)).reshape(-1)

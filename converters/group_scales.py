@@ -1,5 +1,5 @@
-"""The error-minimising scale of every group of int4 and int6, compiled: `schemes.group_scales`, bit
-for bit, at a quarter of the time that Numba's own vectorising takes.
+"""The error-minimising scale of every group on a grid, compiled: `schemes.group_scales`, bit for
+bit, at a quarter of the time that Numba's own vectorising takes.
 
 The search over levels is written in LLVM's vectors, a lane for each of a tile's 16 rows, because
 all its sums must stay in registers: two for each level, fed by one load of the weights. Every
@@ -10,6 +10,7 @@ every machine, whatever width LLVM splits the vectors into.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import llvmlite.ir as ir
@@ -17,6 +18,9 @@ import numpy as np
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from bloomq.schemes import Grid
 
 LANES = 16
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
@@ -34,6 +38,12 @@ def cached(function: Callable[..., Any]) -> Any:
         return njit(nogil=True, error_model="numpy")(function)
 
 
+def book_of(grid: Grid) -> NDArray[np.float32]:
+    """The grid's numbers, as compiled loops take them; of every whole number from one to another,
+    the two."""
+    return np.array((grid.lowest, grid.highest) if grid.is_uniform else grid.book, np.float32)
+
+
 @cached
 def load_group(w, tile, first, block):  # type: ignore[no-untyped-def]
     """16 rows x one group of columns, transposed into block [group, 16]."""
@@ -43,31 +53,34 @@ def load_group(w, tile, first, block):  # type: ignore[no-untyped-def]
 
 
 @cached
-def group_scales(w, group, levels, scales):  # type: ignore[no-untyped-def]
-    """scales [N/16, K/G, 16] = the best scale of each group of w [N, K]; levels: a tuple of
-    float32."""
+def group_scales(w, group, levels, book, scales):  # type: ignore[no-untyped-def]
+    """scales [N/16, K/G, 16] = the best scale of each group of w [N, K]. levels: the
+    grid's, book: `book_of` it, both tuples of float32."""
     block = np.empty((group, 16), np.float32)
     for tile in range(scales.shape[0]):
         for g in range(scales.shape[1]):
             load_group(w, tile, g * group, block)
-            _best_scale(block, levels, scales[tile, g])
+            _best_scale(block, levels, book, scales[tile, g])
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _best_scale(typingctx: Any, block: Any, levels: Any, best: Any) -> Any:
+def _best_scale(typingctx: Any, block: Any, levels: Any, book: Any, best: Any) -> Any:
     """best [16] = of each lane of block [G, 16], the scale among those of `levels` that leaves the
     least squared error."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         array = context.make_array(signature.args[0])(context, b, args[0])
         group = cgutils.unpack_tuple(b, array.shape)[0]
-        out = context.make_array(signature.args[2])(context, b, args[2]).data
-        search = _Search(b, b.ptrtoint(array.data, _I64), group)
-        scale = search.best([_splat(b, level) for level in cgutils.unpack_tuple(b, args[1])])
+        out = context.make_array(signature.args[3])(context, b, args[3]).data
+        levels, book = (
+            [_splat(b, number) for number in cgutils.unpack_tuple(b, numbers)]
+            for numbers in args[1:3]
+        )
+        scale = _Search(b, b.ptrtoint(array.data, _I64), group).best(levels, book)
         b.store(scale, b.inttoptr(b.ptrtoint(out, _I64), ir.PointerType()), align=4)
         return context.get_dummy_value()
 
-    return types.void(block, levels, best), codegen
+    return types.void(block, levels, book, best), codegen
 
 
 class _Search:
@@ -76,21 +89,19 @@ class _Search:
     def __init__(self, b: Any, start: ir.Value, group: ir.Value) -> None:
         self.b, self.start, self.group = b, start, group
 
-    def best(self, levels: Sequence[ir.Value]) -> ir.Value:
+    def best(self, levels: Sequence[ir.Value], book: Sequence[ir.Value]) -> ir.Value:
         b = self.b
         (peak,) = self._over_group([_all(0)], self._larger)
         inverse = b.fdiv(_all(1), peak)
         overflow = b.fcmp_ordered("==", self._magnitude(inverse), _all(float("inf")))
         inverse = b.select(overflow, _all(0), inverse)  # as schemes.reciprocal: 0 for 0
         factors = [b.fmul(level, inverse) for level in levels]
-        highest = b.fsub(b.fsub(_all(0), levels[0]), _all(1))
+        nearest = self._nearest_of(book)
 
         def add(value: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
             found = []
             for i, factor in enumerate(factors):
-                q = b.fsub(b.fadd(b.fmul(value, factor), _all(_ROUND)), _all(_ROUND))
-                q = b.select(b.fcmp_ordered(">", levels[0], q), levels[0], q)
-                q = b.select(b.fcmp_ordered("<", highest, q), highest, q)
+                q = nearest(b.fmul(value, factor))
                 found.append(b.fadd(sums[2 * i], b.fmul(value, q)))
                 found.append(b.fadd(sums[2 * i + 1], b.fmul(q, q)))
             return found
@@ -103,6 +114,28 @@ class _Search:
             better = b.fcmp_ordered(">", this, gain)
             best, gain = b.select(better, scale, best), b.select(better, this, gain)
         return best
+
+    def _nearest_of(self, book: Sequence[ir.Value]) -> Callable[[ir.Value], ir.Value]:
+        """`Grid.nearest`."""
+        b = self.b
+
+        def whole(x: ir.Value) -> ir.Value:
+            q = b.fsub(b.fadd(x, _all(_ROUND)), _all(_ROUND))
+            q = b.select(b.fcmp_ordered(">", book[0], q), book[0], q)
+            return b.select(b.fcmp_ordered("<", book[-1], q), book[-1], q)
+
+        pairs = list(pairwise(book))
+        midpoints = [b.fmul(b.fadd(low, high), _all(0.5)) for low, high in pairs]
+        steps = [b.fsub(high, low) for low, high in pairs]
+
+        def listed(x: ir.Value) -> ir.Value:  # whole numbers, so that the sum is exact
+            q = book[0]
+            for midpoint, step in zip(midpoints, steps, strict=True):
+                above = b.fcmp_ordered(">", x, midpoint)
+                q = b.fadd(q, b.select(above, step, _all(0)))
+            return q
+
+        return whole if len(book) == 2 else listed
 
     def _larger(self, value: ir.Value, state: Sequence[ir.Value]) -> list[ir.Value]:
         """The value of larger magnitude, signed; the first of equals."""

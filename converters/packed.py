@@ -25,7 +25,7 @@ from .in_file import read_into
 from .source import Checkpoint, SourceTensor, Stored
 
 # What four bits have lost is not to be lost again; int6 and int8 keep enough to start from.
-_FINAL = ("int4", "nf4")
+_FINAL = ("nl4", "int4", "nf4")
 _MOST_ANCESTORS, _MOST_PROVENANCE_BYTES = 8, 1 << 16
 
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from bloomq.errors import CheckpointError
 from bloomq.schemes import (
-    GROUP_LEVELS,
+    GRIDS,
     ROW_MULTIPLE,
     Array,
     Scheme,
@@ -138,7 +138,7 @@ class Grid:
         self._check_order(groups)
         if scheme.name == "int8":
             return self._int8_parts(scheme, steps, scales)
-        low = int(GROUP_LEVELS[scheme.name][0])
+        low = GRIDS[scheme.name].lowest
         if steps.min() < low or steps.max() >= -low:
             raise CheckpointError(
                 f"{self.name}: weights of {steps.min()} to {steps.max()} steps, expected {low} to "

@@ -22,7 +22,7 @@ from bloomq import __version__
 from bloomq.config import weight_specs
 from bloomq.errors import UsageError
 from bloomq.pack import VERSION, stored_arrays
-from bloomq.scheme_choice import body_and_head, choose_schemes
+from bloomq.scheme_choice import DEFAULT_SCHEME, body_and_head, choose_schemes
 from bloomq.schemes import Scheme
 from bloomq.shards import Shard, array_bytes
 from bloomq.taken_folder import size_text
@@ -261,7 +261,8 @@ def make_plan(
     from .reading import read_checkpoint
 
     workers = worker_count(threads)
-    body, head = body_and_head("int4" if scheme is None else scheme, group_size, head_scheme)
+    asked = DEFAULT_SCHEME if scheme is None else scheme
+    body, head = body_and_head(asked, group_size, head_scheme)
     watch = Watch.of(Path(source))
     if checkpoint is None:
         checkpoint = read_checkpoint(source, revision=revision, stream=stream)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.schemes import (
-    GROUP_LEVELS,
+    GRIDS,
     NF4_MIDPOINTS,
     TILE,
     Array,
@@ -20,7 +20,7 @@ from bloomq.schemes import (
     to_half,
 )
 
-from .group_scales import cached, group_scales, load_group
+from .group_scales import book_of, cached, group_scales, load_group
 
 F32 = NDArray[np.float32]
 
@@ -47,8 +47,9 @@ def quantize_block(raw: Array, dtype: str, scheme: Scheme) -> dict[str, Array]:
     if scheme.name == "nf4":
         _group_peaks(w, scheme.group_size, wide)
     else:
-        levels = tuple(np.float32(level) for level in GROUP_LEVELS[scheme.name])
-        group_scales(w, scheme.group_size, levels, wide)
+        grid = GRIDS[scheme.name]
+        levels = tuple(np.float32(level) for level in grid.levels)
+        group_scales(w, scheme.group_size, levels, tuple(book_of(grid)), wide)
     half = to_half(wide)
     packed = np.empty(scheme.parts((w.shape[0], w.shape[1]))["codes"].shape, np.uint8)
     inverse = reciprocal(half.astype(np.float32))
@@ -57,7 +58,8 @@ def quantize_block(raw: Array, dtype: str, scheme: Scheme) -> dict[str, Array]:
     elif scheme.name == "int4":
         _int4_codes(w, scheme.group_size, inverse, packed)
     else:
-        _nf4_codes(w, scheme.group_size, inverse, NF4_MIDPOINTS, packed)
+        midpoints = NF4_MIDPOINTS if scheme.name == "nf4" else GRIDS[scheme.name].midpoints
+        _listed_codes(w, scheme.group_size, inverse, midpoints, packed)
     return {"codes": packed, "scales": half}
 
 
@@ -180,21 +182,24 @@ def _int6_codes(w, group, inverse, codes):  # type: ignore[no-untyped-def]
 
 
 @cached
-def _nf4_index(x, midpoints):  # type: ignore[no-untyped-def]
-    index = np.int32(0)
-    for midpoint in midpoints:
-        index += np.int32(x > midpoint)
-    return index
-
-
-@cached
-def _nf4_codes(w, group, inverse, midpoints, codes):  # type: ignore[no-untyped-def]
+def _listed_codes(w, group, inverse, midpoints, codes):  # type: ignore[no-untyped-def]
+    """A code is how many midpoints lie below a weight: counted for a group of 16 rows at a time."""
+    block = np.empty((group, 16), np.float32)
+    values = block.reshape(-1)
+    code = np.empty((group, 16), np.int32)
+    counts = code.reshape(-1)
     for tile in range(codes.shape[0]):
-        for lane in range(16):
-            row = tile * 16 + lane
-            for k8 in range(codes.shape[1]):
-                factor = inverse[tile, k8 * 8 // group, lane]
-                for j in range(4):
-                    low = _nf4_index(w[row, 8 * k8 + j] * factor, midpoints)
-                    high = _nf4_index(w[row, 8 * k8 + 4 + j] * factor, midpoints)
-                    codes[tile, k8, lane, j] = np.uint8(low | (high << 4))
+        for g in range(inverse.shape[1]):
+            load_group(w, tile, g * group, block)
+            for k in range(group):
+                for lane in range(16):
+                    block[k, lane] *= inverse[tile, g, lane]
+            counts[:] = 0
+            for midpoint in midpoints:
+                for i in range(values.shape[0]):
+                    counts[i] += np.int32(1) if values[i] > midpoint else np.int32(0)
+            for k8 in range(group // 8):
+                for lane in range(16):
+                    for j in range(4):
+                        low, high = code[8 * k8 + j, lane], code[8 * k8 + 4 + j, lane]
+                        codes[tile, g * group // 8 + k8, lane, j] = np.uint8(low | high << 4)

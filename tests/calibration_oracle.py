@@ -13,6 +13,7 @@ from bloomq.converters.calibration.gptq import SHRINK
 from bloomq.backends.reference import ReferenceBackend, layer_norm
 from bloomq.layers import Span
 from bloomq.model import Block
+from bloomq.schemes import Grid
 
 
 def problem(n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -35,20 +36,20 @@ def half(x: np.ndarray) -> np.ndarray:
 
 
 def textbook(
-    w: np.ndarray, h: np.ndarray, order: np.ndarray, group: int, low: int, high: int,
+    w: np.ndarray, h: np.ndarray, order: np.ndarray, group: int, grid: Grid,
     fixed: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """GPTQ as its paper has it, by the Cholesky factor of H's inverse, in float64: codes [N, K] and
     values [N, K]. A group's scale is found by trying each on a copy."""
     u = np.linalg.cholesky(np.linalg.inv(h.astype(np.float64)[np.ix_(order, order)])).T
-    left = w.astype(np.float64)[:, order]
+    left, low, high = w.astype(np.float64)[:, order], grid.lowest, grid.highest
     codes, values = np.zeros(w.shape), np.zeros(w.shape)
 
     def columns(now: np.ndarray, start: int, stop: int, scale: np.ndarray):
         now, q, loss = now.copy(), np.zeros((len(w), stop - start)), np.zeros(len(w))
         for j in range(start, stop):
             inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-            q[:, j - start] = np.clip(np.rint(now[:, j] * inverse), low, high)
+            q[:, j - start] = grid.nearest(now[:, j] * inverse)
             error = (now[:, j] - q[:, j - start] * scale) / u[j, j]
             now[:, j:] -= np.outer(error, u[j, j:])
             loss += error**2
@@ -73,7 +74,7 @@ def textbook(
 
 
 def textbook_descent(
-    w: np.ndarray, h: np.ndarray, codes: np.ndarray, scales: np.ndarray, low: int, high: int
+    w: np.ndarray, h: np.ndarray, codes: np.ndarray, scales: np.ndarray, grid: Grid
 ) -> tuple[np.ndarray, np.ndarray]:
     """One sweep in float64: of each group of w [N, K] the scale [N, K/G], then every code [N, K],
     set to the best for all else."""
@@ -93,7 +94,7 @@ def textbook_descent(
         scales[:, at] = np.where(better, fresh, s)
         for k in range(part.start, part.stop):
             wanted = codes[:, k] + gradient(k) / h[k, k] / scales[:, at]
-            codes[:, k] = np.clip(np.rint(wanted), low, high)
+            codes[:, k] = grid.nearest(wanted)
     return codes, scales
 
 

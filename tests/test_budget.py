@@ -65,7 +65,7 @@ def test_no_other_choice_within_the_budget_costs_less(tmp_path, bits, seed):
 
 def size(scheme: Scheme) -> float:
     """Bits a weight, but for int8's scales."""
-    return {"int4": 4 + 16 / scheme.group_size, "int6": 6.25, "int8": 8.25}[scheme.name]
+    return {"nl4": 4 + 16 / scheme.group_size, "int6": 6.25, "int8": 8.25}[scheme.name]
 
 
 def test_room_for_all_gives_all_the_best(tmp_path):

@@ -17,17 +17,18 @@ from bloomq.converters.calibration import cpu_engine, forward
 from bloomq.converters.calibration import moments as moments_module
 from bloomq.converters.calibration import rounding as rounding_module
 from bloomq.converters.calibration import scratch as scratch_module
-from bloomq.converters.calibration.compiled import corner
+from bloomq.converters.calibration.compiled import corner, nearest
 from bloomq.converters.calibration.conversion import plan_calibrated
 from bloomq.converters.calibration.cpu_engine import CpuEngine
 from bloomq.converters.calibration.estimate import Rates, peak_bytes, seconds_of
 from bloomq.converters.calibration.factor import column_order, factor
 from bloomq.converters.calibration.forward import Kept, Runner, UnderWay, linears_of
-from bloomq.converters.calibration.gptq import Codes, descend, gptq
+from bloomq.converters.calibration.gptq import Codes, book_of, descend, gptq
 from bloomq.converters.calibration.look_up import look_up_moment
 from bloomq.converters.calibration.making_up import Wanted, stream_behind
 from bloomq.converters.calibration.moments import Moments
 from bloomq.converters.calibration.producer import HEAD_TOKENS, Settings, calibrated
+from bloomq.converters.calibration.rounding import grid_of
 from bloomq.converters.calibration.scratch import Scratch
 from bloomq.converters.calibration.solver import Solver
 from bloomq.converters.calibration.text import read_windows, spread
@@ -50,9 +51,12 @@ from bloomq.layers import Span
 from bloomq.model import Block
 from bloomq.pack import Pack, stored_arrays
 from bloomq.scheme_choice import choose_schemes
-from bloomq.schemes import get_scheme
+from bloomq.schemes import GRIDS, get_scheme
 
-SCHEMES = [("int4", 32), ("int4", 64), ("int4", 128), ("int6", None), ("int8", None)]
+SCHEMES = [
+    ("nl4", 32), ("nl4", 64), ("nl4", 128), ("int4", 32), ("int4", 128), ("int6", None),
+    ("int8", None),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +73,24 @@ def engine(pool):
 # -- the solver ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("group", [32, 64])
-def test_compiled_gptq_is_the_textbooks(pool, group):
-    w, h = problem(48, 256)
+@pytest.mark.parametrize("name", ["nl4", "int4", "int6", "int8"])
+def test_compiled_rounding_to_a_grid_is_numpys(name):
+    """Ties and what lies beyond the ends too."""
+    grid = grid_of(get_scheme(name))
+    x = np.arange(2 * grid.lowest - 8, 2 * grid.highest + 9, dtype=np.float32) / 2
+    x = np.concatenate([x, np.nextafter(x, np.float32(np.inf))])
+    found = np.empty_like(x)
+    nearest(x, len(x), book_of(grid), found)
+    assert np.array_equal(found, grid.nearest(x))
+
+
+@pytest.mark.parametrize(("name", "group"), [("nl4", 32), ("nl4", 64), ("int4", 32), ("int4", 64)])
+def test_compiled_gptq_is_the_textbooks(pool, name, group):
+    grid, (w, h) = GRIDS[name], problem(48, 256)
     h += 0.01 * np.diag(h).mean() * np.eye(256, dtype=np.float32)
     order = column_order(np.diag(h), group)
-    found = gptq(np.ascontiguousarray(w.T), factor(h, order, pool), group, -8, 7)
-    codes, values = textbook(w, h, order, group, -8, 7)
+    found = gptq(np.ascontiguousarray(w.T), factor(h, order, pool), group, grid)
+    codes, values = textbook(w, h, order, group, grid)
     same = (codes == found.codes.T)[:, order].reshape(48, -1, group)
     # In float32 a tie may fall the other way, and changes all that follows in its row.
     assert same[:, 0].all()
@@ -88,9 +103,9 @@ def test_compiled_gptq_with_scales_of_rows_is_the_textbooks(pool):
     w, h = problem(32, 256)
     h += 0.01 * np.diag(h).mean() * np.eye(256, dtype=np.float32)
     order, scale = column_order(np.diag(h), 1), np.abs(w).max(axis=1) / np.float32(127)
-    by = factor(h, order, pool)
-    found = gptq(np.ascontiguousarray(w.T), by, 256, -127, 127, fixed=scale[None])
-    codes, _ = textbook(w, h, order, 256, -127, 127, fixed=scale)
+    by, grid = factor(h, order, pool), grid_of(get_scheme("int8"))
+    found = gptq(np.ascontiguousarray(w.T), by, 256, grid, fixed=scale[None])
+    codes, _ = textbook(w, h, order, 256, grid, fixed=scale)
     assert (codes == found.codes.T).mean() > 0.99
 
 
@@ -139,26 +154,28 @@ def test_groups_stay_whole_in_the_order_of_columns():
     assert (np.diff(diagonal[order].reshape(-1, 32), axis=1) <= 0).all()
 
 
-def test_descent_never_raises_an_error(pool):
-    w, h = problem(32, 256)
+@pytest.mark.parametrize("name", ["nl4", "int4"])
+def test_descent_never_raises_an_error(pool, name):
+    grid, (w, h) = GRIDS[name], problem(32, 256)
     wt = np.ascontiguousarray(w.T)
-    found = gptq(wt, factor(h, column_order(np.diag(h), 32), pool), 32, -8, 7)
+    found = gptq(wt, factor(h, column_order(np.diag(h), 32), pool), 32, grid)
     before = output_errors(w, found.values().T, h)
     for _ in range(3):
-        descend(wt, h, found, -8, 7, 1)
+        descend(wt, h, found, grid, 1)
         after = output_errors(w, found.values().T, h)
         assert (after <= before * (1 + 1e-4)).all()
         before = after
 
 
-def test_descent_finds_what_is_exactly_there():
+@pytest.mark.parametrize("name", ["nl4", "int4"])
+def test_descent_finds_what_is_exactly_there(name):
     """Codes one step off, with the right scales: one sweep puts them right."""
-    rng = np.random.default_rng(2)
-    codes = rng.integers(-7, 7, (64, 16)).astype(np.int8)
-    found = Codes(codes.copy(), half(rng.random((2, 16)).astype(np.float32) + 0.1), 32)
+    rng, grid = np.random.default_rng(2), GRIDS[name]
+    at, numbers = rng.integers(1, 15, (64, 16)), np.array(grid.book, np.int8)
+    found = Codes(numbers[at], half(rng.random((2, 16)).astype(np.float32) + 0.1), 32)
     exact = found.values()
-    found.codes[5] += 1
-    descend(exact, np.eye(64, dtype=np.float32), found, -8, 7, 2)
+    found.codes[5] = numbers[at[5] + 1]
+    descend(exact, np.eye(64, dtype=np.float32), found, grid, 2)
     assert np.allclose(found.values(), exact, atol=1e-6)
 
 
@@ -193,7 +210,7 @@ def test_rows_that_nearest_rounds_better_are_taken_from_it(engine, name, group, 
     assert not np.array_equal(solved.values[1::3], nearest[1::3])
 
 
-def test_schemes_without_even_steps_are_rounded_to_nearest(engine):
+def test_schemes_of_other_than_whole_numbers_are_rounded_to_nearest(engine):
     w, moment = problem(32, 128)
     for name in ("nf4", "bf16"):
         scheme = get_scheme(name)
@@ -218,16 +235,16 @@ def test_inputs_that_are_always_zero_are_rounded_plainly(engine):
     assert np.abs(solved.values - w).max() < 0.02
 
 
-@pytest.mark.parametrize("name", ["int4", "int6"])
+@pytest.mark.parametrize("name", ["nl4", "int6"])
 def test_weights_beyond_the_scales_range_are_refused(engine, name):
     w, moment = problem(32, 64)
-    with pytest.raises(NumericError, match="weights too large for int"):
+    with pytest.raises(NumericError, match=f"weights too large for {name}"):
         Solver(moment, get_scheme(name), engine).rows(w * np.float32(1e9))
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
-    "chosen", [{"scheme": "int4"}, {"scheme": "int6"}, {"scheme": "nf4"}, {"bits": 5}], ids=str
+    "chosen", [{"scheme": "nl4"}, {"scheme": "int6"}, {"scheme": "nf4"}, {"bits": 5}], ids=str
 )
 @pytest.mark.parametrize(
     ("matrix", "size"), [("h_to_4h", 1e30), ("4h_to_h", 1e30), ("4h_to_h", 2e38)]
@@ -602,7 +619,7 @@ def test_a_calibrated_demo_is_nearer_to_the_checkpoint(tmp_path, pack_of):
     import bloomq
 
     root = Path(__file__).parent.parent
-    options = {"head_scheme": "int4", "calibration_tokens": 2048}
+    options = {"head_scheme": "nl4", "calibration_tokens": 2048}
     convert(DEMO, tmp_path / "pack", calibrate=root / "docs/architecture.md", **options)  # type: ignore[arg-type]
     Pack.open(tmp_path / "pack").verify()
     provenance = Pack.open(tmp_path / "pack").manifest["provenance"]
@@ -610,7 +627,7 @@ def test_a_calibrated_demo_is_nearer_to_the_checkpoint(tmp_path, pack_of):
     assert provenance["calibration"]["tokens"] == 2048
     exact, ours, nearest = (
         bloomq.load(path)
-        for path in (pack_of("f32"), tmp_path / "pack", pack_of("int4", head_scheme="int4"))
+        for path in (pack_of("f32"), tmp_path / "pack", pack_of("nl4", head_scheme="nl4"))
     )
     said = (root / "docs/generation.md").read_text()[:4000]
     figures = [model.perplexity(said, base=exact).comparison.kl for model in (ours, nearest)]

@@ -22,10 +22,11 @@ from bloomq.converters.calibration.cpu_engine import CpuEngine
 from bloomq.converters.calibration.engine import CPU, Device, device_of
 from bloomq.converters.calibration.factor import column_order
 from bloomq.converters.calibration.forward import Kept, Runner, UnderWay, linears_of
+from bloomq.converters.calibration.rounding import grid_of
 from bloomq.converters.calibration.solver import Solver
 from bloomq.converters.calibration.torch_engine import TorchEngine
 from bloomq.converters.calibration.torch_factor import cholesky, factor
-from bloomq.converters.calibration.torch_gptq import descend, gptq, values_of
+from bloomq.converters.calibration.torch_gptq import TorchGrid, descend, gptq, values_of
 from bloomq.converters.calibration.torch_sums import TorchMoments
 from bloomq.converters.convert import convert, run
 from bloomq.converters.deep_verify import deep_verify
@@ -49,12 +50,13 @@ from bloomq.errors import BackendError, CapacityError, NumericError, UsageError
 from bloomq.pack import Pack
 from bloomq.pack_writer import partial_folder
 from bloomq.scheme_choice import choose_schemes
-from bloomq.schemes import get_scheme
+from bloomq.schemes import GRIDS, get_scheme
 from bloomq.weights import Matrix
 
 TORCH = Device("cpu")  # no option gives it: "cuda" is never the CPU in disguise
 EPSILON = 2.0**-24  # what rounding to float32 changes, of a value
-SCHEMES = [("int4", 32), ("int4", 128), ("int6", None), ("int8", None)]
+SCHEMES = [("nl4", 32), ("nl4", 64), ("int4", 128), ("int6", None), ("int8", None)]
+GRIDS_THERE = {name: TorchGrid(GRIDS[name], torch.device("cpu")) for name in ("nl4", "int4")}
 ROOT = Path(__file__).parent.parent
 
 
@@ -132,13 +134,23 @@ def test_a_singular_moment_gets_more_on_its_diagonal():
     assert torch.isfinite(factor(torch.ones((32, 32)), np.arange(32)).unit).all()
 
 
-@pytest.mark.parametrize("group", [32, 64])
-def test_gptq_is_the_textbooks(group):
+@pytest.mark.parametrize("name", ["nl4", "int4", "int6", "int8"])
+def test_rounding_to_a_grid_is_numpys(name):
+    """Ties and what lies beyond the ends too."""
+    grid = grid_of(get_scheme(name))
+    x = np.arange(2 * grid.lowest - 8, 2 * grid.highest + 9, dtype=np.float32) / 2
+    x = np.concatenate([x, np.nextafter(x, np.float32(np.inf))])
+    found = TorchGrid(grid, torch.device("cpu")).nearest(there(x.copy()))
+    assert np.array_equal(found.numpy(), grid.nearest(x))
+
+
+@pytest.mark.parametrize(("name", "group"), [("nl4", 64), ("int4", 32), ("int4", 64)])
+def test_gptq_is_the_textbooks(name, group):
     w, h = problem(48, 256)
     h += 0.01 * np.diag(h).mean() * np.eye(256, dtype=np.float32)
     order = column_order(np.diag(h), group)
-    found, scales = gptq(there(w.T), factor(there(h), order), group, -8, 7)
-    codes, values = textbook(w, h, order, group, -8, 7)
+    found, scales = gptq(there(w.T), factor(there(h), order), group, GRIDS_THERE[name])
+    codes, values = textbook(w, h, order, group, GRIDS[name])
     same = (codes == found.numpy().T)[:, order].reshape(48, -1, group)
     # In float32 a tie may fall the other way, and changes all that follows in its row.
     assert same[:, 0].all()
@@ -151,21 +163,22 @@ def test_gptq_with_scales_of_rows_is_the_textbooks():
     w, h = problem(32, 256)
     h += 0.01 * np.diag(h).mean() * np.eye(256, dtype=np.float32)
     order, scale = column_order(np.diag(h), 1), np.abs(w).max(axis=1) / np.float32(127)
-    by = factor(there(h), order)
-    found, _ = gptq(there(w.T), by, 256, -127, 127, fixed=there(scale[None]))
-    codes, _ = textbook(w, h, order, 256, -127, 127, fixed=scale)
+    by, grid = factor(there(h), order), grid_of(get_scheme("int8"))
+    whole = TorchGrid(grid, torch.device("cpu"))
+    found, _ = gptq(there(w.T), by, 256, whole, fixed=there(scale[None]))
+    codes, _ = textbook(w, h, order, 256, grid, fixed=scale)
     assert (codes == found.numpy().T).mean() > 0.99
 
 
-@pytest.mark.parametrize("group", [32, 128])
-def test_descent_is_the_textbooks(group):
+@pytest.mark.parametrize(("name", "group"), [("nl4", 64), ("int4", 32), ("int4", 128)])
+def test_descent_is_the_textbooks(name, group):
     w, h = problem(48, 256)
     h += 0.01 * np.diag(h).mean() * np.eye(256, dtype=np.float32)
     by = factor(there(h), column_order(np.diag(h), group))
-    codes, scales = gptq(there(w.T), by, group, -8, 7)
+    codes, scales = gptq(there(w.T), by, group, GRIDS_THERE[name])
     begun = output_errors(w, values_of(codes, scales).numpy().T, h)
-    expected, steps = textbook_descent(w, h, codes.numpy().T, scales.numpy().T, -8, 7)
-    left = descend(there(w.T), there(h), codes, scales, -8, 7, 1)
+    expected, steps = textbook_descent(w, h, codes.numpy().T, scales.numpy().T, GRIDS[name])
+    left = descend(there(w.T), there(h), codes, scales, GRIDS_THERE[name], 1)
     same = (expected == codes.numpy().T).reshape(48, -1, group)
     assert same[:, 0].all(axis=1).mean() > 0.9  # ties apart, as above
     values = values_of(codes, scales).numpy().T
@@ -188,13 +201,13 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("group", [32, 128])
-def test_nothing_in_the_loops_over_columns_waits_for_the_device(group):
+@pytest.mark.parametrize(("name", "group"), [("nl4", 32), ("int4", 32), ("int4", 128)])
+def test_nothing_in_the_loops_over_columns_waits_for_the_device(name, group):
     w, h = problem(32, 256)
     by = factor(there(h + np.eye(256, dtype=np.float32)), np.arange(256))
     with Waits() as waits:
-        codes, scales = gptq(there(w.T), by, group, -8, 7)
-        descend(there(w.T), there(h), codes, scales, -8, 7, 2)
+        codes, scales = gptq(there(w.T), by, group, GRIDS_THERE[name])
+        descend(there(w.T), there(h), codes, scales, GRIDS_THERE[name], 2)
         assert waits.count == 0
         bool(codes[0, 0] < 8)
         assert waits.count == 1
@@ -219,10 +232,10 @@ def test_rows_are_as_good_as_those_of_the_cpu(engine, pool, name, group, shape):
     assert np.array_equal(scheme.dequantize(solved.parts, shape), solved.values)
 
 
-@pytest.mark.parametrize("name", ["int4", "int6"])
+@pytest.mark.parametrize("name", ["nl4", "int6"])
 def test_weights_beyond_the_scales_range_are_refused(engine, name):
     w, moment = problem(32, 64)
-    with pytest.raises(NumericError, match="weights too large for int"):
+    with pytest.raises(NumericError, match=f"weights too large for {name}"):
         Solver(moment, get_scheme(name), engine).rows(w * np.float32(1e9))
 
 
@@ -318,7 +331,7 @@ def test_a_demo_is_as_near_to_the_checkpoint_as_by_the_cpu(tmp_path, pack_of):
         target = tmp_path / device.label[:3]
         plan, producer, method = plan_calibrated(
             DEMO, target, ROOT / "docs/architecture.md", tokens=1024, window=256,
-            head_scheme="int4", device=device,
+            scheme="int4", head_scheme="int4", device=device,  # nl4: three times as long here
         )  # fmt: skip
         run(plan, producer=producer, method=method)
         pack = Pack.open(target)

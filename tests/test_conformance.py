@@ -191,7 +191,7 @@ def test_layers_do_not_change_what_they_are_given(build: Build):
 # -- continuing equals recomputing, rows are independent -------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["int4", "int8", "f32"])
+@pytest.mark.parametrize("scheme", ["nl4", "int4", "int8", "f32"])
 def test_continuing_a_cache_equals_recomputing(build: Build, name: str, scheme: str):
     lm = build(scheme)
     whole = run(lm, lm.cache(1, 64), [0], [IDS[:50]])[0]
@@ -203,7 +203,7 @@ def test_continuing_a_cache_equals_recomputing(build: Build, name: str, scheme: 
         assert close(np.concatenate(parts), whole, name, scheme), cuts
 
 
-@pytest.mark.parametrize("scheme", ["int4", "int8", "f32"])
+@pytest.mark.parametrize("scheme", ["nl4", "int4", "int8", "f32"])
 def test_rows_of_different_length_are_independent(build: Build, name: str, scheme: str):
     lm = build(scheme)
     lengths = (1, 33, 16, 7)
@@ -299,7 +299,7 @@ def test_a_result_is_the_callers_to_keep(build: Build):
     assert np.array(lm.backend.numpy(first)).tobytes() == kept.tobytes()
 
 
-@pytest.mark.parametrize("scheme", ["int4", "nf4", "f32"])
+@pytest.mark.parametrize("scheme", ["nl4", "int4", "nf4", "f32"])
 def test_one_and_two_threads_give_the_same_bits(build: Build, scheme: str):
     found = []
     for threads in (1, 2):

@@ -302,16 +302,17 @@ def test_head_of_another_dtype_is_a_head_of_its_own(tmp_path):
 # -- options ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scheme", [None, "nl4", "int4"])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_group_size_is_used_and_recorded(tmp_path, group_size):
-    checkpoint = write_checkpoint(tmp_path / "checkpoint")
-    convert(checkpoint, tmp_path / "pack", group_size=group_size)
+def test_group_size_is_used_and_recorded(tmp_path, group_size, scheme):
+    checkpoint, name = write_checkpoint(tmp_path / "checkpoint"), scheme or "nl4"
+    convert(checkpoint, tmp_path / "pack", scheme=scheme, group_size=group_size)
     opened = Pack.open(tmp_path / "pack")
-    assert {s.label for s in opened.schemes.values()} == {f"int4-g{group_size}", "int6"}
+    assert {s.label for s in opened.schemes.values()} == {f"{name}-g{group_size}", "int6"}
     entry = opened.manifest["weights"]["h.0.mlp.up"]
-    assert entry == {"shape": [256, 64], "scheme": "int4", "group_size": group_size}
+    assert entry == {"shape": [256, 64], "scheme": name, "group_size": group_size}
     w = source_weights(checkpoint)["h.0.mlp.dense_h_to_4h.weight"]
-    expected = through(get_scheme("int4", group_size), w)
+    expected = through(get_scheme(name, group_size), w)
     assert opened.matrix("h.0.mlp.up").dequantize().tobytes() == expected.tobytes()
 
 
@@ -347,7 +348,10 @@ def test_schemes_are_chosen_for_matrices_only():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scheme": "int3"}, "unknown scheme 'int3', expected one of int8, int6, int4, nf4, f32"),
+        (
+            {"scheme": "int3"},
+            "unknown scheme 'int3', expected one of int8, int6, nl4, int4, nf4, f32",
+        ),
         ({"head_scheme": "q8"}, "unknown scheme 'q8', expected one of int8, int6"),
         ({"scheme": ""}, "unknown scheme '', expected one of int8, int6"),
         ({"head_scheme": ""}, "unknown scheme '', expected one of int8, int6"),

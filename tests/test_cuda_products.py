@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bloomq.schemes import SCHEME_NAMES, get_scheme
+from bloomq.schemes import DEFAULT_GROUP, SCHEME_NAMES, get_scheme
 from bloomq.weights import Matrix, Norm
 
 torch = pytest.importorskip("torch")
@@ -92,9 +92,9 @@ def test_inputs_have_the_dtype_of_the_matrix_or_the_devices():
         for narrow in (torch.bfloat16, torch.float16, torch.float32)
     }
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-    assert SCHEME_NAMES == ("int8", "int6", "int4", "nf4", "f32", "bf16", "f16")
-    assert kinds[bf16] == [bf16, bf16, bf16, bf16, f32, bf16, f16]
-    assert kinds[f16] == [f16, f16, f16, f16, f32, f32, f16]
+    assert SCHEME_NAMES == ("int8", "int6", "nl4", "int4", "nf4", "f32", "bf16", "f16")
+    assert kinds[bf16] == [bf16, bf16, bf16, bf16, bf16, f32, bf16, f16]
+    assert kinds[f16] == [f16, f16, f16, f16, f16, f32, f32, f16]
     assert set(kinds[f32]) == {f32}
 
 
@@ -221,7 +221,7 @@ def test_what_is_given_to_tritons_kernels_is_what_they_take(scheme, monkeypatch)
         calls.append(len(x))
         for given in (x, delta, add):
             assert given is None or given.is_contiguous()
-        kind = get_scheme(scheme, group_size if scheme == "int4" else None)
+        kind = get_scheme(scheme, group_size if scheme in DEFAULT_GROUP else None)
         there = Stored(kind, (len(codes), x.shape[1]), codes, scales)
         assert triton_products.takes(
             len(x), there.columns, scheme=scheme, group_size=group_size, dtype=x.dtype
@@ -306,7 +306,7 @@ def test_nothing_comes_from_the_host_within_a_step(scheme, kernels, monkeypatch)
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "f16"])
+@pytest.mark.parametrize("scheme", ["int8", "nl4", "f16"])
 @pytest.mark.parametrize("given", ["nothing", "bias", "all"])
 def test_what_follows_a_product_of_many_tokens_is_the_same_in_one_kernel(scheme, given):
     pytest.importorskip("triton")

@@ -265,7 +265,7 @@ def test_any_order_of_steps_agrees_with_the_reference(how: str):
     check()
 
 
-@pytest.mark.parametrize("scheme", ["f32", "int8", "int4", "nf4"])
+@pytest.mark.parametrize("scheme", ["f32", "int8", "nl4", "int4", "nf4"])
 def test_a_whole_models_step_does_as_a_tape_what_it_does_as_it_is(
     scheme: str, taped: Taped, tmp_path_factory: pytest.TempPathFactory
 ):

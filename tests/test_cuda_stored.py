@@ -22,7 +22,7 @@ from bloomq.backends.cuda.stored import Loader, restored  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 CPU = torch.device("cpu")
-SCHEMES = [(name, None) for name in SCHEME_NAMES] + [("int4", 64), ("int4", 128)]
+SCHEMES = [(name, None) for name in SCHEME_NAMES] + [("nl4", 32), ("nl4", 128), ("int4", 64)]
 SHAPES = [(40, 70), (1, 1), (33, 128), (150, 300)]  # rows and columns that are no whole tiles
 
 
@@ -122,11 +122,12 @@ def test_a_matrix_is_as_large_as_its_numbers():
     assert nbytes == {
         "f32": 4 * n * k, "f16": 2 * n * k, "bf16": 2 * n * k,
         "int8": n * k + 4 * n, "int6": n * k + 2 * n * k // 64,
-        "int4": n * k // 2 + 2 * n * k // 32, "nf4": n * k // 2 + 4 * n * k // 64,
+        "nl4": n * k // 2 + 2 * n * k // 64, "int4": n * k // 2 + 2 * n * k // 32,
+        "nf4": n * k // 2 + 4 * n * k // 64,
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("scheme", "zero"), [("nf4", 7), ("int4", 8)])
+@pytest.mark.parametrize(("scheme", "zero"), [("nl4", 8), ("nf4", 7), ("int4", 8)])
 def test_the_first_of_two_columns_is_in_the_high_half_of_a_byte(scheme: str, zero: int):
     w = np.zeros((32, 64), np.float32)
     w[3, 0] = w[3, 5] = 1

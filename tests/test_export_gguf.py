@@ -90,7 +90,7 @@ def differences(pack: Pack, file: Path) -> dict[str, float]:
 
 EXACT = [
     ("f32", {}, "F32"), ("f16", {}, "F16"), ("bf16", {}, "BF16"), ("int6", {}, "Q8_0"),
-    ("int4", {"group_size": 32, "head_scheme": "int4"}, "Q4_0"),
+    ("nl4", {}, "Q8_0"), ("int4", {"group_size": 32, "head_scheme": "int4"}, "Q4_0"),
     ("int4", {"group_size": 64, "head_scheme": "int4"}, "Q4_0"),
     ("int4", {"group_size": 128, "head_scheme": "int4"}, "Q4_0"),
 ]  # fmt: skip
@@ -114,13 +114,15 @@ def test_auto_loses_next_to_nothing_of_the_rest(tmp_path, packed, scheme, limit)
     assert max(differences(pack, tmp_path / "m.gguf").values()) < limit
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nf4", "bf16"])
+@pytest.mark.parametrize("scheme", ["int8", "int6", "nl4", "int4", "nf4", "bf16"])
 def test_q8_0_keeps_codes_and_is_near_where_there_are_none(tmp_path, packed, scheme):
     pack = packed(scheme, head_scheme=scheme)
     write(pack, tmp_path / "m.gguf", dtype="q8_0")
     worst = max(differences(pack, tmp_path / "m.gguf").values(), default=0)
     assert (
-        worst == 0 if scheme in ("int6", "int4") else worst < (5e-4 if scheme == "int8" else 5e-3)
+        worst == 0
+        if scheme in ("int6", "nl4", "int4")
+        else worst < (5e-4 if scheme == "int8" else 5e-3)
     )
 
 

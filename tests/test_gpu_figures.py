@@ -60,7 +60,7 @@ def logits(weights: Any, backend: Backend) -> np.ndarray:
 # -- weights ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "bf16"])
+@pytest.mark.parametrize("scheme", ["int8", "nl4", "int4", "nf4", "bf16"])
 def test_random_weights_are_as_a_pack_has_them_and_nearly_as_large_as_blooms(scheme: str):
     weights = RandomWeights("tiny", scheme)
     matrix = weights.matrix("h.0.mlp.up")
@@ -91,7 +91,7 @@ def test_random_weights_give_the_same_logits_on_every_backend():
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nf4", "bf16"])
+@pytest.mark.parametrize("scheme", ["int8", "int6", "nl4", "int4", "nf4", "bf16"])
 def test_weights_drawn_on_the_device_lie_as_loaded_ones_do(scheme: str):
     matrix = RandomWeights("tiny", scheme).matrix("h.1.attn.qkv")
     drawn, loaded = (kind(torch.device("cpu")).load(matrix) for kind in (DrawnLoader, Loader))
@@ -212,13 +212,13 @@ def test_cuts_are_measured_and_the_fastest_is_a_line_of_the_table(run: Run, tmp_
     rows = rows_of(tmp_path)
     assert not [row for row in rows if "failed" in row]
     named = [row["what"] for row in rows if "cut_us" in row]
-    assert named == ["cut of ('int8', 'tile')", "cut of ('int4', 'one')"]
+    assert named == ["cut of ('int8', 'tile')", "cut of ('book', 'one')"]
     lines = gpu_goals.cuts_table(rows)[1:-2]
     table: dict[Any, Any] = eval("\n".join(["{", *lines, "}"]), {"Blocks": products.Blocks})
     # Of the first the other candidate was faster, of the second what is there now.
     assert table == {
         ("int8", "tile"): gpu_cuts.candidates("int8", 1, torch.int8)[1],
-        ("int4", "one"): products.CUTS["int4", "one"],
+        ("book", "one"): products.CUTS["book", "one"],
     }
 
 
@@ -321,7 +321,7 @@ def test_a_profile_lists_what_took_the_time(run: Run, tmp_path: Path):
     what = [row["what"] for row in rows_of(tmp_path)]
     assert what == [
         f"profile of {step} {scheme}"
-        for scheme in ("int8", "int4")
+        for scheme in ("int8", "nl4")
         for step in ("prefill", "decode")
     ]
     listing = (tmp_path / "profile.txt").read_text()

@@ -360,7 +360,7 @@ def test_unquantized_weights_have_gradients_too(flax, oracle):
 # -- the Flax classes: pure, mapped, continued, sharded --------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "bf16"])
+@pytest.mark.parametrize("scheme", ["int8", "nl4", "int4", "bf16"])
 def test_a_quantized_pack_gives_the_references_logits(base: Path, scheme: str):
     path = pack(base, TINY, scheme)
     found = FlaxBloomForCausalLM.from_pretrained(path, scheme=scheme)(IDS[:2, :8]).logits

@@ -47,17 +47,18 @@ EPS = float(np.finfo(np.float32).eps)  # 2^-23
 BEST = best_tier(cpu_features())
 TIERS_HERE = [tier for tier, needs in TIERS.items() if cpu_features().issuperset(needs)]
 SCHEMES = [
-    get_scheme("int4", 32), get_scheme("int4", 64), get_scheme("int4", 128), get_scheme("int6"),
-    get_scheme("int8"), get_scheme("nf4"), get_scheme("f32"), get_scheme("f16"), get_scheme("bf16"),
+    get_scheme("int4", 32), get_scheme("int4", 128), get_scheme("nl4", 32), get_scheme("nl4", 64),
+    get_scheme("int6"), get_scheme("int8"), get_scheme("nf4"), get_scheme("f32"), get_scheme("f16"),
+    get_scheme("bf16"),
 ]  # fmt: skip
 # A kernel takes some 5 s to compile, so every scheme runs on the best tier only. On AVX2, the most
 # common one, those that differ in how they unpack; elsewhere the default.
-ON_OTHER_TIERS = {"avx2": ("int4-g64", "int6", "int8", "nf4")}
+ON_OTHER_TIERS = {"avx2": ("nl4-g64", "int4-g32", "int6", "int8", "nf4")}
 CASES = [
     pytest.param(scheme, tier, id=f"{scheme.label}-{tier}")
     for scheme in SCHEMES
     for tier in TIERS_HERE
-    if tier == BEST or scheme.label in ON_OTHER_TIERS.get(tier, ("int4-g64",))
+    if tier == BEST or scheme.label in ON_OTHER_TIERS.get(tier, ("nl4-g64",))
 ]
 INT8 = get_scheme("int8")  # the head's, whose activations have two limbs
 ON_BEST = [pytest.param(scheme, id=scheme.label) for scheme in SCHEMES]
@@ -66,7 +67,7 @@ SIZES = [(1, 1), (15, 31), (33, 65), (47, 129), (16, 32), (100, 200), (96, 256)]
 BATCHES = [1, 2, 3, 4, 5, 6, 7, 8, 9, 17]  # one, four and eight tokens' kernels, and their blocks
 # Columns that no group size divides, three shares of linear._COLUMNS; batches of more blocks than
 # linear._FEW_BLOCKS: 40 tokens of 8 (avx512-vnni), 17 of 4 (the other tiers). Sizes of groups are
-# no tier's matter: int4's others run on the best one.
+# no tier's matter: others run on the best one.
 LONG, LONG_BATCHES = (47, 1100), (1, 2, 4, 5, 8, 9, 17, 40)
 LONG_CASES = [
     pytest.param(scheme, tier, id=f"{scheme.label}-{tier}")
@@ -77,7 +78,7 @@ LONG_CASES = [
 # The head of the largest BLOOM: 3.6e9 weights, so its last row begins beyond 2^31 of them; in int8
 # beyond 2^31 bytes too, in f16 beyond 2^32.
 HUGE = (250_880, 14_336)
-HUGE_SCHEMES = ["int4", "int8", "nf4", "f16"]
+HUGE_SCHEMES = ["int4", "nl4", "int8", "nf4", "f16"]
 
 
 AVX2_SCRIPT = """

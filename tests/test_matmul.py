@@ -10,7 +10,7 @@ from bloomq.backends.numba_cpu.jit import cpu_name
 from bloomq.backends.numba_cpu.matmul import Spec
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nf4"])
+@pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nl4", "nf4"])
 def test_a_streaming_processor_is_not_asked_for_one_tile(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ):

@@ -422,7 +422,8 @@ def renamed(name: str) -> Edit:
         ),
         (
             weight("wte", {"scheme": "int8", "group_size": 64}),
-            "manifest.json: wte: scheme int8 has no group size to choose: drop it, or use int4",
+            "manifest.json: wte: scheme int8 has no group size to choose: drop it, or use nl4 or "
+            "int4",
         ),
         (
             weight("wte", {"shape": [70, 64], "scheme": "int4", "group_size": 64}),

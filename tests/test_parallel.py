@@ -48,7 +48,7 @@ TINY = Tiny(n_head=5, head_dim=32, vocab_size=131, n_layer=2)
 # layers see it and round anew, so there may be some ten such.
 FLOATS, INTEGERS = 1e-5, 1e-2
 RANKS = Path(__file__).parent / "parallel_ranks.py"
-SCHEMES = ("int8", "int6", "int4", "nf4", "f32", "bf16")
+SCHEMES = ("int8", "int6", "nl4", "int4", "nf4", "f32", "bf16")
 # What torchrun leaves in the environment of the second of two processes.
 SECOND = {
     "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -77,6 +77,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pack]:
         ("int8", None, 2, [56, 56]),
         ("int8", None, 3, [38, 37, 37]),
         ("int4", 128, 3, [38, 37, 37]),
+        ("nl4", None, 8, [14] * 8),
         ("nf4", None, 8, [14] * 8),
         ("f32", None, 112, [1] * 112),
     ],
@@ -92,6 +93,7 @@ def test_heads_whose_columns_share_scales_stay_together():
     config = BloomConfig(hidden_size=1024, n_layer=1, n_head=16)  # heads of 64 columns
     by_two = Cuts.of(config, schemes_of(config, "int4", 128), 3)
     assert np.diff(by_two.heads).tolist() == [6, 6, 4]
+    assert Cuts.of(config, schemes_of(config, "nl4", 128), 3) == by_two
     # int8 shares scales of activations alone: whole groups as long as each rank gets one.
     assert np.diff(Cuts.of(config, schemes_of(config, "int8"), 3).heads).tolist() == [6, 6, 4]
     assert np.diff(Cuts.of(config, schemes_of(config, "int8"), 16).heads).tolist() == [1] * 16
@@ -122,7 +124,7 @@ def test_biases_of_adapters_and_heads_are_cut_as_their_linear_is():
 def test_ranks_have_the_stored_weights_themselves(scheme: str, opened: Callable[..., Pack]):
     """Restored, the parts of all ranks are the restored matrix: no bit is quantized anew."""
     source = opened(scheme)
-    worlds = [w for w in (2, 3, 5) if w < 5 or scheme not in ("int6", "nf4")]
+    worlds = [w for w in (2, 3, 5) if w < 5 or scheme not in ("int6", "nl4", "nf4")]
     for world in worlds:
         cuts = Cuts.of(source.config, source.schemes, world)
         for spec in weight_specs(source.config):
@@ -141,7 +143,7 @@ def test_ranks_have_the_stored_weights_themselves(scheme: str, opened: Callable[
             np.testing.assert_array_equal(joined, matrix.dequantize())
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "f16"])
+@pytest.mark.parametrize("scheme", ["int8", "nl4", "int4", "nf4", "f16"])
 def test_whole_tiles_are_used_as_they_are_mapped(scheme: str):
     w = np.random.default_rng(1).standard_normal((192, 64)).astype(np.float32)
     kind = get_scheme(scheme)
@@ -163,7 +165,7 @@ def test_a_rank_touches_its_share_of_the_bytes(opened: Callable[..., Pack]):
 
 
 def test_a_cut_inside_a_group_of_scales_is_refused():
-    kind = get_scheme("int4", 64)
+    kind = get_scheme("nl4")
     w = np.ones((32, 128), np.float32)
     matrix = Matrix("h.0.attn.out", kind, (32, 128), kind.quantize(w))
     with pytest.raises(UsageError, match="columns 32 to 128 of 128 cut a group of 64 that has one"):
@@ -193,6 +195,7 @@ def parallel(source: Pack, name: str, group: ThreadGroup) -> ParallelBackend:
         ("f32", 5, "reference"),
         ("int8", 2, "numba"),
         ("int6", 3, "numba"),
+        ("nl4", 3, "numba"),
         ("int4", 5, "numba"),
         ("nf4", 2, "reference"),
     ],

@@ -107,6 +107,7 @@ def test_four_bits_of_the_176b_have_the_bytes_that_paper_says():
     [
         ("int8", [96 * 640, 4 * 96]),
         ("int6", [96 * 640, 2 * 96 * 10]),
+        ("nl4", [96 * 320, 2 * 96 * 10]),
         ("int4", [96 * 320, 2 * 96 * 20]),
         ("nf4", [96 * 320, 4 * 96 * 10]),
         ("bf16", [2 * 96 * 640]),
@@ -131,7 +132,7 @@ def test_the_cpu_holds_a_pack_byte_for_byte(pack_of: Callable[..., Path]):
     assert found.before[-1].nbytes + found.head.nbytes == pack.nbytes
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nf4", "bf16", "f32"])
+@pytest.mark.parametrize("scheme", ["int8", "int6", "nl4", "int4", "nf4", "bf16", "f32"])
 def test_the_cuda_backend_holds_the_bytes_that_a_plan_says(
     pack_of: Callable[..., Path], scheme: str
 ):
@@ -160,12 +161,13 @@ def test_the_cuda_backends_cache_has_the_bytes_that_a_plan_says(
 def test_a_planned_model_gets_the_schemes_that_a_conversion_gives(pack_of: Callable[..., Path]):
     for scheme, group_size, head in (
         ("int8", None, None),
-        ("int4", 64, None),
+        ("nl4", 32, None),
+        ("int4", 64, "nl4"),
         ("nf4", None, "int4"),
     ):
         pack = Pack.open(pack_of(scheme, group_size, head))
         assert schemes_of(pack.config, scheme, group_size, head) == pack.schemes
-    assert label_of(schemes_of(BIG, "int4")) == "int4-g32, embedding int6"
+    assert label_of(schemes_of(BIG, "nl4")) == "nl4-g64, embedding int6"
 
 
 def test_a_cache_has_a_slot_that_is_nobodys_and_int8_scales():
@@ -278,13 +280,15 @@ def test_a_cache_that_doubles_has_room_for_the_last_layers_of_the_one_before():
     assert found.step_bytes == (256 * 2048 + 1) * 2 * 2 * 1024
 
 
-def test_nf4_restores_whole_matrices_and_an_int8_cache_a_row():
+def test_nl4_restores_two_blocks_nf4_whole_matrices_and_an_int8_cache_a_row():
     same: dict[str, Any] = {"layers": 1, "has_head": False, "batch": 1, "context": 2048}
     plain = work(BIG, "cuda", **same, cache_dtype="f16", schemes=[get_scheme("f16")])
     # Biases of 2 bytes, made of distances of 12 bytes for all 112 heads.
     assert plain.step_bytes == 2048 * 48 * C + int((1 << 26) * (2 + 12 / 112))
     wide = work(BIG, "cuda", **same, cache_dtype="f32", schemes=[get_scheme("f32")])
     assert wide.step_bytes - plain.step_bytes == 2 * (1 << 26)
+    nl4 = work(BIG, "cuda", **same, cache_dtype="f16", schemes=[get_scheme("nl4")])
+    assert nl4.step_bytes == 2048 * 48 * C + 2 * (128 << 20)
     nf4 = work(BIG, "cuda", **same, cache_dtype="f16", schemes=[get_scheme("nf4")])
     assert nf4.step_bytes == 2048 * 48 * C + 8 * C * C
     int8 = work(BIG, "cuda", **same, cache_dtype="int8", schemes=[get_scheme("f16")])
@@ -350,7 +354,7 @@ def test_four_bits_of_the_176b_lie_on_one_gpu_of_141_gb_with_room_for_four_texts
 
 def test_the_176b_on_eight_gpus_of_24_gb_gets_four_bits():
     wanted = best(request("int8", "8x24GB"))
-    assert label_of(wanted.schemes) == "int4-g32, embedding int6"
+    assert label_of(wanted.schemes) == "nl4-g32, embedding int6"
     placement = placed(wanted)
     # Not on the six that would be 99 % full: 9 layers each, 7 beside the head.
     assert [len(share.layers) for share in placement.shares] == [9] * 7 + [7]
@@ -497,7 +501,7 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would():
     with pytest.raises(CapacityError, match="the model does not fit: ") as refused:
         check(wanted)
     text = str(refused.value)
-    for way in ("scheme int4-g32", "1 more GPU (141GB as H200)", "GB beside the GPUs"):
+    for way in ("scheme nl4-g32", "1 more GPU (141GB as H200)", "GB beside the GPUs"):
         assert way in text
     assert check(request("int4", "1x141GB")).fits
 

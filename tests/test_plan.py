@@ -29,7 +29,7 @@ from bloomq.schemes import get_scheme
 from bloomq.shards import lay_out
 from bloomq.weight_files import layout
 
-SCHEMES = ("int8", "int6", "int4", "nf4", "f32", "bf16", "f16")
+SCHEMES = ("int8", "int6", "nl4", "int4", "nf4", "f32", "bf16", "f16")
 
 
 def command(*args: object) -> Any:
@@ -59,14 +59,14 @@ def test_plan_lists_each_scheme_with_its_bytes(tmp_path):
     source = write_checkpoint(tmp_path / "checkpoint", n_layer=2)
     plan = make_plan(source, tmp_path / "pack", head_scheme="int8", group_size=64)
     found = {share.scheme: share for share in plan.shares}
-    assert list(found) == ["int8", "vectors", "int4-g64"]
-    assert (found["int8"].weights, found["int4-g64"].weights, found["vectors"].weights) == (
+    assert list(found) == ["int8", "vectors", "nl4-g64"]
+    assert (found["int8"].weights, found["nl4-g64"].weights, found["vectors"].weights) == (
         1,
         8,
         20,
     )
-    assert found["int4-g64"].parameters == 2 * 12 * 64 * 64
-    assert found["int4-g64"].nbytes == 2 * 12 * 64 * 64 * 4.25 / 8
+    assert found["nl4-g64"].parameters == 2 * 12 * 64 * 64
+    assert found["nl4-g64"].nbytes == 2 * 12 * 64 * 64 * 4.25 / 8
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
@@ -78,7 +78,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == [
         "source", "model", "pack", "files", "disk", "memory", "time"
     ]  # fmt: skip
-    assert any("int4-g32" in line and "8 arrays" in line for line in lines)
+    assert any("nl4-g64" in line and "8 arrays" in line for line in lines)
     assert "by a sample of reading and rounding" in lines[-1]
     assert "note: " in ended.stderr  # no tokenizer
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
@@ -95,7 +95,7 @@ def test_dry_run_in_json_has_all_of_it(tmp_path):
     assert facts["disk_free_bytes"] > 0
     assert facts["estimated_seconds"] >= 0
     assert facts["estimated_peak_memory_bytes"] < 2 << 30
-    assert (facts["scheme"], facts["form"], facts["dtypes"]) == ("int4-g32", "huggingface", ["F32"])
+    assert (facts["scheme"], facts["form"], facts["dtypes"]) == ("nl4-g64", "huggingface", ["F32"])
 
 
 def test_dry_run_of_a_calibration_foretells_its_disk_memory_and_time(tmp_path):
@@ -181,7 +181,7 @@ def test_plan_of_the_largest_bloom_reads_a_few_blocks_of_it(tmp_path):
     plan = make_plan(tmp_path, tmp_path / "pack", checkpoint=made.checkpoint, threads=2)
     assert 352e9 < plan.checkpoint.nbytes < 353e9
     assert len(plan.shards) == 72
-    assert 4.5 < plan.bits_per_weight < 4.6
+    assert 4.25 < plan.bits_per_weight < 4.35
     assert plan.peak_memory_bytes < 300 << 20
     assert made.read_bytes == 0
     assert estimate_seconds(plan) > 1
@@ -193,7 +193,7 @@ def test_schemes_may_be_chosen_for_each_matrix(tmp_path):
     plan = make_plan(source, tmp_path / "pack")
     mixed = {**plan.schemes, "h.0.mlp.up": get_scheme("int8")}
     plan = make_plan(source, tmp_path / "pack", schemes=mixed)
-    assert [share.scheme for share in plan.shares] == ["int6", "vectors", "int4-g32", "int8"]
+    assert [share.scheme for share in plan.shares] == ["int6", "vectors", "nl4-g64", "int8"]
     assert "scheme" not in plan.options
 
 

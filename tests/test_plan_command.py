@@ -71,8 +71,8 @@ def test_the_best_scheme_that_fits_is_chosen(run: Callable[..., Ran]):
     }
     assert chosen == {
         "3x80GB": "int8, embedding int8",
-        "1x141GB": "int4-g32, embedding int6",
-        "1x130GB": "int4-g128, embedding int6",
+        "1x141GB": "nl4-g32, embedding int6",
+        "1x130GB": "nl4-g128, embedding int6",
     }
 
 
@@ -80,11 +80,11 @@ def test_what_does_not_fit_is_refused_with_the_plan_and_the_ways_out(run: Callab
     code, out, err = run(*big("--scheme", "int8", "--gpus", "2x80GB"))
     assert code == 1
     assert "DOES NOT FIT: " in out
-    assert "would fit  scheme int4-g32" in out
+    assert "would fit  scheme nl4-g32" in out
     assert "would fit  1 more GPU (80GB as H100-PCIe)" in out
     assert err.count("\n") == 1
     assert err.startswith("error: the model does not fit: ")
-    assert "what would fit: scheme int4-g32; 1 more GPU" in err
+    assert "what would fit: scheme nl4-g32; 1 more GPU" in err
 
 
 def test_a_pack_is_planned_with_its_own_bytes(
@@ -176,7 +176,7 @@ def test_the_page_shows_what_its_commands_print(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pack").symlink_to(pack_of("int4"))
+    (tmp_path / "pack").symlink_to(pack_of("nl4"))
     _, out, err = run(*shlex.split(command[0]))
     assert out + err == command[1]
 

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from bloomq.errors import UsageError
 from bloomq.schemes import (
-    INT4_LEVELS,
+    DEFAULT_GROUP,
+    GRIDS,
+    GROUP_SIZES,
     NF4_CODEBOOK,
     NF4_INT8_CODEBOOK,
     NF4_MIDPOINTS,
@@ -24,8 +26,8 @@ from bloomq.schemes import (
 )
 
 SCHEMES = [
-    *(get_scheme(name) for name in SCHEME_NAMES if name != "int4"),
-    *(get_scheme("int4", size) for size in (32, 64, 128)),
+    *(get_scheme(name) for name in SCHEME_NAMES if name not in DEFAULT_GROUP),
+    *(get_scheme(name, size) for name in DEFAULT_GROUP for size in GROUP_SIZES),
 ]
 each_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.label)
 quick = settings(max_examples=40, deadline=None)
@@ -308,7 +310,7 @@ def test_int4_scale_never_errs_more_than_round_to_nearest(w, group):
     padded = np.zeros((w.shape[0], round_up(w.shape[1], group)), np.float32)
     padded[:, : w.shape[1]] = w
     plain = group_errors(padded, plain_scales(padded, group), group)
-    found = group_errors(padded, group_scales(padded, group, INT4_LEVELS), group)
+    found = group_errors(padded, group_scales(padded, group, GRIDS["int4"]), group)
     energy = (padded.reshape(w.shape[0], -1, group).astype(np.float64) ** 2).sum(axis=2)
     assert np.all(found <= plain + 1e-5 * energy)  # 1e-5: sums in float32
 
@@ -321,11 +323,45 @@ def test_int4_beats_round_to_nearest_on_normal_weights():
         assert found < 0.93 * group_errors(w, plain_scales(w, group), group).sum()
 
 
-def test_int4_levels_that_fit_exactly_come_back_exactly():
-    levels = np.arange(-8, 8, dtype=np.float32)
-    w = np.tile(levels, (16, 4)) * np.float32(0.25)
-    scheme = get_scheme("int4", 32)
+@pytest.mark.parametrize("name", ["int4", "nl4"])
+def test_numbers_of_a_grid_come_back_exactly(name):
+    w = np.tile(GRIDS[name].numbers, (16, 4)) * np.float32(0.25)
+    scheme = get_scheme(name, 32)
     np.testing.assert_array_equal(scheme.dequantize(scheme.quantize(w), w.shape), w)
+
+
+# -- nl4: a grid that is denser where weights are --------------------------------------------------
+
+
+def test_nl4_fits_the_dot_product_of_every_tier():
+    book = GRIDS["nl4"].book
+    assert len(book) == 16 and list(book) == sorted(set(book))
+    largest = 2 * (book[-1] - book[0]) * 127  # two products of bytes from 0, and activations
+    assert largest <= np.iinfo(np.int16).max
+    assert 128 * (book[-1] - book[0]) * 127 * 255 <= np.iinfo(np.int32).max  # two limbs, joined
+
+
+def test_a_grid_gives_the_nearest_number_and_its_code():
+    x = np.arange(-90, 80, 0.25, dtype=np.float32)
+    for grid in GRIDS.values():
+        distances = np.abs(x[:, None] - grid.numbers)
+        found = grid.nearest(x)
+        np.testing.assert_array_equal(np.abs(found - x), distances.min(axis=1))
+        np.testing.assert_array_equal(grid.numbers[grid.codes(found)], found)
+        np.testing.assert_array_equal(grid.numbers[grid.codes(found.astype(np.int8))], found)
+    ties = GRIDS["nl4"].midpoints
+    np.testing.assert_array_equal(GRIDS["nl4"].nearest(ties), GRIDS["nl4"].numbers[:-1])
+    np.testing.assert_array_equal(GRIDS["int4"].nearest(np.float32([-0.5, 1.5])), [0, 2])
+
+
+@pytest.mark.parametrize("group", GROUP_SIZES)
+def test_nl4_keeps_more_than_int4(group):
+    w = np.random.default_rng(3).normal(0, 0.02, (64, 1024)).astype(np.float32)
+    errors = {}
+    for name in ("int4", "nl4"):
+        scheme = get_scheme(name, group)
+        errors[name] = ((scheme.dequantize(scheme.quantize(w), w.shape) - w) ** 2).sum()
+    assert errors["nl4"] < 0.85 * errors["int4"]
 
 
 # -- nf4: bitsandbytes' algorithm ----------------------------------------------------------------
@@ -457,8 +493,9 @@ def test_schemes_know_their_group_and_label():
     assert found == {
         "int8": 128, "int6": 64, "nf4": 64, "f32": 64, "bf16": 64, "f16": 64,
         "int4-g32": 32, "int4-g64": 64, "int4-g128": 128,
+        "nl4-g32": 32, "nl4-g64": 64, "nl4-g128": 128,
     }  # fmt: skip
-    assert get_scheme("int4").group_size in (32, 64, 128)
+    assert (get_scheme("int4").label, get_scheme("nl4").label) == ("int4-g32", "nl4-g64")
 
 
 @pytest.mark.parametrize(
@@ -467,10 +504,10 @@ def test_schemes_know_their_group_and_label():
         (
             "int5",
             None,
-            "unknown scheme 'int5', expected one of int8, int6, int4, nf4, f32, bf16, f16",
+            "unknown scheme 'int5', expected one of int8, int6, nl4, int4, nf4, f32, bf16, f16",
         ),
-        ("nf4", 64, "scheme nf4 has no group size to choose: drop it, or use int4"),
-        ("f32", 32, "scheme f32 has no group size to choose: drop it, or use int4"),
+        ("nf4", 64, "scheme nf4 has no group size to choose: drop it, or use nl4 or int4"),
+        ("f32", 32, "scheme f32 has no group size to choose: drop it, or use nl4 or int4"),
         ("int4", 48, "group size 48, expected one of (32, 64, 128)"),
         ("int4", 0, "group size 0, expected one of (32, 64, 128)"),
         ("int4", "64", "group size '64', expected one of (32, 64, 128)"),

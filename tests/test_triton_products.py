@@ -20,12 +20,12 @@ from bloomq.backends.cuda.triton_products import (  # noqa: E402
     product,
     takes,
 )
-from bloomq.schemes import NF4_CODEBOOK  # noqa: E402
+from bloomq.schemes import GRIDS, NF4_CODEBOOK  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCHEMES = [
-    ("int4", 32), ("int4", 64), ("int4", 128), ("nf4", 64), ("int8", 128), ("int6", 64),
-    ("f16", 64), ("bf16", 64), ("f32", 64),
+    ("nl4", 32), ("nl4", 128), ("int4", 32), ("int4", 64), ("int4", 128), ("nf4", 64),
+    ("int8", 128), ("int6", 64), ("f16", 64), ("bf16", 64), ("f32", 64),
 ]  # fmt: skip
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 EPSILON = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -47,7 +47,7 @@ def stored(scheme: str, group_size: int, n: int, k: int) -> tuple[torch.Tensor, 
         return codes(-127, 128, torch.int8).to(DEVICE), groups[:, 0].contiguous().to(DEVICE)
     if scheme == "int6":
         return codes(-32, 32, torch.int8).to(DEVICE), groups.half().to(DEVICE)
-    scales = groups.half() if scheme == "int4" else groups
+    scales = groups if scheme == "nf4" else groups.half()
     return codes(0, 256, torch.uint8, k // 2).to(DEVICE), scales.to(DEVICE)
 
 
@@ -67,8 +67,9 @@ def test_a_byte_holds_the_first_of_two_codes_in_its_high_half() -> None:
     codes = torch.tensor([[0x9F, 0x08]], dtype=torch.uint8)
     weights = plain_weights(codes, torch.tensor([[2.0]]), "int4", 4)
     assert weights.tolist() == [[2.0, 14.0, -16.0, 0.0]]
-    entries = plain_weights(codes, torch.tensor([[1.0]]), "nf4", 4)
-    np.testing.assert_array_equal(entries[0], NF4_CODEBOOK[[9, 15, 0, 8]])
+    for scheme, book in (("nf4", NF4_CODEBOOK), ("nl4", GRIDS["nl4"].numbers)):
+        entries = plain_weights(codes, torch.tensor([[1.0]]), scheme, 4)
+        np.testing.assert_array_equal(entries[0], book[[9, 15, 0, 8]])
 
 
 @pytest.mark.parametrize("m", [1, 3, 5])
@@ -140,7 +141,7 @@ def test_a_rows_bits_do_not_depend_on_the_rows_beside_it() -> None:
     assert torch.equal(both[0][2:3], both[1])
 
 
-@pytest.mark.parametrize("scheme", ["int4", "int8", "nf4", "bf16"])
+@pytest.mark.parametrize("scheme", ["nl4", "int4", "int8", "nf4", "bf16"])
 @pytest.mark.parametrize("m", [1, 2, 16, 64])
 def test_blocks_are_powers_of_two_and_all_of_a_gpu_has_work(scheme: str, m: int) -> None:
     for n, k in [(1024, 1024), (1024, 4096), (12288, 4096), (43008, 14336), (250880, 1024)]:
@@ -164,20 +165,26 @@ def test_it_says_what_it_takes() -> None:
     assert not takes(0, 4096, scheme="int4", group_size=32)
     assert not takes(1, 48, scheme="int4", group_size=32)
     assert not takes(1, 96, scheme="nf4", group_size=64)
+    assert not takes(1, 64, scheme="nl4", group_size=128)
     assert not takes(1, 4096, scheme="int4", group_size=32, dtype=torch.int8)
     assert not takes(1, 4096, scheme="int8", group_size=128, dtype=torch.float64)
 
 
 COMPILE = """
+import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from bloomq.backends.cuda.triton_gemv import gemv
+kind, group, stages = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 types = {"out": "*fp32", "x": "*bf16", "codes": "*i32", "scales": "*fp16", "n": "i32",
          "magic": "i32"}
-fixed = {"K": 4096, "X": 4096, "KIND": "int4", "WIDTH": 32, "GROUP": 32, "ACT": "gelu", "M": 1,
-         "BN": 8, "PIECES": 32, "STAGES": 3, "book": None, "bias": None, "delta": None, "add": None}
+if kind == "book":
+    types["book"] = "*fp32"
+fixed = {"K": 4096, "X": 4096, "KIND": kind, "WIDTH": 32, "GROUP": group, "ACT": "gelu", "M": 1,
+         "BN": 8, "PIECES": 32, "STAGES": stages, "bias": None, "delta": None, "add": None}
 names = gemv.arg_names
+fixed |= {"book": None} if kind == "int4" else {}
 source = ASTSource(
     fn=gemv, signature={name: types.get(name, "constexpr") for name in names}, constexprs=fixed,
     attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in types},
@@ -207,10 +214,10 @@ for kernel, ones in ((triton_gemv.gemv, "n"), (triton_products.finish, "m"),
 """
 
 
-def compiled(program: str) -> subprocess.CompletedProcess[str]:
+def compiled(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, env=environment
     )
 
 
@@ -221,7 +228,14 @@ def test_a_size_of_1_is_no_tensor_and_compiles() -> None:
 
 
 def test_it_compiles_for_an_h200_and_loads_16_bytes_at_a_time() -> None:
-    done = compiled(COMPILE)
+    done = compiled(COMPILE, "int4", "32", "3")
     assert ".target sm_90" in done.stdout, done.stderr
     assert "cp.async.cg.shared.global" in done.stdout and ", 0x10" in done.stdout
     assert ".local" not in done.stdout  # no register lies in memory
+
+
+def test_a_book_compiles_for_an_h200_and_its_codes_come_16_bytes_at_a_time() -> None:
+    done = compiled(COMPILE, "book", "64", "1")
+    assert ".target sm_90" in done.stdout, done.stderr
+    assert "ld.global.L1::evict_first.L2::cache_hint.v4.b32" in done.stdout
+    assert ".local" not in done.stdout

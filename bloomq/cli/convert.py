@@ -31,7 +31,7 @@ _LARGE_BYTES = 1 << 30  # of a pack: whoever writes so much is told so before, o
 @click.option(
     "--scheme",
     type=click.Choice(SCHEME_NAMES),
-    help="How matrices are stored.  [default: int4; for GPTQ and AWQ their own]",
+    help="How matrices are stored.  [default: nl4; for GPTQ and AWQ their own]",
 )
 @grid_options
 @click.option(

@@ -34,10 +34,10 @@ def option_group(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 grid_options = option_group(
     click.option("--group-size", type=click.Choice([str(g) for g in GROUP_SIZES]),
-                 help="Columns that share a scale, for int4.  [default: 32]"),
+                 help="Columns that share a scale, for nl4 (default: 64) and int4 (default: 32)."),
     click.option("--head-scheme", type=click.Choice(SCHEME_NAMES),
-                 help="For the embedding and the head.  [default: int6 for int4 and nf4, else as "
-                      "--scheme]"),
+                 help="For the embedding and the head.  [default: int6 for nl4, int4 and nf4, "
+                      "else as --scheme]"),
 )  # fmt: skip
 engine_options = option_group(
     click.option("--backend", default="auto", show_default=True,

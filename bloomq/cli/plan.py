@@ -106,7 +106,7 @@ def _model(
         return pack.name, opened.config, opened.schemes
     assert model is not None
     if group_size is not None and scheme is None:
-        raise UsageError("a group size to plan with: name its scheme, --scheme int4")
+        raise UsageError("a group size to plan with: name its scheme, --scheme nl4")
     config = published(model)
     size = None if group_size is None else int(group_size)
     return model, config, schemes_of(config, scheme or "int8", size, head_scheme)

@@ -10,7 +10,7 @@ from bloomq.comparison.outputs import Outputs
 from bloomq.comparison.weights import Tensor
 
 # Mean KL in nats up to which a word holds. Measured on the demo, held-out text: int8 0.0007 (top
-# token the same at 97.6 % of places), int6 0.0027 (95.3 %), int4 0.012 (90.9 %).
+# token the same at 97.6 % of places), int6 0.0027 (95.3 %), nl4 0.012 (90.9 %).
 _WORDS = (
     (0.001, "Practically the original"), (0.005, "Very close to the original"),
     (0.02, "Close to the original"), (0.1, "Noticeably different"),

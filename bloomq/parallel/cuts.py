@@ -26,6 +26,7 @@ _LINEAR = re.compile(r"h\.\d+\.(attn\.qkv|attn\.out|mlp\.up|mlp\.down)(\.down|\.
 _ROWS_A_HEAD = {"attn.qkv": 3, "mlp.up": 4}  # times head_dim
 _COLUMNS_A_HEAD = {"attn.out": 1, "mlp.down": 4}
 _OF_VOCABULARY = ("wte", "lm_head")
+_GROUPED = ("int6", "nl4", "int4", "nf4")  # whose columns share weights' scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +68,10 @@ class Cuts:
         schemes: of every matrix, by its name.
         Raises: UsageError where there are more ranks than pieces to give them.
         """
-        stored = _joint(schemes, config.head_dim, ("int4", "int6", "nf4"))
+        stored = _joint(schemes, config.head_dim, _GROUPED)
         # Activations of int8 share scales too: with cuts between them the codes are those of one
         # process. Where that leaves a rank without heads, its first group is a smaller one.
-        rounded = _joint(schemes, config.head_dim, ("int4", "int6", "nf4", "int8"))
+        rounded = _joint(schemes, config.head_dim, (*_GROUPED, "int8"))
         most = -(-config.n_head // stored)
         if not 1 <= world <= min(most, config.vocab_size):
             raise UsageError(

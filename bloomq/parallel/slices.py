@@ -31,7 +31,7 @@ from bloomq.weights import Matrix
 
 U8 = NDArray[np.uint8]
 # Columns of a block of codes, and blocks of the second axis that it has.
-_BLOCKS = {"int8": (4, 1), "int6": (16, 3), "int4": (8, 1), "nf4": (8, 1)}
+_BLOCKS = {"int8": (4, 1), "int6": (16, 3), "nl4": (8, 1), "int4": (8, 1), "nf4": (8, 1)}
 
 
 def part_of(matrix: Matrix, cut: Cut, rank: int) -> Matrix:

@@ -6,7 +6,8 @@ the published models are); the CPU holds a pack's own arrays. Biases and norms a
              on a GPU                                       bytes of a weight
     int8     codes [N, K] int8, scales [N] f32              1
     int6     codes [N, K] int8, scales [N, K/64] f16        1 + 2/64
-    int4     codes [N, K/2] uint8, scales [N, K/G] f16      0.5 + 2/G
+    nl4      codes [N, K/2] uint8, scales [N, K/G] f16      0.5 + 2/G
+    int4     as nl4
     nf4      codes [N, K/2] uint8, scales [N, K/64] f32     0.5 + 4/64
     floats   codes [N, K]                                   2, f32: 4
 

@@ -29,10 +29,13 @@ _WHOLE_BYTES, _SHARE_BYTES, _ROUNDED_SHARE_BYTES = 4 * (1 + 1), 4 * (4 + 4) + 2 
 # made of for all heads at once: int64 and float32 distances. Source: backends/cuda/attention.py.
 _BLOCK_BIASES, _DISTANCE_BYTES = 1 << 26, 8 + 4
 # Weights restored for a product, in blocks of rows of so many bytes, and how many of them there are
-# at once: int4's nibbles together (a byte, half a block), as numbers, and less 8; then scaled.
+# at once: int4's nibbles together (a byte, half a block), as numbers, and less 8; then scaled. Of
+# nl4 its bytes, two codes each, as int32 (two bytes a weight), and their numbers; then scaled.
 # Source: RESTORED_BYTES of backends/cuda/products.py.
 _RESTORED_BYTES = 128 * _MIB
-_RESTORED_BLOCKS = {"int8": 1.0, "int6": 2.0, "int4": 2.5, "f32": 0.0, "f16": 0.0, "bf16": 0.0}
+_RESTORED_BLOCKS = {
+    "int8": 1.0, "int6": 2.0, "nl4": 2.0, "int4": 2.5, "f32": 0.0, "f16": 0.0, "bf16": 0.0
+}  # fmt: skip
 _FEW_TOKENS = 64  # up to so many, Triton's kernels restore none
 # Of each logit: itself, float32; and while a step finds the best of each row its order in 4 bytes
 # and its key of 8, beside the place of each token, 8 bytes for all rows together (its power in

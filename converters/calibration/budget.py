@@ -20,7 +20,7 @@ from bloomq.tensorfile import DTYPES
 
 # Smallest first.
 CANDIDATES = (
-    get_scheme("int4", 128), get_scheme("int4", 64), get_scheme("int4", 32), get_scheme("int6"),
+    get_scheme("nl4", 128), get_scheme("nl4", 64), get_scheme("nl4", 32), get_scheme("int6"),
     get_scheme("int8"),
 )  # fmt: skip
 _CELLS = 1 << 16  # the budget is counted in; a size is rounded up to whole cells

@@ -56,8 +56,8 @@ def plan_calibrated(
         check_bits(checkpoint.config, bits)
     elif all(scheme.is_float for scheme in plan.schemes.values()):
         raise UsageError(
-            f"scheme is {scheme}, which a calibration leaves as it is: choose int4, int6 or int8, "
-            "or drop the text"
+            f"scheme is {scheme}, which a calibration leaves as it is: choose nl4, int4, int6 "
+            "or int8, or drop the text"
         )
     ids = read_windows(checkpoint, text, tokens=TOKENS if tokens is None else tokens, window=window)
     folder = partial_folder(Path(target))

@@ -15,6 +15,7 @@ from time import perf_counter
 import numpy as np
 
 from bloomq.config import WeightSpec, weight_specs
+from bloomq.scheme_choice import DEFAULT_SCHEME
 from bloomq.schemes import get_scheme
 from bloomq.weights import Matrix
 
@@ -151,7 +152,7 @@ def _measured(engine: Engine, threads: int) -> Rates:
     # As many rows as are solved at a time: on the CPU by each thread, on a device by all of it.
     count = SPAN * threads if engine.at_once else _DEVICE_ROWS
     rows = np.concatenate([w] * -(-count // len(w)))
-    solver = Solver(x.T @ x / np.float32(len(x)), get_scheme("int4", 32), engine)
+    solver = Solver(x.T @ x / np.float32(len(x)), get_scheme(DEFAULT_SCHEME), engine)
     solving = _best_of(lambda: solver.rows(rows))
     work = _products_of_rows(Settings().sweeps) * size / products
     scheme = get_scheme("int8")

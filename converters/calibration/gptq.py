@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.backends.numba_cpu.products import add_product
+from bloomq.schemes import Grid
 
+from ..group_scales import book_of
 from .factor import Factor
 
 F32 = NDArray[np.float32]
@@ -29,7 +31,7 @@ SHRINK: F32 = np.array([1.06, 1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.67], np.float32
 
 @dataclass(slots=True, eq=False)
 class Codes:
-    """A matrix under way, columns first: codes [K, N], scales [K/group, N]."""
+    """A matrix under way, columns first: codes [K, N], the grid's numbers; scales [K/group, N]."""
 
     codes: I8
     scales: F32
@@ -42,16 +44,14 @@ class Codes:
         return (q * self.scales[:, None]).reshape(k, n)
 
 
-def gptq(
-    wt: F32, by: Factor, group: int, low: int, high: int, *, fixed: F32 | None = None
-) -> Codes:
+def gptq(wt: F32, by: Factor, group: int, grid: Grid, *, fixed: F32 | None = None) -> Codes:
     """Round wt [K, N] column by column. A group's scale is the one of a few with which it is
     rounded best when it is reached, errors fed forward included; or `fixed` [1, N], one a row."""
     from .compiled import round_block
 
     k, n = wt.shape
     w, codes, errors = wt[by.order], np.empty((k, n), np.int8), np.empty((k, n), np.float32)
-    scales = np.empty((k // group, n), np.float32)
+    scales, book = np.empty((k // group, n), np.float32), book_of(grid)
     given = np.empty((0, n), np.float32) if fixed is None else fixed
     for first, last in _blocks(0, k, _REACH):
         fed = np.zeros((last - first, n), np.float32)
@@ -60,8 +60,8 @@ def gptq(
             round_block(
                 0, n, w[start:stop], fed[start - first : stop - first],
                 np.ascontiguousarray(by.unit[start:stop, start:stop]), by.weight[start:stop],
-                min(group, stop - start), SHRINK, np.float32(low), np.float32(high), given,
-                codes[start:stop], scales[start // group : -(-stop // group)], errors[start:stop],
+                min(group, stop - start), SHRINK, book, given, codes[start:stop],
+                scales[start // group : -(-stop // group)], errors[start:stop],
             )  # fmt: skip
             add_product(fed[stop - first :], by.unit[start:stop, stop:last], errors[start:stop])
     back = np.argsort(by.order)
@@ -70,13 +70,13 @@ def gptq(
     return Codes(codes[back], scales[np.argsort(by.order[::group] // group)], group)
 
 
-def descend(wt: F32, h: F32, found: Codes, low: int, high: int, sweeps: int) -> F32:
+def descend(wt: F32, h: F32, found: Codes, grid: Grid, sweeps: int) -> F32:
     """Set every scale (but one that a whole row shares), then every code, to what is best given all
     the others, `sweeps` times over; the errors [K, N] that are left."""
     from .compiled import descend_block
 
     k, n = wt.shape
-    group, free = found.group, found.group <= BLOCK
+    group, free, book = found.group, found.group <= BLOCK, book_of(grid)
     errors = wt - found.values()
     for first, last in [at for _ in range(sweeps) for at in _blocks(0, k, _REACH)]:
         gradient = np.zeros((last - first, n), np.float32)
@@ -86,7 +86,7 @@ def descend(wt: F32, h: F32, found: Codes, low: int, high: int, sweeps: int) -> 
             descend_block(
                 0, n, gradient[start - first : stop - first],
                 np.ascontiguousarray(h[start:stop, start:stop]), min(group, stop - start),
-                np.float32(low), np.float32(high), free, found.codes[start:stop],
+                book, free, found.codes[start:stop],
                 found.scales[start // group : -(-stop // group)], own,
             )  # fmt: skip
             add_product(gradient[stop - first :], h[start:stop, stop:last], own - before)

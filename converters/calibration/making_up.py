@@ -32,7 +32,7 @@ _DAMPING, _BY_COLUMNS = 0.4, 10.0
 # With 2 it gains half as much as with 8, and of 7b1's mlp.down, of which 24,576 tokens are 1.5 a
 # column, it would take as long as all else.
 TOKENS_A_COLUMN = 4
-SCHEMES = ("int4", "int6")  # what errors int8 makes are less than what is fitted of noise
+SCHEMES = ("nl4", "int4", "int6")  # what errors int8 makes are less than what is fitted of noise
 _STRIP = 512  # rows of a sum over the text that a thread adds to at a time
 
 

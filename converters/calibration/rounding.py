@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.backends.numba_cpu.products import add_product
-from bloomq.schemes import GROUP_LEVELS, Scheme, int8_scales
+from bloomq.schemes import GRIDS, Grid, Scheme, int8_scales
 
 from .engine import Found
 from .factor import column_order, factor
@@ -19,6 +19,7 @@ F64 = NDArray[np.float64]
 
 SPAN = 256  # rows that a thread solves at a time: of 16,384 columns five times 17 MB
 _REACH = 512  # columns of a product
+_INT8 = Grid(tuple(range(-127, 128)), (127.0,))
 # What int8's row scales are tried at, of that at which a row's largest weight gets 127.
 ROW_SHRINK = (1.0, 0.97, 0.94, 0.9, 0.86)
 
@@ -35,8 +36,7 @@ class CpuRounding:
         diagonal = np.einsum("kk->k", self._h)  # a view
         self._added = damping_of(diagonal, damping)
         diagonal += self._added
-        self._group = group_of(scheme, k)
-        self._low, self._high = range_of(scheme)
+        self._group, self._grid = group_of(scheme, k), grid_of(scheme)
         order = column_order(diagonal.copy(), ordered_by(scheme))
         self._factor = factor(self._h, order, pool)
 
@@ -48,8 +48,8 @@ class CpuRounding:
         with np.errstate(over="ignore", invalid="ignore"):  # weights too large are refused
             int8 = self._scheme.name == "int8"
             fixed = row_scales(wt, np.diag(self._h)) if int8 else None
-            found = gptq(wt, self._factor, self._group, self._low, self._high, fixed=fixed)
-            left = descend(wt, self._h, found, self._low, self._high, self._sweeps)
+            found = gptq(wt, self._factor, self._group, self._grid, fixed=fixed)
+            left = descend(wt, self._h, found, self._grid, self._sweeps)
             ours, theirs = np.split(self._errors(np.hstack([left, wt - others])), 2)
         return Found(found, np.flatnonzero(~(ours <= theirs)))  # also where ours is no number
 
@@ -97,12 +97,9 @@ def ordered_by(scheme: Scheme) -> int:
     return 1 if scheme.name == "int8" else scheme.group_size
 
 
-def range_of(scheme: Scheme) -> tuple[int, int]:
-    """The lowest and the highest code."""
-    if scheme.name == "int8":
-        return -127, 127
-    low = int(GROUP_LEVELS[scheme.name][0])
-    return low, -low - 1
+def grid_of(scheme: Scheme) -> Grid:
+    """What its codes are rounded to."""
+    return _INT8 if scheme.name == "int8" else GRIDS[scheme.name]
 
 
 def _bordered(moment: F32, k: int) -> F32:

@@ -35,13 +35,14 @@ from bloomq.schemes import (
 from ..quantize import all_finite, quantize_block
 from .engine import Engine, Found, Rounding, X
 from .gptq import Codes
-from .rounding import range_of, spans_of
+from .rounding import grid_of, spans_of
 
 F32 = NDArray[np.float32]
 
 DAMPING = 0.01  # of the mean diagonal, added to it. Source: GPTQ, section 3.3
 SWEEPS = 2  # of descent: the second gains a fifth of the first, a third next to nothing
-Calibrated = ("int4", "int6", "int8")  # schemes with even steps; others are rounded to nearest
+# Schemes whose codes stand for whole numbers; others are rounded to nearest.
+Calibrated = ("nl4", "int4", "int6", "int8")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,7 +112,7 @@ class Solver:
         half = to_half(np.ascontiguousarray(found.scales.T))
         if not np.isfinite(half).all():
             raise self._too_large()
-        codes = (found.codes.T - range_of(self.scheme)[0]).astype(np.uint8)
+        codes = grid_of(self.scheme).codes(found.codes.T)
         tiled = tile_sixes(codes) if self.scheme.name == "int6" else tile_nibbles(codes)
         return {"codes": tiled, "scales": tile_rows(half)}
 

@@ -9,14 +9,32 @@ from __future__ import annotations
 
 import torch
 
+from bloomq.schemes import Grid
+
 from .gptq import BLOCK, SHRINK
 from .torch_factor import TorchFactor
 
 Tensor = torch.Tensor
 
 
+class TorchGrid:
+    """A grid whose numbers lie on torch's device."""
+
+    def __init__(self, grid: Grid, device: torch.device) -> None:
+        self.lowest, self.highest, self._is_uniform = grid.lowest, grid.highest, grid.is_uniform
+        self._numbers, self._midpoints = (
+            torch.from_numpy(x).to(device) for x in (grid.numbers, grid.midpoints)
+        )
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """`Grid.nearest`; x may be overwritten."""
+        if self._is_uniform:
+            return x.round_().clamp_(self.lowest, self.highest)
+        return self._numbers.take(torch.bucketize(x, self._midpoints))
+
+
 def gptq(
-    wt: Tensor, by: TorchFactor, group: int, low: int, high: int, *, fixed: Tensor | None = None
+    wt: Tensor, by: TorchFactor, group: int, grid: TorchGrid, *, fixed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Codes float32 [K, N] and scales [K/group, N], or `fixed` [1, N], of wt [K, N]."""
     k, n = wt.shape
@@ -31,8 +49,8 @@ def gptq(
             part = slice(at, min(at + group, stop))
             columns, own = by.order[part], slice(part.start - start, part.stop - start)
             w, to_come = wt[columns], fed[own]
-            tried = _scales_of(w + to_come, shrink, low, high) if fixed is None else fixed
-            q, scale = _best(w, to_come, by.unit[part, part], by.weight[part], tried, low, high)
+            tried = _scales_of(w + to_come, shrink, grid) if fixed is None else fixed
+            q, scale = _best(w, to_come, by.unit[part, part], by.weight[part], tried, grid)
             codes[columns] = q
             torch.sub(w, q * scale, out=errors[part])
             fed[own.stop :].addmm_(by.unit[part, part.stop : stop].T, errors[part])
@@ -41,11 +59,11 @@ def gptq(
     return codes, scales if fixed is None else fixed
 
 
-def _scales_of(v: Tensor, shrink: Tensor, low: int, high: int) -> Tensor:
+def _scales_of(v: Tensor, shrink: Tensor, grid: TorchGrid) -> Tensor:
     """What a group's scale is tried at, [S, N], of its values v [g, N], as on the CPU."""
     up, down = v.amax(dim=0).clamp(min=0), (-v).amax(dim=0).clamp(min=0)
-    above = torch.maximum(up / high, down / -low)
-    below = -torch.maximum(up / -low, down / high)
+    above = torch.maximum(up / grid.highest, down / -grid.lowest)
+    below = -torch.maximum(up / -grid.lowest, down / grid.highest)
     return half(shrink * torch.stack([above, below])).flatten(0, 1)
 
 
@@ -54,7 +72,7 @@ def half(x: Tensor) -> Tensor:
 
 
 def _best(
-    w: Tensor, fed: Tensor, unit: Tensor, weight: list[float], tried: Tensor, low: int, high: int
+    w: Tensor, fed: Tensor, unit: Tensor, weight: list[float], tried: Tensor, grid: TorchGrid
 ) -> tuple[Tensor, Tensor]:
     """Codes [g, N] of w + fed [g, N] with that of the scales `tried` [S, N] which leaves least, and
     this scale [N]; infinity, which is refused, where all leave what is no number."""
@@ -64,7 +82,7 @@ def _best(
     loss = torch.zeros_like(tried)
     for k in range(len(w)):
         v = w[k] + later[:, k]
-        q = (v * inverse).round_().clamp_(low, high)
+        q = grid.nearest(v * inverse)
         codes[:, k] = q
         stored = q.mul_(tried)
         v -= stored
@@ -80,7 +98,7 @@ def _best(
 
 
 def descend(
-    wt: Tensor, h: Tensor, codes: Tensor, scales: Tensor, low: int, high: int, sweeps: int
+    wt: Tensor, h: Tensor, codes: Tensor, scales: Tensor, grid: TorchGrid, sweeps: int
 ) -> Tensor:
     """Set every scale (but one that a whole row shares), then every code, to what is best given all
     the others, `sweeps` times over; the errors [K, N] that are left."""
@@ -101,8 +119,8 @@ def descend(
             inverse = torch.where(scale == 0, 0, 1 / scale)
             for column in range(at, end):
                 j, old = column - start, codes[column]
-                code = torch.addcmul(old, left[j], inverse, value=1 / diagonal[column])
-                code.round_().clamp_(low, high)
+                best = torch.addcmul(old, left[j], inverse, value=1 / diagonal[column])
+                code = grid.nearest(best)
                 step = torch.sub(code, old).mul_(scale)
                 codes[column] = code
                 errors[column] -= step

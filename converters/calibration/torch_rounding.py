@@ -11,16 +11,9 @@ from bloomq.schemes import Scheme, int8_scales
 from .engine import Found
 from .factor import column_order
 from .gptq import Codes
-from .rounding import (
-    ROW_SHRINK,
-    damping_of,
-    group_of,
-    ordered_by,
-    range_of,
-    spans_of,
-)
+from .rounding import ROW_SHRINK, damping_of, grid_of, group_of, ordered_by, spans_of
 from .torch_factor import factor
-from .torch_gptq import descend, gptq
+from .torch_gptq import TorchGrid, descend, gptq
 from .torch_sums import there
 
 Tensor = torch.Tensor
@@ -40,7 +33,8 @@ class TorchRounding:
         added = damping_of(diagonal.cpu().numpy(), damping)
         self._added = torch.from_numpy(added).to(self._h.device)
         diagonal += self._added
-        self._group, (self._low, self._high) = group_of(scheme, k), range_of(scheme)
+        self._group = group_of(scheme, k)
+        self._grid = TorchGrid(grid_of(scheme), self._h.device)
         order = column_order(diagonal.cpu().numpy().copy(), ordered_by(scheme))
         self._factor = factor(self._h, order)
 
@@ -56,8 +50,8 @@ class TorchRounding:
         wt, others = (self._columns_first(rows) for rows in (w, nearest))
         int8 = self._scheme.name == "int8"
         fixed = row_scales(wt, self._h.diagonal()) if int8 else None
-        codes, scales = gptq(wt, self._factor, self._group, self._low, self._high, fixed=fixed)
-        left = descend(wt, self._h, codes, scales, self._low, self._high, self._sweeps)
+        codes, scales = gptq(wt, self._factor, self._group, self._grid, fixed=fixed)
+        left = descend(wt, self._h, codes, scales, self._grid, self._sweeps)
         ours = self._errors(left)
         worse = ~(ours <= self._errors(torch.sub(wt, others, out=others)))  # or no number
         q, s, rows = codes.to(torch.int8).cpu().numpy(), scales.cpu().numpy(), worse.cpu().numpy()

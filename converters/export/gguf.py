@@ -5,7 +5,7 @@
     pack            GGUF    what is lost
     f32, f16, bf16  same    nothing
     int4, any G     Q4_0    nothing: (code - 8) * float16 scale, a scale for each 32 columns
-    int6            Q8_0    nothing: its codes, -32..31, are int8, its scales float16
+    int6, nl4       Q8_0    nothing: their numbers, -32..31 and -68..56, are int8, scales float16
     int8            Q8_0    the float32 scale of a row becomes float16: up to 0.05 % of each weight
     nf4             F16     no type of ggml has its code book; rounding: up to 0.05 % of each weight
 
@@ -54,7 +54,7 @@ DTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "q4_0")
 Progress = Callable[[int, int], None]  # (bytes written, bytes in all)
 _OF_SCHEME = {
     "f32": "F32", "f16": "F16", "bf16": "BF16", "int4": "Q4_0", "int6": "Q8_0", "int8": "Q8_0",
-    "nf4": "F16",
+    "nl4": "Q8_0", "nf4": "F16",
 }  # fmt: skip
 # llama.cpp's number of a file that is mostly of one type. Source: llama.h, enum llama_ftype.
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.errors import NumericError
-from bloomq.schemes import F32, TILE, Array, f32_to_bf16, get_scheme
+from bloomq.schemes import F32, GRIDS, TILE, Array, f32_to_bf16, get_scheme
 from bloomq.weights import Matrix
 
 from ..gguf_blocks import BLOCK, BlockType, q4_0_blocks, q8_0_blocks, q8_0_scales
@@ -67,7 +67,7 @@ def _codes(w: F32, scales: F32) -> F32:
 def _scales(matrix: Matrix, ids: NDArray[np.int64]) -> F32 | None:
     """The scale of each 32 columns of some rows, [n, K/32]; None for a scheme without."""
     scheme, k = matrix.scheme, matrix.shape[1]
-    if scheme.name not in ("int4", "int6", "int8"):
+    if scheme.name not in GRIDS and scheme.name != "int8":
         return None
     scales = np.asarray(matrix.parts["scales"])
     if scheme.name == "int8":

@@ -3,6 +3,7 @@
     f32, f16, bf16   codes [N, K] of that dtype                           scales: none (size 0)
     int8             codes [N, K] int8                                    scales [N] float32
     int6             codes [N, K] int8, -32..31                           scales [N, K/64] float16
+    nl4              codes [N, K/2] uint8, 0..15, 8 is 0                  scales [N, K/G] float16
     int4             codes [N, K/2] uint8, 0..15, 8 is 0                  scales [N, K/G] float16
     nf4              codes [N, K/2] uint8, as bitsandbytes has them       scales [N, K/64] float32
 
@@ -26,12 +27,14 @@ import torch
 import torch.nn.functional as F
 
 from bloomq.errors import CapacityError
-from bloomq.schemes import NF4_CODEBOOK, Array, Scheme
+from bloomq.schemes import GRIDS, NF4_CODEBOOK, Array, Scheme
 from bloomq.weights import Matrix
 
 # Large enough for the bus (32 MB in 1.3 ms at 25 GB/s, against some 10 us for a copy's start),
 # small enough that two of them are nothing.
 BLOCK_BYTES = 32 << 20
+# What the codes of a scheme stand for, where that is no arithmetic: [16] float32.
+BOOKS = {"nl4": GRIDS["nl4"].numbers, "nf4": NF4_CODEBOOK}
 _DTYPES = {
     "float32": torch.float32, "float16": torch.float16, "uint16": torch.bfloat16,
     "int8": torch.int8, "uint8": torch.uint8,
@@ -83,17 +86,19 @@ def codes_of(stored: Stored, dtype: torch.dtype) -> torch.Tensor:
     codes, name = stored.codes, stored.scheme.name
     if name in ("int8", "int6"):
         return codes.to(dtype)
-    pairs = torch.stack([codes >> 4, codes & 15], dim=2).view(len(codes), -1)
     if name == "int4":
+        pairs = torch.stack([codes >> 4, codes & 15], dim=2).view(len(codes), -1)
         return pairs.to(dtype) - 8
-    return F.embedding(pairs.int(), _book(codes.device, dtype))[..., 0]
+    return F.embedding(codes.int(), _pairs(name, codes.device, dtype)).view(len(codes), -1)
 
 
 @cache
-def _book(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """NF4's code book there, [16, 1]: made when it is first asked for, so before a step that asks
-    for it is recorded, in which nothing may come from the host."""
-    return torch.tensor(NF4_CODEBOOK, device=device).to(dtype)[:, None]
+def _pairs(name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """What each byte of a scheme's codes stands for, [256, 2]: made when it is first asked for, so
+    before a step that asks for it is recorded, in which nothing may come from the host."""
+    book = BOOKS[name]
+    both = np.stack([book.repeat(16), np.tile(book, 16)], axis=1)
+    return torch.tensor(both, device=device).to(dtype)
 
 
 def _scaled(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -163,6 +168,7 @@ def _layout(
     return {
         "int8": (((n, k), torch.int8), ((n,), torch.float32)),
         "int6": (((n, k), torch.int8), ((n, groups), torch.float16)),
+        "nl4": (((n, k // 2), torch.uint8), ((n, groups), torch.float16)),
         "int4": (((n, k // 2), torch.uint8), ((n, groups), torch.float16)),
         "nf4": (((n, k // 2), torch.uint8), ((n, groups), torch.float32)),
     }[scheme.name]

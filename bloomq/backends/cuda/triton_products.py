@@ -5,10 +5,10 @@ tile of weights is restored to the activations' dtype and given to the matrix un
 or 64 tokens, while int8 codes meet int8 activations as they are. Where there are too few rows for
 all multiprocessors, K is cut, and `finish` adds the pieces in order.
 
-`skinny` spends 8 instructions on a 4-bit weight whatever M is (convert, scale, pack and move to the
-matrix unit's layout), so 45 % of what an H200's bandwidth brings; 2 on an int8 weight, and none on
-one that meets int8 activations: there, and with bfloat16 weights, 75 to 85 % should be reached.
-Counted in the compiled loops, never measured.
+`skinny` spends 8 instructions on an int4 weight whatever M is (convert, scale, pack and move to the
+matrix unit's layout), so 45 % of what an H200's bandwidth brings; 11 on one from a book, 30 %; 2 on
+an int8 weight, and none on one that meets int8 activations: there, and with bfloat16 weights, 75 to
+85 % should be reached. Counted in the compiled loops, never measured.
 
 Invariant: each output is added up in one order: no atomics. Offsets into the weights are int64.
 """
@@ -23,16 +23,22 @@ import torch
 import triton
 import triton.language as tl
 
+from bloomq.backends.cuda.stored import BOOKS
 from bloomq.backends.cuda.triton_gemv import finished, gemv
-from bloomq.schemes import NF4_CODEBOOK
 
 MOST_TOKENS = 64  # of `product`; more are a matrix product like any other
 X_GROUP = 128  # columns that share a scale of int8 activations, as on the CPU: schemes.py
 BY_HAND = 4  # tokens, at most, that `gemv` takes: beyond, the matrix unit costs less
 PROGRAMS = 264  # that keep 132 multiprocessors busy: two each
 # Weights in the 16 bytes that a thread loads at once.
-IN_16_BYTES = {"int4": 32, "nf4": 32, "int8": 16, "int6": 16, "f32": 4, "f16": 8, "bf16": 8}
-Kind = Literal["int4", "nf4", "byte", "float"]
+IN_16_BYTES = {
+    "nl4": 32, "int4": 32, "nf4": 32, "int8": 16, "int6": 16, "f32": 4, "f16": 8, "bf16": 8
+}  # fmt: skip
+Kind = Literal["book", "int4", "byte", "float"]
+_KINDS: dict[str, Kind] = {
+    "nl4": "book", "nf4": "book", "int4": "int4", "int8": "byte", "int6": "byte"
+}  # fmt: skip
+_GROUPED = ("nl4", "int4", "nf4", "int6")  # whose columns share scales
 Case = Literal["one", "few", "tile", "wide"]
 _MAGIC = 0x4B000000  # 2^23 as float32
 _MOST_ROWS = 65535  # of a grid's second dimension
@@ -58,10 +64,10 @@ CUTS: dict[tuple[Kind | Literal["int8"], Case], Blocks] = {
     ("int4", "few"): Blocks(8, 32, 4, 3),
     ("int4", "tile"): Blocks(32, 8, 4, 3),
     ("int4", "wide"): Blocks(64, 8, 4, 2),
-    ("nf4", "one"): Blocks(8, 32, 4, 1),
-    ("nf4", "few"): Blocks(8, 32, 4, 1),
-    ("nf4", "tile"): Blocks(32, 8, 4, 1),
-    ("nf4", "wide"): Blocks(64, 8, 4, 1),
+    ("book", "one"): Blocks(8, 32, 4, 1),
+    ("book", "few"): Blocks(8, 32, 4, 1),
+    ("book", "tile"): Blocks(32, 8, 4, 1),
+    ("book", "wide"): Blocks(64, 8, 4, 1),
     ("byte", "one"): Blocks(8, 32, 4, 3),
     ("byte", "few"): Blocks(4, 32, 4, 3),
     ("byte", "tile"): Blocks(32, 8, 4, 3),
@@ -76,9 +82,7 @@ CUTS: dict[tuple[Kind | Literal["int8"], Case], Blocks] = {
 
 
 def _kind(scheme: str) -> Kind:
-    return (
-        "byte" if scheme in ("int8", "int6") else scheme if scheme in ("int4", "nf4") else "float"
-    )
+    return _KINDS.get(scheme, "float")
 
 
 def case_of(scheme: str, m: int, dtype: torch.dtype) -> tuple[Kind | Literal["int8"], Case]:
@@ -97,8 +101,8 @@ def blocks_for(scheme: str, m: int, n: int, k: int, dtype: torch.dtype = torch.b
     Up to four tokens: 32 pieces of 16 bytes are one load of a warp, 512 bytes of a row. Four warps
     of a row or two, with three stages two loads ahead: 4 to 8 KB in flight a program, of 25 KB or
     more that a multiprocessor needs (4.8 TB/s x 700 ns / 132), where six programs fit. Fewer rows a
-    program leave more programs, so that K is never cut: BLOOM's least n is 1,024. nf4 looks ahead
-    by its programs alone, else its table's loads would be sent through shared memory too. More
+    program leave more programs, so that K is never cut: BLOOM's least n is 1,024. With a book
+    only other programs look ahead, else its entries would be sent through shared memory too. More
     tokens, and int8 ones of any number: 32 rows of 128 bytes, and K cut until there are two
     programs for each multiprocessor; of int8, three of which hold 4,096 rows, four loads ahead
     have 16 KB in flight each, in 25 KB of shared memory. Beyond 32 tokens, and in float32, the
@@ -242,7 +246,7 @@ def takes(
     """Can `product` take m tokens of `dtype` and k columns, padded as `Scheme.padded` has them?"""
     if not 1 <= m <= MOST_TOKENS or k % IN_16_BYTES[scheme]:
         return False
-    if scheme in ("int4", "int6", "nf4") and k % group_size:
+    if scheme in _GROUPED and k % group_size:
         return False
     if dtype == torch.int8:
         return scheme == "int8" and k % X_GROUP == 0
@@ -250,9 +254,11 @@ def takes(
 
 
 @functools.cache
-def _book(device: torch.device) -> torch.Tensor:
-    """NF4's code book there: made at the first call, so before a graph is captured."""
-    return torch.tensor(NF4_CODEBOOK, device=device)
+def _book(scheme: str, device: torch.device) -> torch.Tensor:
+    """A scheme's book there, float32: made at the first call, so before a graph is captured."""
+    book = torch.tensor(BOOKS[scheme], device=device)
+    assert book.data_ptr() % 64 == 0  # as `gemv` wants it; torch allocates so on any device
+    return book
 
 
 def product(
@@ -279,11 +285,11 @@ def product(
     """
     m, n = x.shape[0], codes.shape[0]
     kind = _kind(scheme)
-    k = codes.shape[1] * (2 if kind in ("int4", "nf4") else 1)
+    k = codes.shape[1] * (2 if kind in ("book", "int4") else 1)
     cut = blocks or blocks_for(scheme, m, n, k, x.dtype)
-    group = group_size if scheme in ("int4", "int6", "nf4") else 0
+    group = group_size if scheme in _GROUPED else 0
     scale = None if kind == "float" else scales
-    book = _book(x.device) if kind == "nf4" else None
+    book = _book(scheme, x.device) if kind == "book" else None
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
     common = {
         "K": k, "X": x.shape[1], "KIND": kind, "WIDTH": IN_16_BYTES[scheme], "GROUP": group,
@@ -291,7 +297,7 @@ def product(
         "enable_fp_fusion": True,
     }  # fmt: skip
     if m <= BY_HAND and x.dtype != torch.int8:
-        words = codes.view(torch.int32) if kind in ("int4", "nf4") else codes
+        words = codes.view(torch.int32) if kind in ("book", "int4") else codes
         gemv[(triton.cdiv(n, cut.rows),)](
             out, x, words, scale, book, bias, delta, add, n, _MAGIC, ACT=act, M=m, **common
         )
@@ -351,9 +357,11 @@ def plain_weights(
         return codes.float()
     assert scales is not None
     values = codes.float()
-    if scheme in ("int4", "nf4"):
+    if _kind(scheme) != "byte":
         pairs = torch.stack([codes >> 4, codes & 15], dim=2).flatten(1)
-        values = pairs.float() - 8 if scheme == "int4" else _book(codes.device)[pairs.long()]
+        values = pairs.float() - 8
+        if _kind(scheme) == "book":
+            values = _book(scheme, codes.device)[pairs.long()]
     if scheme == "int8":
         return values * scales[:, None]
     return values * scales.float().repeat_interleave(group_size, dim=1)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bloomq.schemes import NF4_CODEBOOK, TILE, Scheme
+from bloomq.schemes import GRIDS, NF4_CODEBOOK, TILE, Scheme
 
 Array = jax.Array
 Parts = Mapping[str, Any]
@@ -66,11 +66,9 @@ def _restored(lines: Mapping[str, Array], scheme: Scheme) -> Array:
         flat = codes.reshape(len(codes), -1).astype(jnp.float32)
         return flat * lines["scales"][:, None]
     scales = jnp.repeat(lines["scales"].astype(jnp.float32), scheme.group_size, axis=1)
-    if scheme.name == "int6":
-        return (_sixes(codes).astype(jnp.float32) - 32) * scales
-    if scheme.name == "nf4":
-        return jnp.asarray(NF4_CODEBOOK)[_nibbles(codes)] * scales
-    return (_nibbles(codes).astype(jnp.float32) - 8) * scales
+    numbers = NF4_CODEBOOK if scheme.name == "nf4" else GRIDS[scheme.name].numbers
+    index = _sixes(codes) if scheme.name == "int6" else _nibbles(codes)
+    return jnp.asarray(numbers)[index] * scales
 
 
 def _nibbles(codes: Array) -> Array:

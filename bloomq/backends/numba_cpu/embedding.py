@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from bloomq.backends.numba_cpu.jit import kernel
 from bloomq.backends.numba_cpu.memory import codes as int8_at
 from bloomq.backends.numba_cpu.memory import fields, floats, longs, octets
-from bloomq.schemes import NF4_CODEBOOK, TILE
+from bloomq.schemes import GRIDS, NF4_CODEBOOK, TILE
 
 
 @intrinsic(prefer_literal=True)
@@ -38,9 +38,10 @@ def look_up(scheme: str, group: int) -> Any:
     Arguments: inputs (ids at `ids_at`), ids_at, codes (or values), scales, K as stored, columns,
     out, stride of out in bytes.
     """
-    entries = tuple(NF4_CODEBOOK.tolist())
+    grid = GRIDS.get(scheme)
+    entries = tuple(NF4_CODEBOOK.tolist() if grid is None else map(float, grid.book))
     is_float, wide, two_bytes = scheme in ("f32", "f16", "bf16"), scheme == "f32", scheme
-    is_int8, is_int6, is_nf4 = scheme == "int8", scheme == "int6", scheme == "nf4"
+    is_int8, is_int6 = scheme == "int8", scheme == "int6"
 
     @kernel
     def look_up(arguments, first, last):  # type: ignore[no-untyped-def]
@@ -70,15 +71,14 @@ def look_up(scheme: str, group: int) -> Any:
                     low = np.int64(row[((block + i // 2) * TILE + lane) * 4 + j])
                     high = np.int64(row[((block + 2) * TILE + lane) * 4 + j])
                     code = (low >> (4 * (i % 2)) & 15) | (high >> (2 * i) & 3) << 4
-                    target[column] = np.float32(code - 32) * _half("f16", at)
+                    target[column] = np.float32(entries[code]) * _half("f16", at)
             else:
                 row = octets(codes + tile * k * TILE // 2, k * TILE // 2)
                 for column in range(columns):
                     at = scales + 2 * ((tile * (k // group) + column // group) * TILE + lane)
                     byte = np.int64(row[(column // 8 * TILE + lane) * 4 + column % 4])
                     nibble = byte >> 4 if column % 8 >= 4 else byte & 15
-                    value = entries[nibble] if is_nf4 else np.float64(nibble - 8)
-                    target[column] = np.float32(value) * _half("f16", at)
+                    target[column] = np.float32(entries[nibble]) * _half("f16", at)
 
     return look_up
 

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import llvmlite.ir as ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bloomq.backends.numba_cpu.jit import cpu_name
+from bloomq.backends.numba_cpu.jit import cpu_features, cpu_name
 from bloomq.backends.numba_cpu.simd import (
     F32,
     I32,
@@ -38,6 +39,7 @@ from bloomq.backends.numba_cpu.simd import (
     Vectors,
     emitter,
 )
+from bloomq.schemes import GRIDS, NF4_INT8_CODEBOOK
 
 # Codes and scales are asked for so far ahead: some 100 ns at full bandwidth. Of two tiles that are
 # read side by side the first would run into the second, so where a pair leaves the level-2 cache
@@ -81,8 +83,8 @@ class Spec:
 
     @property
     def signed(self) -> bool:
-        """Are the weight bytes signed (int8, and nf4's code book), or codes from 0?"""
-        return self.scheme not in ("int4", "int6")
+        """Are the weight bytes signed (int8, and nf4's code book), or a grid's numbers from 0?"""
+        return self.scheme not in GRIDS
 
     @property
     def is_float(self) -> bool:
@@ -104,8 +106,8 @@ def token_blocks(tier: str, limbs: int = 1) -> tuple[int, ...]:
 def weight_offset(scheme: str, tier: str) -> int:
     """What a weight byte is too large by, as the dot product sees it: the driver takes
     offset * sum(activations of the group) off again."""
-    if scheme in ("int4", "int6"):
-        return 8 if scheme == "int4" else 32
+    if scheme in GRIDS:
+        return -GRIDS[scheme].lowest
     return 128 if tier in ("avx512-vnni", "avx-vnni") else 0
 
 
@@ -258,10 +260,22 @@ def _weight_bytes(
         loaded.append(v.load(v.at(codes, at), V64B))
     if spec.scheme == "int8":
         return [v.prepare(part, signed=True) for part in loaded]
+    book = _book(v, spec)
+    if book and spec.tiles == 1 and v.tier == "avx512-vnni" and "avx512vbmi" in cpu_features():
+        return [half for part in loaded for half in v.listed_nibbles(part, book)]
     nibbles = [half for part in loaded[:2] for half in v.nibbles(part)]
     if spec.scheme == "int6":
         return [v.b.or_(low, v.high_pair(loaded[2], i)) for i, low in enumerate(nibbles)]
-    return [v.nf4_bytes(n) for n in nibbles] if spec.scheme == "nf4" else nibbles
+    return [v.listed(n, book) for n in nibbles] if book else nibbles
+
+
+def _book(v: Vectors, spec: Spec) -> list[int] | None:
+    """The prepared byte of each 4-bit code; None: the code itself."""
+    if spec.scheme == "nf4":
+        return [entry + v.offset(signed=True) for entry in NF4_INT8_CODEBOOK]
+    if spec.scheme == "nl4":
+        return [number - GRIDS["nl4"].lowest for number in GRIDS["nl4"].book]
+    return None
 
 
 def _accumulate(
@@ -291,6 +305,8 @@ def _group_int(
     """int32 sums [rows][tiles][16 rows] over one group, 16 columns to an iteration: with 32 of
     them LLVM loads ahead of the accumulators, and spills."""
     k_base = v.b.mul(g, I64(spec.group))
+    # One row would be one chain of dot products, each some 4 cycles behind the last: so two.
+    chains = 2 if spec.rows == 1 else 1
 
     def body(step: ir.Value, sums: list[ir.Value]) -> None:
         k = v.at(k_base, v.b.mul(step, I64(_STEP)))
@@ -299,15 +315,19 @@ def _group_int(
         unpacked = zip(
             *(_weight_bytes(v, spec, v.at(at, offset), ahead) for at in tiles), strict=True
         )
-        for weights in unpacked:  # 4 columns of each tile
+        for four_columns, weights in enumerate(unpacked):  # of each tile
+            chain = four_columns % chains
             for t in range(spec.rows):
                 four = v.broadcast4(v.at(block, 4 * t))
                 for tile, bytes_ in enumerate(weights):
-                    i = spec.tiles * t + tile
+                    i = (chain * spec.rows + t) * spec.tiles + tile
                     sums[i] = v.dot4(sums[i], bytes_, four, spec.signed)
             block = v.at(block, 4 * spec.rows)
 
-    return _accumulate(v, start, spec.group // _STEP, body)
+    zeros = [v.constant(V16I, 0)] * len(start) * (chains - 1)
+    sums = _accumulate(v, start + zeros, spec.group // _STEP, body)
+    count = len(start)
+    return [reduce(v.b.add, sums[i::count]) for i in range(count)]
 
 
 def _group_float(

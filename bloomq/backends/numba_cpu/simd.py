@@ -10,13 +10,11 @@ rounding at most.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.ir as ir
 from numba import types
-
-from bloomq.schemes import NF4_INT8_CODEBOOK
 
 LANES = 16
 LIMB = 254  # what is left of half a code, in codes of the next limb: 127, as far as int8 reaches
@@ -223,9 +221,9 @@ class Vectors:
             words = self.b.lshr(words, self.constant(halves, 2 * i - 4))
         return self.b.and_(self.b.bitcast(words, V64B), self.constant(V64B, 0x30))
 
-    def nf4_bytes(self, index: ir.Value) -> ir.Value:
-        """The int8 code-book entry of each of 64 indices 0..15, prepared for `dot4`."""
-        entries = [_int8(entry + self.offset(signed=True)) for entry in NF4_INT8_CODEBOOK]
+    def listed(self, index: ir.Value, book: Sequence[int]) -> ir.Value:
+        """The byte of a book of 16 that each of 64 indices 0..15 stands for."""
+        entries = [_int8(entry) for entry in book]
         if self.tier == "portable":
             return self._table_by_selects(index, entries)
         if self.tier == "neon":
@@ -240,6 +238,15 @@ class Vectors:
         table = ir.Constant(vector, entries * (width // 16))
         parts = [self.call(name, vector, [table, part]) for part in self._split(index, 64 // width)]
         return self._join(parts)
+
+    def listed_nibbles(self, codes: ir.Value, book: Sequence[int]) -> tuple[ir.Value, ir.Value]:
+        """`listed` of the low and of the high nibble of 64 bytes, for processors with AVX-512 VBMI:
+        of an index `vpermb` takes 6 bits, so the book four times over, and nothing is masked."""
+        table = ir.Constant(V64B, [_int8(entry) for entry in book] * 4)
+        halves = ir.VectorType(I16, 32)
+        words = self.b.lshr(self.b.bitcast(codes, halves), self.constant(halves, 4))
+        name, high = "llvm.x86.avx512.permvar.qi.512", self.b.bitcast(words, V64B)
+        return self.call(name, V64B, [table, codes]), self.call(name, V64B, [table, high])
 
     def _table_by_selects(self, index: ir.Value, entries: list[int]) -> ir.Value:
         """A 16-entry table as four levels of selects on the index's bits."""
