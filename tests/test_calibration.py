@@ -23,7 +23,7 @@ from bloomq.converters.calibration.cpu_engine import CpuEngine
 from bloomq.converters.calibration.estimate import Rates, peak_bytes, seconds_of
 from bloomq.converters.calibration.factor import column_order, factor
 from bloomq.converters.calibration.forward import Kept, Runner, UnderWay, linears_of
-from bloomq.converters.calibration.gptq import Codes, book_of, descend, gptq
+from bloomq.converters.calibration.gptq import Codes, descend, gptq
 from bloomq.converters.calibration.look_up import look_up_moment
 from bloomq.converters.calibration.making_up import Wanted, stream_behind
 from bloomq.converters.calibration.moments import Moments
@@ -33,6 +33,7 @@ from bloomq.converters.calibration.scratch import Scratch
 from bloomq.converters.calibration.solver import Solver
 from bloomq.converters.calibration.text import read_windows, spread
 from bloomq.converters.convert import convert, run
+from bloomq.converters.group_scales import book_of
 from bloomq.converters.reading import read_checkpoint
 from calibration_oracle import half, output_errors, problem, textbook, through_the_reference
 from conftest import DEMO, write_checkpoint
