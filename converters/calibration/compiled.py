@@ -29,8 +29,8 @@ def half(x):  # type: ignore[no-untyped-def]
 
 @cached
 def nearest(x, lanes, book, numbers):  # type: ignore[no-untyped-def]
-    """numbers [lanes] = `Grid.nearest` of x [lanes]; book: see `book_of`. Of a list, one midpoint
-    for all lanes after another: a third of the time that one lane after another takes."""
+    """numbers [lanes] = `Grid.nearest` of x [lanes]; book: see `book_of`. One midpoint
+    after another, each for all lanes, which vectorises: or all of solving takes twice as long."""
     low, high = book[0], book[-1]
     if len(book) == 2:
         for lane in range(lanes):
