@@ -340,9 +340,14 @@ class Grid:
 
     def codes(self, numbers: F32 | NDArray[np.int8]) -> NDArray[np.uint8]:
         """Numbers of the grid -> their codes."""
-        if self.is_uniform:
-            return (numbers - numbers.dtype.type(self.lowest)).astype(np.uint8)
-        return np.searchsorted(self.numbers, numbers).astype(np.uint8)
+        return self._code_of[numbers.astype(np.int8).view(np.uint8)]
+
+    @cached_property
+    def _code_of(self) -> NDArray[np.uint8]:
+        """[256]: the code of each number, by its byte as int8."""
+        table = np.zeros(256, np.uint8)
+        table[np.array(self.book, np.int8).view(np.uint8)] = np.arange(len(self.book))
+        return table
 
 
 GRIDS = {
