@@ -65,7 +65,7 @@ class FlaxBloomPreTrainedModel:
     ) -> Self:
         """The model of a pack, or of a checkpoint's folder, which is quantized on the way in.
 
-        scheme: of a checkpoint's matrices ("int8", "int4", "nf4", ...); None: as they are stored.
+        scheme: of a checkpoint's matrices ("int8", "nl4", "nf4", ...); None: as they are stored.
         dtype: of the computation; float32 alone. save_pack: where a checkpoint's pack is kept, and
         found the next time; None: nowhere.
 

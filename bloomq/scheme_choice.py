@@ -5,7 +5,7 @@ from __future__ import annotations
 from bloomq.config import BloomConfig, weight_specs
 from bloomq.schemes import DEFAULT_GROUP, Scheme, get_scheme
 
-DEFAULT_SCHEME = "nl4"  # in groups of 64 it keeps as much as int4 in groups of 32, in fewer bits
+DEFAULT_SCHEME = "nl4"  # in groups of 64 its KL is that of int4 in groups of 32, in fewer bits
 # The embedding, which is also the head, suffers most from few bits; in int6 it loses next to
 # nothing (docs/experiments.md).
 _HEAD_OF = {"nl4": "int6", "int4": "int6", "nf4": "int6"}
@@ -20,7 +20,7 @@ def body_and_head(
     Raises: UsageError for a scheme or a group size that cannot be.
     """
     head_scheme = _HEAD_OF.get(scheme, scheme) if head_scheme is None else head_scheme
-    if not DEFAULT_GROUP.keys() & {scheme, head_scheme}:
+    if not any(name in (scheme, head_scheme) for name in DEFAULT_GROUP):
         return get_scheme(scheme, group_size), get_scheme(head_scheme, group_size)
     return (
         get_scheme(scheme, group_size if scheme in DEFAULT_GROUP else None),

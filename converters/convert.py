@@ -65,10 +65,9 @@ def convert(
     """Convert the checkpoint or the pack at `source` to a pack at `target`.
 
     scheme: int8, int6, nl4, int4, nf4, f32, bf16 or f16; None: that in which the checkpoint is
-    quantized already (unless a group_size is given), otherwise nl4; group_size: of nl4 and int4
-    (32, 64 or 128); head_scheme: of the embedding and the head, by default int6 for nl4, int4 and
-    nf4, otherwise the scheme itself. lora: folders of PEFT adapters that are merged in, each times
-    its scale.
+    quantized already, otherwise nl4; group_size: of nl4 and int4 (32, 64 or 128); head_scheme: of
+    the embedding and the head, by default int6 for nl4, int4 and nf4, otherwise the scheme itself.
+    lora: folders of PEFT adapters that are merged in, each times its scale.
     revision and stream: of a hub id, see `read_checkpoint`. `force` replaces a pack that is there,
     `fresh` begins anew where an interrupted run of the same conversion would be continued.
     checksum_source: put the SHA-256 of every file of the source into the pack's provenance, which

@@ -1,6 +1,6 @@
 """Reads Hugging Face checkpoints: a folder with config.json and the weights beside it.
 
-    python -m bloomq.converters.hf CHECKPOINT PACK --scheme int4
+    python -m bloomq.converters.hf CHECKPOINT PACK --scheme nl4
 
 Weights are model.safetensors, pytorch_model.bin or flax_model.msgpack, in one file or sharded by an
 index; where several are there, the first of these. Nothing is unpickled: `torch_file` reads what a

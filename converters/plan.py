@@ -23,7 +23,7 @@ from bloomq.config import weight_specs
 from bloomq.errors import UsageError
 from bloomq.pack import VERSION, stored_arrays
 from bloomq.scheme_choice import DEFAULT_SCHEME, body_and_head, choose_schemes
-from bloomq.schemes import Scheme
+from bloomq.schemes import DEFAULT_GROUP, Scheme
 from bloomq.shards import Shard, array_bytes
 from bloomq.taken_folder import size_text
 from bloomq.weight_files import layout
@@ -267,14 +267,16 @@ def make_plan(
     if checkpoint is None:
         checkpoint = read_checkpoint(source, revision=revision, stream=stream)
     checkpoint = merged(checkpoint, lora)
-    kept = checkpoint.stored_scheme
+    kept = checkpoint.stored_scheme if scheme is None else None
     own: dict[str, Scheme] = {}
-    if kept is not None and scheme is None and group_size is None:
+    if kept is not None and group_size is None:
         own = _own_schemes(checkpoint, head_scheme)
         body, head = kept, body_and_head(kept.name, None, head_scheme)[1]
         table = checkpoint.tensors["wte.weight"].stored
         if table is not None and head_scheme is None:
             head = table.scheme
+    elif kept is not None and kept.name in DEFAULT_GROUP:  # the size of its own grid's groups
+        body, head = body_and_head(kept.name, group_size, head_scheme)
     options: dict[str, Any] = {"method": "round-to-nearest"}
     if schemes is None:
         schemes = choose_schemes(checkpoint.config, body, head) | own

@@ -57,7 +57,10 @@ def expected_weights(checkpoint: Path, scheme: str = "f32") -> dict[str, np.ndar
     """What a pack must hold: matrices through the scheme, vectors as they are, by our names."""
     config = BloomConfig.from_file(checkpoint / "config.json")
     source, weights = source_weights(checkpoint), {}
-    body, head = get_scheme(scheme), get_scheme("int6" if scheme in ("int4", "nf4") else scheme)
+    body, head = (
+        get_scheme(scheme),
+        get_scheme("int6" if scheme in ("nl4", "int4", "nf4") else scheme),
+    )
     for name in expected_tensors(config):
         array = source[huggingface_name(name)]
         if array.ndim == 2:
@@ -103,7 +106,7 @@ def refused(
 # -- what goes in comes out ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nf4", "f32", "bf16", "f16"])
+@pytest.mark.parametrize("scheme", ["int8", "int6", "nl4", "int4", "nf4", "f32", "bf16", "f16"])
 def test_demo_pack_holds_the_checkpoints_weights(pack_of, demo_checkpoint, scheme):
     assert_holds(pack_of(scheme), expected_weights(demo_checkpoint, scheme))
 

@@ -24,6 +24,20 @@ def test_a_streaming_processor_is_not_asked_for_one_tile(
     assert "llvm.prefetch" in str(product_module(two))
 
 
+@pytest.mark.parametrize("scheme", ["nl4", "nf4"])
+def test_codes_of_one_tile_are_permuted_where_the_processor_can(
+    scheme: str, monkeypatch: pytest.MonkeyPatch
+):
+    one, two = (Spec(scheme, 64, "avx512-vnni", tokens) for tokens in (1, 8))
+    for features, used, other in (
+        ({"avx512vbmi"}, "permvar.qi", "pshuf"),
+        ((), "pshuf", "permvar"),
+    ):
+        monkeypatch.setattr(matmul, "cpu_features", lambda found=features: frozenset(found))
+        assert used in str(product_module(one)) and other not in str(product_module(one))
+        assert "pshuf" in str(product_module(two))
+
+
 def test_the_processor_is_the_one_that_numba_compiles_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("numba.config.CPU_NAME", "skylake")
     assert cpu_name() == "skylake"

@@ -20,8 +20,8 @@ from bloomq.errors import CheckpointError, NumericError, PackError, UsageError
 from bloomq.pack import Pack
 from bloomq.schemes import bf16_to_f32, get_scheme
 
-SCHEMES = ("f32", "bf16", "f16", "int8", "int6", "int4", "nf4")
-FINAL = ("int4", "nf4")
+SCHEMES = ("f32", "bf16", "f16", "int8", "int6", "nl4", "int4", "nf4")
+FINAL = ("nl4", "int4", "nf4")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_the_same_scheme_is_a_copy(tiny_pack, tmp_path, scheme):
     assert weights_of(tmp_path / "copy") == weights_of(tiny_pack(scheme))
 
 
-@pytest.mark.parametrize("scheme", ["int4", "nf4", "int8"])
+@pytest.mark.parametrize("scheme", ["nl4", "int4", "nf4", "int8"])
 def test_a_pack_with_the_usual_head_is_copied_by_the_same_options(pack_of, tmp_path, scheme):
     convert(pack_of(scheme), tmp_path / "copy", scheme=scheme)
     assert weights_of(tmp_path / "copy") == weights_of(pack_of(scheme))
@@ -84,7 +84,7 @@ def test_a_pack_with_the_usual_head_is_copied_by_the_same_options(pack_of, tmp_p
 
 def test_copies_are_the_same_in_blocks_of_any_size(tiny_pack, tmp_path, monkeypatch):
     monkeypatch.setattr("bloomq.converters.pieces._BLOCK_BYTES", 32 * 60 * 4)
-    for scheme in ("int4", "bf16", "int8"):
+    for scheme in ("nl4", "bf16", "int8"):
         convert(tiny_pack(scheme), tmp_path / scheme, scheme=scheme, head_scheme=scheme)
         assert weights_of(tmp_path / scheme) == weights_of(tiny_pack(scheme))
 
@@ -116,13 +116,13 @@ def test_four_bits_may_become_floats(tiny_pack, tmp_path, source, target):
         assert found[name].tobytes() == expected.tobytes(), name
 
 
-@pytest.mark.parametrize("target", ["int8", "int6", "int4", "nf4"])
+@pytest.mark.parametrize("target", ["int8", "int6", "nl4", "int4", "nf4"])
 @pytest.mark.parametrize("source", FINAL)
 def test_four_bits_are_not_quantized_anew(tiny_pack, tmp_path, source, target):
     if source == target:
         return
     pack = tiny_pack(source)
-    label = {"int4": "int4-g32", "nf4": "nf4"}
+    label = {"nl4": "nl4-g64", "int4": "int4-g32", "nf4": "nf4"}
     assert refused(CheckpointError, pack, tmp_path / "pack", scheme=target) == (
         f"{pack}: wte is {label[source]}, which has lost too much for "
         f"{'int6' if target in FINAL else target}: convert the original checkpoint, or export this"

@@ -501,7 +501,7 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would():
     with pytest.raises(CapacityError, match="the model does not fit: ") as refused:
         check(wanted)
     text = str(refused.value)
-    for way in ("scheme nl4-g32", "1 more GPU (141GB as H200)", "GB beside the GPUs"):
+    for way in ("--scheme nl4 --group-size 32", "1 more GPU (141GB as H200)", "GB beside the GPUs"):
         assert way in text
     assert check(request("int4", "1x141GB")).fits
 
@@ -526,7 +526,7 @@ def test_every_way_out_that_is_advised_really_fits(scheme: str, gpus: str, more:
 
 def changed_as_advised(wanted: Request, way: str) -> Request:
     """The request with the change that a line of advice names."""
-    if found := re.fullmatch(r"scheme (\w+?)(?:-g(\d+))?", way):
+    if found := re.fullmatch(r"--scheme (\w+)(?: --group-size (\d+))?", way):
         size = None if found[2] is None else int(found[2])
         return replace(wanted, schemes=schemes_of(BIG, found[1], size))
     if way == "cache dtype int8":

@@ -80,11 +80,11 @@ def test_what_does_not_fit_is_refused_with_the_plan_and_the_ways_out(run: Callab
     code, out, err = run(*big("--scheme", "int8", "--gpus", "2x80GB"))
     assert code == 1
     assert "DOES NOT FIT: " in out
-    assert "would fit  scheme nl4-g32" in out
+    assert "would fit  --scheme nl4 --group-size 32" in out
     assert "would fit  1 more GPU (80GB as H100-PCIe)" in out
     assert err.count("\n") == 1
     assert err.startswith("error: the model does not fit: ")
-    assert "what would fit: scheme nl4-g32; 1 more GPU" in err
+    assert "what would fit: --scheme nl4 --group-size 32; 1 more GPU" in err
 
 
 def test_a_pack_is_planned_with_its_own_bytes(

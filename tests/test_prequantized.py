@@ -345,7 +345,7 @@ def test_no_grid_of_ours_is_quantized_anew_by_default(tmp_path, options):
     source, _ = packed_checkpoint(tmp_path / "m", **options)
     done = convert(source, tmp_path / "pack")
     assert "is no grid of bloomq's" in " ".join(done.notes)
-    assert Pack.open(tmp_path / "pack").schemes["h.0.mlp.up"].label == "int4-g32"
+    assert Pack.open(tmp_path / "pack").schemes["h.0.mlp.up"].label == "nl4-g64"
 
 
 @pytest.mark.parametrize(("method", "bits", "sym"), [("gptq", 4, True), ("awq", 4, False)])

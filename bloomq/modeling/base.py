@@ -51,7 +51,7 @@ class BloomPreTrainedModel:
     ) -> Self:
         """The model of a pack, or of a checkpoint's folder, which is quantized on the way in.
 
-        scheme: of a checkpoint's matrices ("int8", "int4", "nf4", ...); None: as they are stored.
+        scheme: of a checkpoint's matrices ("int8", "nl4", "nf4", ...); None: as they are stored.
         save_pack: where its pack is kept, and found the next time; None: nowhere.
         backend, threads, cache_dtype, devices, max_memory: see `bloomq.load`.
 

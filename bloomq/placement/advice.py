@@ -70,7 +70,7 @@ def remedies(request: Request) -> list[str]:
     """Each a change that makes it fit, alone; none where none does."""
     found = []
     if (scheme := _smaller_scheme(request)) is not None:
-        found.append(f"scheme {scheme}")
+        found.append(scheme)
     if request.dtype != "int8" and has_room(request.changed(cache_dtype="int8")):
         found.append("cache dtype int8")
     if 0 < (context := largest_context(request)) < request.context:
@@ -85,13 +85,13 @@ def remedies(request: Request) -> list[str]:
 
 
 def _smaller_scheme(request: Request) -> str | None:
-    """The best of the smaller schemes that fits."""
+    """The best of the smaller schemes that fits, as options."""
     now = request.weights_bytes
     for scheme, group_size in BY_QUALITY:
         schemes = schemes_of(request.config, scheme, group_size)
         other = replace(request, schemes=schemes)
         if other.weights_bytes < now and has_room(other):
-            return schemes["h.0.attn.qkv"].label
+            return f"--scheme {scheme}" + (f" --group-size {group_size}" if group_size else "")
     return None
 
 

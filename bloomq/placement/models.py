@@ -26,9 +26,9 @@ _SHAPES = {
 }  # fmt: skip
 PUBLISHED = tuple(_SHAPES)
 
-# Best first, by perplexity on the demo (README): what is tried where no scheme is asked for. Not
-# int6, which the CUDA backend holds in bytes; nor int4 and nf4, which nl4 of the same size is
-# better than: in groups of 64 it is as good as int4 in groups of 32.
+# Best first, by KL on the demo (README): what is tried where no scheme is asked for. Not int6,
+# which the CUDA backend holds in bytes; nor int4 and nf4, than which nl4 of the same size is
+# better: in groups of 64 it is as good as int4 in groups of 32.
 BY_QUALITY = (("int8", None), ("nl4", 32), ("nl4", 64), ("nl4", 128))
 
 

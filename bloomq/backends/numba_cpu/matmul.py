@@ -273,9 +273,8 @@ def _book(v: Vectors, spec: Spec) -> list[int] | None:
     """The prepared byte of each 4-bit code; None: the code itself."""
     if spec.scheme == "nf4":
         return [entry + v.offset(signed=True) for entry in NF4_INT8_CODEBOOK]
-    if spec.scheme == "nl4":
-        return [number - GRIDS["nl4"].lowest for number in GRIDS["nl4"].book]
-    return None
+    grid = GRIDS.get(spec.scheme)
+    return None if grid is None or grid.is_uniform else [n - grid.lowest for n in grid.book]
 
 
 def _accumulate(

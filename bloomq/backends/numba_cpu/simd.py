@@ -295,7 +295,8 @@ class Vectors:
         self, acc: ir.Value, weights: ir.Value, acts: ir.Value, signed: bool
     ) -> ir.Value:
         """maddubs + madd. Signed weights go in as |w| with their sign moved onto the activation:
-        2 x 127 x 127 = 32,258 and 2 x 15 x 127 = 3,810 both stay below int16's 32,767."""
+        2 x 127 x 127 = 32,258 and, of nl4's bytes from 0, 2 x 124 x 127 = 31,496 both stay below
+        int16's 32,767."""
         b = self.b
         if signed:
             negative = b.icmp_signed("<", weights, _zero(V64B))
