@@ -85,7 +85,7 @@ def test_the_demo_there_and_back_is_the_same_to_the_byte(pack_of, tmp_path):
 
 
 def test_blocks_of_any_size_give_the_same_bytes(tiny, tmp_path, monkeypatch):
-    for scheme in ("int4", "int8", "bf16"):
+    for scheme in ("nl4", "int4", "int8", "bf16"):
         export(tiny(scheme), tmp_path / "whole" / scheme)
         monkeypatch.setattr(huggingface, "_BLOCK_BYTES", 7 * 60 * 4)
         export(tiny(scheme), tmp_path / "blocks" / scheme)

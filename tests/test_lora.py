@@ -189,7 +189,7 @@ def test_factors_of_two_bytes_are_read_exactly(fresh, tmp_path, dtype):
 # -- quantized bases -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("scheme", ["int8", "nl4", "int4", "nf4"])
 def test_beside_a_quantized_base_an_adapter_is_not_rounded(models, fresh, tmp_path, scheme):
     """PEFT over the base's dequantized weights: the adapter's own products are float32, so what
     differs is what differs without it, the base's int8 activations: NMSE 5e-4 a product at most,
@@ -212,7 +212,7 @@ def test_beside_a_quantized_base_an_adapter_is_not_rounded(models, fresh, tmp_pa
 # -- rows, switching -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["f32", "int8", "int4"])
+@pytest.mark.parametrize("scheme", ["f32", "int8", "nl4"])
 def test_rows_with_different_adapters_have_the_bits_that_each_has_alone(fresh, several, scheme):
     """Alone: in a model that has loaded this adapter and no other, or none for the base's row."""
     model = fresh(scheme=scheme)

@@ -233,7 +233,7 @@ def test_each_class_continues_a_past_as_transformers_does(models, kind):
 PRODUCT = (6 / 127) ** 2 / 12
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nf4"])
+@pytest.mark.parametrize("scheme", ["int8", "int6", "nl4", "int4", "nf4"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_quantized_model_is_transformers_on_its_weights(models, worst, kind, scheme):
     spec, mask = Spec(kind=kind, n_head=6, head_dim=16, n_layer=2), padded("left", 6, 30)

@@ -65,7 +65,13 @@ def schemes(model: bloomq.BloomForCausalLM) -> set[str]:
 
 @pytest.mark.parametrize(
     ("scheme", "expected"),
-    [(None, {"f32"}), ("int8", {"int8"}), ("int4", {"int4", "int6"}), ("nf4", {"nf4", "int6"})],
+    [
+        (None, {"f32"}),
+        ("int8", {"int8"}),
+        ("nl4", {"nl4", "int6"}),
+        ("int4", {"int4", "int6"}),
+        ("nf4", {"nf4", "int6"}),
+    ],
 )
 def test_a_checkpoint_is_quantized_on_the_way_in(base, temporary, scheme, expected):
     model = open_model(checkpoint(base, TINY), scheme=scheme)

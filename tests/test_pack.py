@@ -139,7 +139,7 @@ def test_manifest_checksum_is_of_the_sorted_compact_json():
     assert manifest_checksum(manifest) == hashlib.sha256(text).hexdigest()
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "f32", "bf16", "f16"])
+@pytest.mark.parametrize("scheme", ["int8", "nl4", "int4", "nf4", "f32", "bf16", "f16"])
 def test_every_array_is_aligned_and_there_are_no_holes(pack_of, scheme):
     path = pack_of(scheme)
     for shard in path.glob("*.safetensors"):
