@@ -25,7 +25,7 @@ from bloomq.weights import Matrix, Norm
 DEVIATION = 0.02  # of the weights, about BLOOM's
 # The deviation of codes drawn evenly: -127..127, -32..31, -8..7, and of what is in nl4's and nf4's
 # books.
-CODE_DEVIATION = {"int8": 73.6, "int6": 18.5, "nl4": 33.9, "int4": 4.6, "nf4": 0.56}
+CODE_DEVIATION = {"int8": 73.6, "int6": 18.5, "nl4": 33.8, "int4": 4.6, "nf4": 0.56}
 PIECE_BYTES = 64 << 20  # of an array, written at a time
 NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8}
 

@@ -364,6 +364,7 @@ GRIDS = {
         (-66.0, -70.0, -74.0, 57.0),
     ),
 }
+GROUPED = (*GRIDS, "nf4")  # schemes whose columns share a weight scale by groups
 
 
 def group_scales(w: F32, group_size: int, grid: Grid) -> F32:

@@ -19,14 +19,13 @@ from typing import Literal
 
 from bloomq.config import BloomConfig, weight_specs
 from bloomq.errors import UsageError
-from bloomq.schemes import ROW_MULTIPLE, Scheme
+from bloomq.schemes import GROUPED, ROW_MULTIPLE, Scheme
 
 # A linear of a block, or what an adapter has beside it: see `lora.LowRank`.
 _LINEAR = re.compile(r"h\.\d+\.(attn\.qkv|attn\.out|mlp\.up|mlp\.down)(\.down|\.up)?")
 _ROWS_A_HEAD = {"attn.qkv": 3, "mlp.up": 4}  # times head_dim
 _COLUMNS_A_HEAD = {"attn.out": 1, "mlp.down": 4}
 _OF_VOCABULARY = ("wte", "lm_head")
-_GROUPED = ("int6", "nl4", "int4", "nf4")  # whose columns share weights' scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +67,10 @@ class Cuts:
         schemes: of every matrix, by its name.
         Raises: UsageError where there are more ranks than pieces to give them.
         """
-        stored = _joint(schemes, config.head_dim, _GROUPED)
+        stored = _joint(schemes, config.head_dim, GROUPED)
         # Activations of int8 share scales too: with cuts between them the codes are those of one
         # process. Where that leaves a rank without heads, its first group is a smaller one.
-        rounded = _joint(schemes, config.head_dim, (*_GROUPED, "int8"))
+        rounded = _joint(schemes, config.head_dim, (*GROUPED, "int8"))
         most = -(-config.n_head // stored)
         if not 1 <= world <= min(most, config.vocab_size):
             raise UsageError(

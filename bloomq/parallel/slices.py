@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bloomq.errors import UsageError
 from bloomq.parallel.cuts import Cut
 from bloomq.schemes import (
+    GROUPED,
     ROW_MULTIPLE,
     TILE,
     Array,
@@ -57,7 +58,7 @@ def part_of(matrix: Matrix, cut: Cut, rank: int) -> Matrix:
 
 def _check_groups(matrix: Matrix, start: int, stop: int) -> None:
     scheme, k = matrix.scheme, matrix.shape[1]
-    if scheme.name == "int8" or scheme.is_float:  # a scale of each row, or none
+    if scheme.name not in GROUPED:  # a scale of each row, or none
         return
     if start % scheme.group_size or (stop % scheme.group_size and stop != k):
         raise UsageError(

@@ -195,10 +195,9 @@ def _step_scale(h, at, first, lanes, codes, scale, errors, g, step, change):  # 
 
 
 @cached
-def _step_code(h, k, first, lanes, book, codes, scale, errors, g, step):  # type: ignore[no-untyped-def]
+def _step_code(h, k, first, lanes, book, codes, scale, errors, g, step, wanted, numbers):  # type: ignore[no-untyped-def]
     """Set a column's codes to the best for all else."""
     changed = False
-    wanted, numbers = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
     for lane in range(lanes):
         s = scale[first + lane]
         inverse = np.float32(0) if s == 0 else np.float32(1) / s
@@ -224,6 +223,7 @@ def descend_block(  # type: ignore[no-untyped-def]
     their errors, h the block's own part. book: see `book_of`; free: the scales may change."""
     g = np.empty((gradient.shape[0], _LANES), np.float32)
     change, step = np.empty((group, _LANES), np.float32), np.empty(_LANES, np.float32)
+    wanted, numbers = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
     for first in range(begin, end, _LANES):
         lanes = min(_LANES, end - first)
         for k in range(g.shape[0]):
@@ -234,7 +234,7 @@ def descend_block(  # type: ignore[no-untyped-def]
             if free:
                 _step_scale(h, at, first, lanes, codes, scale, errors, g, step, change)
             for k in range(at, at + group):
-                _step_code(h, k, first, lanes, book, codes, scale, errors, g, step)
+                _step_code(h, k, first, lanes, book, codes, scale, errors, g, step, wanted, numbers)
 
 
 @cached

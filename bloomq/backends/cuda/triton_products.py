@@ -25,6 +25,7 @@ import triton.language as tl
 
 from bloomq.backends.cuda.stored import BOOKS
 from bloomq.backends.cuda.triton_gemv import finished, gemv
+from bloomq.schemes import GROUPED
 
 MOST_TOKENS = 64  # of `product`; more are a matrix product like any other
 X_GROUP = 128  # columns that share a scale of int8 activations, as on the CPU: schemes.py
@@ -38,7 +39,6 @@ Kind = Literal["book", "int4", "byte", "float"]
 _KINDS: dict[str, Kind] = {
     "nl4": "book", "nf4": "book", "int4": "int4", "int8": "byte", "int6": "byte"
 }  # fmt: skip
-_GROUPED = ("nl4", "int4", "nf4", "int6")  # whose columns share scales
 Case = Literal["one", "few", "tile", "wide"]
 _MAGIC = 0x4B000000  # 2^23 as float32
 _MOST_ROWS = 65535  # of a grid's second dimension
@@ -246,7 +246,7 @@ def takes(
     """Can `product` take m tokens of `dtype` and k columns, padded as `Scheme.padded` has them?"""
     if not 1 <= m <= MOST_TOKENS or k % IN_16_BYTES[scheme]:
         return False
-    if scheme in _GROUPED and k % group_size:
+    if scheme in GROUPED and k % group_size:
         return False
     if dtype == torch.int8:
         return scheme == "int8" and k % X_GROUP == 0
@@ -287,7 +287,7 @@ def product(
     kind = _kind(scheme)
     k = codes.shape[1] * (2 if kind in ("book", "int4") else 1)
     cut = blocks or blocks_for(scheme, m, n, k, x.dtype)
-    group = group_size if scheme in _GROUPED else 0
+    group = group_size if scheme in GROUPED else 0
     scale = None if kind == "float" else scales
     book = _book(scheme, x.device) if kind == "book" else None
     out = torch.empty((m, n), dtype=out_dtype, device=x.device)
@@ -356,12 +356,12 @@ def plain_weights(
     if _kind(scheme) == "float":
         return codes.float()
     assert scales is not None
-    values = codes.float()
-    if _kind(scheme) != "byte":
+    if _kind(scheme) == "byte":
+        values = codes.float()
+    else:
         pairs = torch.stack([codes >> 4, codes & 15], dim=2).flatten(1)
-        values = pairs.float() - 8
-        if _kind(scheme) == "book":
-            values = _book(scheme, codes.device)[pairs.long()]
+        is_book = _kind(scheme) == "book"
+        values = _book(scheme, codes.device)[pairs.long()] if is_book else pairs.float() - 8
     if scheme == "int8":
         return values * scales[:, None]
     return values * scales.float().repeat_interleave(group_size, dim=1)
