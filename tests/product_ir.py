@@ -22,7 +22,7 @@ def linear_module(spec: Spec) -> ir.Module:
     """A module with all that a linear layer is made of: `quantize`, `product` and `finish`, whose
     arguments are those of `quantize_row`, `multiply_tiles` and `finish_tiles` behind the spec."""
     module = product_module(spec)
-    _add(module, spec, "finish", 7, lambda v, *args: _emit_finish(v, spec, *args))
+    _add(module, spec, "finish", 8, lambda v, *args: _emit_finish(v, spec, *args))
     _add(
         module,
         spec,

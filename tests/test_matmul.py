@@ -11,7 +11,7 @@ from bloomq.backends.numba_cpu.matmul import Spec
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nl4", "nf4"])
-def test_a_streaming_processor_is_not_asked_for_one_tile(
+def test_a_streaming_processor_is_not_asked_for_one_token(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ):
     group = 128 if scheme == "int8" else 64
@@ -24,8 +24,22 @@ def test_a_streaming_processor_is_not_asked_for_one_tile(
     assert "llvm.prefetch" in str(product_module(two))
 
 
+@pytest.mark.parametrize("tier", ["avx512-vnni", "avx2"])
+def test_one_token_of_4_bit_codes_streams_from_both_halves_of_a_matrix(tier: str):
+    for scheme, far in (
+        ("nl4", True),
+        ("int4", True),
+        ("nf4", True),
+        ("int8", False),
+        ("int6", False),
+        ("bf16", False),
+    ):
+        assert Spec(scheme, 64, tier, 1).far == far
+        assert not Spec(scheme, 64, tier, 4).far
+
+
 @pytest.mark.parametrize("scheme", ["nl4", "nf4"])
-def test_codes_of_one_tile_are_permuted_where_the_processor_can(
+def test_codes_of_one_token_are_permuted_where_the_processor_can(
     scheme: str, monkeypatch: pytest.MonkeyPatch
 ):
     one, two = (Spec(scheme, 64, "avx512-vnni", tokens) for tokens in (1, 8))

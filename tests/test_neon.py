@@ -48,33 +48,40 @@ def test_an_arm_processor_with_dot_products_gets_this_tier():
 
 
 class Layer:
-    """A tile of a linear layer with gelu on a few tokens, in one stretch of memory."""
+    """The tiles of one call, as a linear layer with gelu on a few tokens, in one stretch of
+    memory."""
 
     def __init__(self, scheme: str, tokens: int, limbs: int) -> None:
         stored, rng = get_scheme(scheme), np.random.default_rng(tokens)
         self.scheme, self.group, self.tokens, self.limbs = stored, stored.group_size, tokens, limbs
-        k = GROUPS * self.group
-        parts = stored.quantize(rng.normal(0, 0.02, (TILE, k)).astype(np.float32))
+        self.tiles, k = self.spec("neon").tiles, GROUPS * self.group
+        rows = TILE * self.tiles
+        parts = stored.quantize(rng.normal(0, 0.02, (rows, k)).astype(np.float32))
         x = rng.normal(0, 1, (tokens, k)).astype(np.float32)
-        bias = rng.normal(0, 1, TILE).astype(np.float32)
+        bias = rng.normal(0, 1, rows).astype(np.float32)
         self.at: dict[str, int] = {}
         self.memory = bytearray()
-        given = {"codes": parts["codes"][0], "x": x, "bias": bias}
-        given["scales"] = parts["scales"][:TILE] if scheme == "int8" else parts["scales"][0]
+        given = {"codes": parts["codes"], "scales": parts["scales"], "x": x, "bias": bias}
+        self.tile_bytes = [given[name].nbytes // self.tiles for name in ("codes", "scales")]
         for name, array in given.items():
             self._put(name, np.ascontiguousarray(array))
         self._put("acts", np.zeros((k, tokens, limbs), np.int8))
         for name, dtype in (("act_scales", np.float32), ("act_sums", np.int32)):
             self._put(name, np.zeros((GROUPS, tokens), dtype))
         for name in ("totals", "y"):
-            self._put(name, np.zeros((tokens, TILE), np.float32))
+            self._put(name, np.zeros((tokens, rows), np.float32))
 
     def _put(self, name: str, array: Array) -> None:
         self.at[name] = len(self.memory)
         self.memory += array.tobytes() + bytes(-array.nbytes % 64)
 
+    def spec(self, tier: str) -> Spec:
+        return Spec(self.scheme.name, self.group, tier, self.tokens, self.limbs)
+
     def module(self, tier: str) -> ir.Module:
-        return linear_module(Spec(self.scheme.name, self.group, tier, self.tokens, self.limbs))
+        spec = self.spec(tier)
+        assert spec.tiles == self.tiles
+        return linear_module(spec)
 
     def calls(self, tier: str) -> list[Call]:
         at = {name: MEMORY + offset for name, offset in self.at.items()}
@@ -85,14 +92,17 @@ class Layer:
                           at["act_scales"] + 4 * t, at["act_sums"] + 4 * t))
             for t in range(self.tokens)
         ]  # fmt: skip
-        product = (at["codes"], 0, at["scales"], 0, at["acts"], at["act_scales"], at["act_sums"],
-                   GROUPS, at["totals"])  # fmt: skip
-        finish = (at["totals"], at["bias"], 0, 1, 0, at["y"], 4 * TILE)
+        tile_codes, tile_scales = self.tile_bytes
+        product = (at["codes"], tile_codes, at["scales"], tile_scales, at["acts"],
+                   at["act_scales"], at["act_sums"], GROUPS, at["totals"])  # fmt: skip
+        row_bytes = 4 * TILE * self.tiles
+        finish = (at["totals"], at["bias"], 0, 1, 0, at["y"], row_bytes, 4 * TILE)
         return [*quantized, ("product", product), ("finish", finish)]
 
     def array(self, name: str, memory: bytes) -> np.ndarray:
-        count = self.tokens * TILE
-        return np.frombuffer(memory, np.float32, count, self.at[name]).reshape(-1, TILE)
+        rows = TILE * self.tiles
+        count = self.tokens * rows
+        return np.frombuffer(memory, np.float32, count, self.at[name]).reshape(-1, rows)
 
 
 def on_this_machine(layer: Layer, tier: str) -> bytes:

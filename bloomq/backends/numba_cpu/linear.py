@@ -41,43 +41,52 @@ def multiply(spec_text: str) -> Any:
     """The product of blocks of tokens with tiles of quantized weights. Units: pairs of tiles.
 
     Arguments: codes, scales, K, acts, act scales, act sums, bias, delta, gelu, add (0: none), y,
-    stride of y, delta and add in bytes, blocks.
+    stride of y, delta and add in bytes, blocks, pairs of the matrix.
+
+    The pairs of a `far` spec are a tile of the matrix's first half and one of its second: what lies
+    behind a tile is read after it, so that a thread has two streams as long as its units follow one
+    another.
     """
     spec = Spec.parse(spec_text)
     text, group, k4_bytes, tokens = spec_text, spec.group, spec.bytes_per_k4, spec.tokens
     tiles, rows, row_scales, columns = spec.tiles, spec.rows, spec.scheme == "int8", _COLUMNS
+    far = spec.far
 
     @kernel
     def multiply(arguments, first, last):  # type: ignore[no-untyped-def]
         (
             codes, scales, k, acts, act_scales, act_sums, bias, delta, gelu, add, y, stride, blocks,
-        ) = fields(arguments, 13)  # fmt: skip
+            pairs,
+        ) = fields(arguments, 14)  # fmt: skip
         groups, tile_codes = k // group, k // 4 * k4_bytes
         tile_scales, group_scales = (64, 0) if row_scales else (groups * 32, 32)
         part = groups if blocks <= _FEW_BLOCKS else columns // group
         size = 4 * TILE * tiles * tokens  # bytes of a block's totals
         totals = np.zeros((last - first) * blocks * 2 * TILE * tokens + TILE, np.float32)
         start = (address(totals) + 63) // 64 * 64
+        begin, step, apart = (first, 1, pairs) if far else (2 * first, tiles, 1)
+        end = begin + 2 * (last - first) // tiles * step
         for g in range(0, groups, part):
             count = min(part, groups - g)
             for block in range(blocks):
                 meta = 4 * tokens * (block * groups + g)
                 to = start + block * size
-                for tile in range(2 * first, 2 * last, tiles):
+                for tile in range(begin, end, step):
                     multiply_tiles(
-                        text, codes + tile * tile_codes + g * group // 4 * k4_bytes, tile_codes,
-                        scales + tile * tile_scales + g * group_scales, tile_scales,
+                        text, codes + tile * tile_codes + g * group // 4 * k4_bytes,
+                        apart * tile_codes,
+                        scales + tile * tile_scales + g * group_scales, apart * tile_scales,
                         acts + rows * (block * k + g * group), act_scales + meta,
                         act_sums + meta, count, to,
                     )  # fmt: skip
                     to += blocks * size
-        for tile in range(2 * first, 2 * last, tiles):
+        for tile in range(begin, end, step):
             at = 64 * tile
             for block in range(blocks):
                 row = at + tokens * block * stride
                 finish_tiles(
                     text, start, bias + at if bias else 0, delta + row if delta else 0, gelu,
-                    add + row if add else 0, y + row, stride,
+                    add + row if add else 0, y + row, stride, 64 * apart,
                 )  # fmt: skip
                 start += size
         keep(totals)
@@ -112,7 +121,7 @@ def multiply_float(spec_text: str) -> Any:
                 )  # fmt: skip
                 finish_tiles(
                     text, address(totals), bias + at if bias else 0, delta + row if delta else 0,
-                    gelu, add + row if add else 0, y + row, stride,
+                    gelu, add + row if add else 0, y + row, stride, 64,
                 )  # fmt: skip
         keep(totals)
 
@@ -180,7 +189,7 @@ class Product:
         )  # fmt: skip
         program.add(
             multiply(self._spec(tokens)), self._pairs, self._pairs_of(_CHUNK_BYTES, blocks),
-            self.codes, self.scales, self.k, *to, *end, blocks,
+            self.codes, self.scales, self.k, *to, *end, blocks, self._pairs,
             most=self._pairs_of(_MOST_BYTES, blocks), touched=self.nbytes,
         )  # fmt: skip
 

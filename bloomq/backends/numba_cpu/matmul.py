@@ -41,10 +41,10 @@ from bloomq.backends.numba_cpu.simd import (
 )
 from bloomq.schemes import GRIDS, NF4_INT8_CODEBOOK
 
-# Codes and scales are asked for so far ahead: some 100 ns at full bandwidth. Of two tiles that are
-# read side by side the first would run into the second, so where a pair leaves the level-2 cache
-# room, the same place of the next pair is asked for. One tile's single stream is fetched unasked by
-# `_STREAMING` processors: there asking costs more than it gains (docs/experiments.md).
+# Codes and scales are asked for so far ahead: some 100 ns at full bandwidth. Of two tiles that lie
+# side by side the first would run into the second, so where a pair leaves the level-2 cache room,
+# the same place of the next pair is asked for. Long streams are fetched unasked by `_STREAMING`
+# processors: there asking costs more than it gains (docs/experiments.md).
 _AHEAD_BYTES, _SCALES_AHEAD_BYTES = 4096, 1024
 _PAIR_BYTES = 64 << 10
 _STREAMING = ("znver4",)
@@ -75,11 +75,24 @@ class Spec:
         return self.tokens * self.limbs
 
     @property
+    def streams(self) -> bool:
+        """Does reading the codes take the time, not the products?"""
+        return self.rows <= 2
+
+    @property
     def tiles(self) -> int:
-        """Tiles of a call: where products take the time, two, which share each activation loaded,
-        if 32 registers of 16 lanes hold their sums; where memory does, one, since then a thread
-        reads it in one stream."""
-        return 2 if self.tier == "avx512-vnni" and self.rows > 2 else 1
+        """Tiles of a call, which share each activation loaded. Where the products take the time
+        two, if 32 registers of 16 lanes hold their sums. Where reading does two of 4-bit codes, far
+        apart, each in a stream of its own; wider codes come as fast in one (docs/experiments.md).
+        """
+        if self.streams:
+            return 2 if self.bytes_per_k4 == 32 and not self.is_float else 1
+        return 2 if self.tier == "avx512-vnni" else 1
+
+    @property
+    def far(self) -> bool:
+        """Is a call's second tile one of the matrix's other half, not the next?"""
+        return self.streams and self.tiles == 2
 
     @property
     def signed(self) -> bool:
@@ -162,7 +175,7 @@ def _distances(
 ) -> tuple[ir.Value | None, ir.Value | None]:
     """How far ahead codes and scales are asked for, in bytes; None: not at all."""
     b = v.b
-    if spec.tiles == 1:
+    if spec.far or spec.tiles == 1:
         streaming = cpu_name() in _STREAMING
         return (None, None) if streaming else (I64(_AHEAD_BYTES), I64(_SCALES_AHEAD_BYTES))
     pair, scales_pair = b.mul(I64(2), tile_codes), b.mul(I64(2), tile_scales)
@@ -200,38 +213,40 @@ def _fold(
 @intrinsic(prefer_literal=True)
 def finish_tiles(
     typingctx: Any, spec: Any, totals: Any, bias: Any, delta: Any, gelu: Any, add: Any, y: Any,
-    stride: Any,
+    stride: Any, tile_rows: Any,
 ) -> Any:  # fmt: skip
-    """y [tokens, 16 * tiles] = gelu(totals + bias + delta) + add.
+    """y [tokens, 16 of each tile] = gelu(totals + bias + delta) + add.
 
-    bias: address of the tiles' (0: none); gelu: 0 or 1; delta, add: address of the first token's
-    (0: none); y: address of the first output; stride: of y, delta and add, in bytes.
+    bias: address of the first tile's (0: none); gelu: 0 or 1; delta, add: address of the first
+    token's (0: none); y: address of the first output; stride: of y, delta and add, in bytes;
+    tile_rows: how far a tile's bias, delta, add and y lie after the last one's, in bytes.
     """
-    return emitter(_emit_finish, Spec.parse, spec, (totals, bias, delta, gelu, add, y, stride))
+    rest = (totals, bias, delta, gelu, add, y, stride, tile_rows)
+    return emitter(_emit_finish, Spec.parse, spec, rest)
 
 
 def _emit_finish(
     v: Vectors, spec: Spec, totals: ir.Value, bias: ir.Value, delta: ir.Value, gelu: ir.Value,
-    add: ir.Value, y: ir.Value, stride: ir.Value,
+    add: ir.Value, y: ir.Value, stride: ir.Value, tile_rows: ir.Value,
 ) -> None:  # fmt: skip
     b = v.b
     with cgutils.for_range(b, I64(spec.tokens), intp=I64) as loop:  # a loop, since gelu is long
         row = b.mul(loop.index, stride)
         source = v.at(totals, b.mul(loop.index, I64(4 * LANES * spec.tiles)))
         for tile in range(spec.tiles):
-            at = 4 * LANES * tile
-            slot = v.at(source, at)
+            at = b.mul(I64(tile), tile_rows)
+            slot = v.at(source, 4 * LANES * tile)
 
             def plus(first: ir.Value, offset: ir.Value, slot: ir.Value = slot) -> None:
                 with b.if_then(b.icmp_signed("!=", first, I64(0))):
                     other = v.load(v.at(first, offset), V16F)
                     v.store(b.fadd(v.load(slot, V16F), other), slot)
 
-            plus(bias, I64(at))
-            plus(delta, b.add(row, I64(at)))
+            plus(bias, at)
+            plus(delta, b.add(row, at))
             with b.if_then(b.icmp_signed("!=", gelu, I64(0))):
                 v.store(v.gelu(v.load(slot, V16F)), slot)
-            plus(add, b.add(row, I64(at)))
+            plus(add, b.add(row, at))
             v.store(v.load(slot, V16F), v.at(v.at(y, row), at))
 
 
@@ -261,7 +276,7 @@ def _weight_bytes(
     if spec.scheme == "int8":
         return [v.prepare(part, signed=True) for part in loaded]
     book = _book(v, spec)
-    if book and spec.tiles == 1 and v.tier == "avx512-vnni" and "avx512vbmi" in cpu_features():
+    if book and spec.streams and v.tier == "avx512-vnni" and "avx512vbmi" in cpu_features():
         return [half for part in loaded for half in v.listed_nibbles(part, book)]
     nibbles = [half for part in loaded[:2] for half in v.nibbles(part)]
     if spec.scheme == "int6":
@@ -304,8 +319,8 @@ def _group_int(
     """int32 sums [rows][tiles][16 rows] over one group, 16 columns to an iteration: with 32 of
     them LLVM loads ahead of the accumulators, and spills."""
     k_base = v.b.mul(g, I64(spec.group))
-    # One row would be one chain of dot products, each some 4 cycles behind the last: so two.
-    chains = 2 if spec.rows == 1 else 1
+    # One sum would be one chain of dot products, each some 4 cycles behind the last: so two.
+    chains = 2 if len(start) == 1 else 1
 
     def body(step: ir.Value, sums: list[ir.Value]) -> None:
         k = v.at(k_base, v.b.mul(step, I64(_STEP)))
