@@ -3,6 +3,8 @@
     python benchmarks/peers.py --work DIR --install        once: the peers, in DIR/venv
     python benchmarks/peers.py --work DIR [--models bloom-560m bloom-7b1] [--peers llama.cpp ...]
                                [--repeat 5] [--threads N] [--json FILE] [--plot FILE.png]
+    python benchmarks/peers.py --work DIR --avx2 ...       everyone, bloomq too, as on a processor
+                                                           that has AVX2 at most; installed apart
     python benchmarks/peers.py --work DIR --quality        perplexity of their 4-bit files and ours,
                                [--checkpoint DIR]          of the demo or another small checkpoint
 
@@ -19,114 +21,52 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 from peer_process import Child, PeerError, memory_mb
-from quality import log_softmax, mean_loss, read_windows
+from peer_quality import measure_quality
+from peer_setup import (
+    AVX2_BUILD,
+    AVX2_PEERS,
+    DEMO,
+    HERE,
+    NATIVE_BUILD,
+    PEERS,
+    SETTINGS,
+    WORKER,
+    Bench,
+    Setting,
+    checkpoint,
+    install,
+    lower_to_avx2,
+    pack,
+    prepare,
+)
 from speed import cpu_name
 
 import bloomq
-from bloomq import converters, schemes
 
-HERE = Path(__file__).resolve().parent
-WORKER = HERE / "peer_worker.py"
-DEMO = HERE.parent / "tests/data/bloom-demo"
-# transformers: the newest that this optimum-intel takes.
-REQUIREMENTS = (
-    "llama-cpp-python==0.3.36", "gguf==0.19.0", "ctranslate2==4.8.5", "transformers==5.5.4",
-    "torch==2.13.0", "openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0",
-    "matplotlib>=3.10",
-)  # fmt: skip
 TESTS = {"pp512": ("pp 512", 512), "tg32": ("tg 32 8", 32)}  # command, tokens
 QUIET = 0.2  # processors that anything else may keep busy beside a sample
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A peer as it is run. file: what it loads, "" for the checkpoint; scheme: bloomq's, beside."""
-
-    engine: str
-    name: str
-    file: str
-    scheme: str
-    option: str = ""
-
-
-SETTINGS = (
-    Setting("llama.cpp", "Q4_0", "q4_0.gguf", "nl4"),
-    Setting("llama.cpp", "Q4_K_M", "q4_k_m.gguf", "nl4"),
-    Setting("llama.cpp", "Q4_K_M, no repack", "q4_k_m.gguf", "nl4", "no-repack"),
-    Setting("llama.cpp", "Q8_0", "q8_0.gguf", "int8"),
-    Setting("ctranslate2", "int8", "ctranslate2-int8", "int8"),
-    Setting("ctranslate2", "int8, ISA AVX512", "ctranslate2-int8", "int8", "AVX512"),
-    Setting("transformers", "bf16", "", "nl4"),
-    Setting("openvino", "int4 g128", "openvino-int4", "nl4"),
-)
-# Compared in quality.
-OURS: tuple[tuple[str, dict[str, object]], ...] = (
-    ("int8", {"scheme": "int8"}),
-    ("nl4", {}),
-    ("nl4, groups of 32", {"scheme": "nl4", "group_size": 32}),
-    ("nl4, head nl4", {"head_scheme": "nl4"}),
-    ("int4, groups of 32", {"scheme": "int4", "group_size": 32}),
-)
-PEERS = tuple(dict.fromkeys(setting.engine for setting in SETTINGS))
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """What every step needs: where files lie, and who runs what."""
-
-    work: Path
-    python: Path  # the peers'
-    threads: int
-    repeat: int
-
-    def files(self, model: str) -> Path:
-        return self.work / "peers" / model
-
-    def log(self, name: str) -> Path:
-        return self.work / "peers" / "logs" / f"{name.replace(' ', '-').replace(',', '')}.log"
-
-    def serve(self, engine: str, path: Path, option: str = "") -> Child:
-        ours = engine in ("bloomq", "bandwidth")
-        python = sys.executable if ours else self.python
-        command = (python, WORKER, "serve", engine, path, self.threads, option)
-        log = self.log(f"{engine} {path.name}")
-        return Child(command, log, self.threads, yield_=not ours)
-
-    def work_on(self, name: str, *arguments: object, python: object = None) -> None:
-        """Run a preparing command to its end, and say how long it took."""
-        started = time.perf_counter()
-        print(f"preparing {name} ... ", end="", flush=True)
-        with Child((python or self.python, *arguments), self.log(name), self.threads) as child:
-            try:
-                child.finish()
-            except PeerError:
-                print("failed")
-                raise
-        print(f"{time.perf_counter() - started:.0f} s")
 
 
 def main() -> None:
     args = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through every `with`: ends children
-    venv = args.venv or args.work / "venv"
+    venv = args.venv or args.work / ("venv-avx2" if args.avx2 else "venv")
     if args.install:
-        install(venv)
+        install(venv, AVX2_BUILD if args.avx2 else NATIVE_BUILD)
         return
+    if args.avx2:
+        lower_to_avx2()
     python = venv.absolute() / "bin" / "python"
     if not python.exists():
         sys.exit(f"error: {python}: no peers here: run once with --install")
@@ -134,7 +74,10 @@ def main() -> None:
     if args.quality:
         measure_quality(bench, args.checkpoint, args.text, args.tokens, args.window)
         return
-    rows = compare_all(bench, args.models, args.peers, args.json)
+    settings = [s for s in SETTINGS if s.engine in args.peers]
+    if args.avx2:
+        settings = [s for s in settings if s.option != "AVX512"]
+    rows = compare_all(bench, args.models, settings, args.json)
     if args.plot and rows:
         draw(bench, rows, args.plot)
 
@@ -143,9 +86,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--venv", type=Path, help="the peers' environment (default: WORK/venv)")
+    parser.add_argument("--avx2", action="store_true", help="as where there is no AVX-512")
     parser.add_argument("--install", action="store_true", help="make that environment, then end")
     parser.add_argument("--models", nargs="+", default=["bloom-560m"])
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS)
+    parser.add_argument("--peers", nargs="+", choices=PEERS)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="append every sample here, as JSON lines")
@@ -157,6 +101,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8000, help="of each file, for --quality")
     parser.add_argument("--window", type=int, default=256, help="for --quality")
     args = parser.parse_args()
+    known = AVX2_PEERS if args.avx2 else PEERS
+    args.peers = args.peers or known
+    if unknown := set(args.peers).difference(known):
+        parser.error(
+            f"--avx2 with {', '.join(sorted(unknown))}: only {', '.join(known)} can be kept to it"
+        )
     if args.quality and not args.text.exists():
         parser.error(f"{args.text}: no such text: name a file or folder with --text")
     if args.quality and not (args.checkpoint / "config.json").is_file():
@@ -164,21 +114,8 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def install(venv: Path) -> None:
-    """The peers at pinned versions, llama.cpp compiled for this very processor."""
-    if not (venv / "bin" / "python").exists():
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    environment = {**os.environ, "CMAKE_ARGS": "-DGGML_NATIVE=ON"}
-    command: list[str | Path] = [venv / "bin" / "python", "-m", "pip", "install", *REQUIREMENTS]
-    command += ["--no-binary", "llama-cpp-python"]
-    subprocess.run(command, check=True, env=environment)
-    # optimum-intel brings torchvision, whose operators are those of another build of torch where
-    # that is a CPU one: transformers then cannot import BLOOM. No peer here looks at pictures.
-    subprocess.run([*command[:3], "uninstall", "--yes", "torchvision"], check=True)
-
-
 def compare_all(
-    bench: Bench, models: Sequence[str], peers: Sequence[str], target: Path | None
+    bench: Bench, models: Sequence[str], settings: Sequence[Setting], target: Path | None
 ) -> list[dict[str, Any]]:
     """Every pairing that works; a line for each that does not."""
     rows: list[dict[str, Any]] = []
@@ -188,7 +125,7 @@ def compare_all(
         for model in models:
             flash: str | None = None
             checkpoint(bench, model)
-            for setting in (s for s in SETTINGS if s.engine in peers):
+            for setting in settings:
                 try:
                     path = prepare(bench, model, setting)
                     if setting.engine == "llama.cpp" and flash is None:
@@ -202,7 +139,9 @@ def compare_all(
                     report(row, with_head=not rows)
                     rows.append(row)
                 append(target, fresh)
-            if "llama.cpp" in peers:  # its quantized files are there: 14 GB less for bloom-7b1
+            if (
+                bench.files(model) / "f16.gguf"
+            ).exists():  # its quantized files are there: 14 GB less for bloom-7b1
                 (bench.files(model) / "f16.gguf").unlink(missing_ok=True)
     return rows
 
@@ -224,99 +163,6 @@ def describe_machine(bench: Bench, bandwidth: Child) -> dict[str, Any]:
         "load": load, "bandwidth_gb_s": samples, "bloomq": bloomq.__version__,
         "commit": git.stdout.strip(), "python": platform.python_version(),
     }  # fmt: skip
-
-
-def checkpoint(bench: Bench, model: str) -> Path:
-    path = bench.work / model
-    if not (path / "config.json").exists():
-        subprocess.run([sys.executable, HERE / "make_checkpoint.py", model, path], check=True)
-    return path
-
-
-def pack(bench: Bench, model: str, scheme: str) -> Path:
-    """bloomq's own file, made again where it is older than the code that makes it."""
-    path = bench.work / f"{model}-{scheme}"
-    manifest = path / "manifest.json"
-    code = [Path(schemes.__file__), *Path(converters.__file__).parent.glob("*.py")]
-    newest = max(file.stat().st_mtime for file in code)
-    if not manifest.exists() or manifest.stat().st_mtime < newest:
-        bench.work_on(
-            f"{model} bloomq {scheme}", "-m", "bloomq", "convert", bench.work / model, path,
-            "--scheme", scheme, "--force", python=sys.executable,
-        )  # fmt: skip
-    return path
-
-
-def prepare(bench: Bench, model: str, setting: Setting) -> Path:
-    """What a setting loads, made where it is missing. Raises: PeerError."""
-    source = bench.work / model
-    folder = bench.files(model)
-    target = folder / setting.file
-    if not setting.file:
-        return for_transformers(source, folder / "checkpoint")
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with building(target) as part:
-        name = f"{model} {setting.file}"
-        if setting.engine == "llama.cpp":
-            quantize(bench, source, folder / "f16.gguf", part, target.stem)
-        elif setting.engine == "ctranslate2":
-            check_disk(source, folder, 0.6)
-            foreign = for_transformers(source, folder / "checkpoint")
-            bench.work_on(name, WORKER, "ctranslate2", foreign, part)
-        else:
-            check_disk(source, folder, 1.4)  # the whole model comes first, in a temporary folder
-            foreign = for_transformers(source, folder / "checkpoint")
-            bench.work_on(
-                name, bench.python.parent / "optimum-cli", "export", "openvino",
-                "--model", foreign, "--task", "text-generation-with-past",
-                "--weight-format", "int4", "--group-size", "128", "--sym", part,
-            )  # fmt: skip
-    return target
-
-
-@contextmanager
-def building(target: Path) -> Iterator[Path]:
-    """Where to write, so that `target` is there only when it is whole."""
-    part = target.with_name(f"{target.name}.part")
-    try:
-        yield part
-        part.rename(target)
-    finally:
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
-
-
-def quantize(bench: Bench, source: Path, whole: Path, target: Path, kind: str) -> None:
-    """Checkpoint -> F16 GGUF (kept until the model's last setting) -> a quantized one."""
-    if not whole.exists():
-        check_disk(source, target.parent, 1.6)  # the two together
-        with building(whole) as part:
-            bench.work_on(f"{source.name} f16.gguf", WORKER, "gguf", source, part)
-    check_disk(source, target.parent, 0.6)  # Q8_0: 8.5 of 16 bits
-    bench.work_on(f"{source.name} {kind}.gguf", WORKER, "quantize", whole, target, kind)
-
-
-def check_disk(source: Path, folder: Path, share: float) -> None:
-    needed = share * sum(file.stat().st_size for file in source.glob("*.safetensors")) / 1e9
-    free = shutil.disk_usage(folder).free / 1e9
-    if free < needed:
-        raise PeerError(f"preparing needs {needed:.0f} GB of disk, {free:.0f} are free")
-
-
-def for_transformers(source: Path, folder: Path) -> Path:
-    """The checkpoint as transformers wants it: an index with metadata, and a tokenizer, for which
-    the demo's will do, because only ids are used."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [file for file in source.iterdir() if file.is_file()]
-    files += [file for file in DEMO.iterdir() if "token" in file.name]
-    for file in files:
-        target = folder / file.name
-        if file.name.endswith(".index.json"):
-            target.write_text(json.dumps({"metadata": {}, **json.loads(file.read_text())}))
-        elif not target.exists():
-            target.symlink_to(file.resolve())
-    return folder
 
 
 def choose_flash(bench: Bench, path: Path) -> str:
@@ -462,58 +308,6 @@ def draw(bench: Bench, rows: list[dict[str, Any]], target: Path) -> None:
             bench.work_on(str(target), WORKER, "plot", data, target)
         except PeerError as error:
             print(f"no picture: {error}")
-
-
-def measure_quality(bench: Bench, source: Path, text: Path, tokens: int, window: int) -> None:
-    """Perplexity of a checkpoint at the compared settings, on the same ids and windows."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        bloomq.convert(source, folder / "f32", scheme="f32")
-        base = bloomq.load(folder / "f32")
-        windows = read_windows(base, text, tokens, window)
-        np.save(folder / "windows.npy", np.array(windows))
-        loss = np.array([mean_loss(log_softmax(base, ids), ids) for ids in windows])
-        print(f"{len(windows)} windows of {window} tokens, "
-              f"bloomq f32 perplexity {np.exp(loss.mean()):.3f}\n")  # fmt: skip
-        print(f"{'setting':22} {'bits':>5} {'perplexity':>10} {'change':>18}")
-        for number, (label, options) in enumerate(OURS):
-            bloomq.convert(source, folder / str(number), **options)  # type: ignore[arg-type]
-            model = bloomq.load(folder / str(number))
-            losses = [mean_loss(log_softmax(model, ids), ids) for ids in windows]
-            quality_line(f"bloomq {label}", model.pack.bits_per_weight, losses, loss)
-        for kind in ("f16", "q8_0", "q4_k_m", "q4_0", "iq4_nl"):
-            try:
-                facts = gguf_quality(bench, source, folder, kind)
-            except PeerError as error:
-                print(f"llama.cpp {kind}: skipped: {error}")
-                continue
-            quality_line(f"llama.cpp {kind}", facts["bits_per_weight"], facts["losses"], loss)
-
-
-def gguf_quality(bench: Bench, source: Path, folder: Path, kind: str) -> dict[str, Any]:
-    """The checkpoint's losses by window in llama.cpp. Raises: PeerError."""
-    target, whole = folder / f"{kind}.gguf", folder / "f16.gguf"
-    if not whole.exists():
-        run_quietly(bench, "gguf", source, whole)
-    if not target.exists():
-        run_quietly(bench, "quantize", whole, target, kind)
-    command = (bench.python, WORKER, "losses", target, folder / "windows.npy")
-    with Child(command, bench.log(f"losses {kind}"), bench.threads) as child:
-        return child.read()
-
-
-def run_quietly(bench: Bench, *arguments: object) -> None:
-    log = bench.log(f"demo {arguments[0]}")
-    with Child((bench.python, WORKER, *arguments), log, bench.threads) as child:
-        child.finish()
-
-
-def quality_line(name: str, bits: float, losses: Sequence[float], base: np.ndarray) -> None:
-    """Two standard errors of the difference in loss, windows as samples."""
-    difference = np.array(losses) - base
-    error = 200 * difference.std(ddof=1) / np.sqrt(len(losses))
-    print(f"{name:22} {bits:5.2f} {np.exp(np.mean(losses)):10.3f} "
-          f"{100 * np.expm1(difference.mean()):+9.3f} ± {error:.3f} %", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
