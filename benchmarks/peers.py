@@ -139,10 +139,8 @@ def compare_all(
                     report(row, with_head=not rows)
                     rows.append(row)
                 append(target, fresh)
-            if (
-                bench.files(model) / "f16.gguf"
-            ).exists():  # its quantized files are there: 14 GB less for bloom-7b1
-                (bench.files(model) / "f16.gguf").unlink(missing_ok=True)
+            # llama.cpp's quantized files are there: 14 GB less for bloom-7b1.
+            (bench.files(model) / "f16.gguf").unlink(missing_ok=True)
     return rows
 
 
