@@ -30,7 +30,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from bloomq.backends.numba_cpu.attention_parts import (
     CHUNK,
@@ -43,8 +42,8 @@ from bloomq.backends.numba_cpu.attention_parts import (
     soften,
     store_vector,
 )  # fmt: skip
-from bloomq.backends.numba_cpu.jit import kernel
-from bloomq.backends.numba_cpu.memory import address, fields, floats, keep, longs
+from bloomq.backends.numba_cpu.jit import VECTOR_SUMS, called, kernel
+from bloomq.backends.numba_cpu.memory import address, copy_bytes, fields, floats, keep, longs
 from bloomq.backends.numba_cpu.simd import LANES
 
 QUERIES = 8  # queries that share each loaded key and value in prefill
@@ -54,14 +53,14 @@ QUERIES = 8  # queries that share each loaded key and value in prefill
 # lengths.
 
 
-@njit
+@called()
 def _step_inputs(inputs):  # type: ignore[no-untyped-def]
     """Rows of the step, and the addresses of their tables of pages, starts and past lengths."""
     tables, _, n_rows, _, starts, past = fields(inputs, 6)
     return n_rows, tables, starts, past
 
 
-@njit
+@called()
 def _in_page(inputs, layer, head, n_head, vector_bytes, scale_bytes):  # type: ignore[no-untyped-def]
     """Where one head of one layer lies in every page, in bytes: its keys, values and their scales,
     and the largest |k| among the keys. See `pages.Layout`."""
@@ -74,7 +73,7 @@ def _in_page(inputs, layer, head, n_head, vector_bytes, scale_bytes):  # type: i
     )  # fmt: skip
 
 
-@njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")
+@called(fastmath=VECTOR_SUMS)
 def _length(x):  # type: ignore[no-untyped-def]
     """|x|, float32."""
     total = np.float32(0)
@@ -109,14 +108,14 @@ def store(dtype: str, width: int, tier: str) -> Any:
                 page = longs(longs(tables, n_rows)[r], position // PAGE + 1)[position // PAGE]
                 at = position % PAGE
                 source = qkv + token * stride + 4 * (3 * head + 1) * head_dim
-                lone[:head_dim] = floats(source, head_dim)
+                copy_bytes(address(lone), source, 4 * head_dim)
                 length, so_far = _length(lone), floats(page + longest, 1)
                 # NaN stays: a chunk with it is always read.
                 if at == 0 or not (np.isnan(so_far[0]) or so_far[0] > length):
                     so_far[0] = length
                 block = page + keys + (at // 16 * (16 * width) + at % 16) * size
                 store_vector(spec, address(lone), block, key_step, page + key_scales + 4 * at)
-                lone[:head_dim] = floats(source + 4 * head_dim, head_dim)
+                copy_bytes(address(lone), source + 4 * head_dim, 4 * head_dim)
                 value = page + values + at * width * size
                 store_vector(spec, address(lone), value, size, page + value_scales + 4 * at)
         keep(lone)

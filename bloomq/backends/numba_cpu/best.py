@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
+from bloomq.backends.numba_cpu.jit import called
 from bloomq.backends.numba_cpu.memory import as_float, floats, ints
 
 BLOCK = 64  # logits of a block: 3,920 of them in BLOOM's vocabulary, far more than the usual k
@@ -22,13 +23,13 @@ _INFINITY = 0x7F800000  # the bits of a float32
 _DIGIT = 8  # bits that a pass of the sort looks at
 
 
-@njit
+@njit(inline="always", error_model="numpy")
 def room_of(k):  # type: ignore[no-untyped-def]
     """Keys that a row's search needs memory for: twice k, and a block more than k at least."""
     return 2 * k + 2 * BLOCK
 
 
-@njit
+@njit(inline="always", error_model="numpy")
 def _ordered(bits):  # type: ignore[no-untyped-def]
     """The bits of a float32 as a whole number that orders as the float does."""
     if bits & 0x7FFFFFFF > _INFINITY:  # NaN
@@ -36,19 +37,19 @@ def _ordered(bits):  # type: ignore[no-untyped-def]
     return bits if bits >= 0 else -(bits & 0x7FFFFFFF)
 
 
-@njit
+@njit(inline="always", error_model="numpy")
 def key_of(bits, token):  # type: ignore[no-untyped-def]
     """The key of a token, from the bits of its logit."""
     return (0x7FFFFFFF - _ordered(bits)) << _ID_BITS | token
 
 
-@njit
+@njit(inline="always", error_model="numpy")
 def _float(ordered):  # type: ignore[no-untyped-def]
     """The float32 that `_ordered` gives this number for."""
     return as_float(ordered) if ordered >= 0 else -as_float(-ordered)
 
 
-@njit
+@called()
 def _bound(maxima, k):  # type: ignore[no-untyped-def]
     """A number that at least k of the maxima reach, and not many more where these differ."""
     low, high = -_INFINITY, _INFINITY
@@ -66,7 +67,7 @@ def _bound(maxima, k):  # type: ignore[no-untyped-def]
     return _float(low)
 
 
-@njit
+@called()
 def _keep_least(keys, count, k):  # type: ignore[no-untyped-def]
     """Move the least k of `count` keys to the front, in the order they are in; returns how many
     these are."""
@@ -95,7 +96,7 @@ def _keep_least(keys, count, k):  # type: ignore[no-untyped-def]
     return kept
 
 
-@njit
+@called()
 def sort_keys(keys, other, count):  # type: ignore[no-untyped-def]
     """Sort `count` keys that are in the order of their ids: by the digits of their logits, the last
     first. Returns what holds the result, `keys` or `other`."""
@@ -146,7 +147,7 @@ def lowest_bit(typingctx: Any, bits: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-@njit
+@called()
 def best_of_row(logits, v, maxima, k, keys, other, ids, best):  # type: ignore[no-untyped-def]
     """The best k of v logits at an address, from the largest of each BLOCK (NaN counting as
     -infinity): ids int64 [k], best float32 [k]. keys, other: room_of(k) int64 each."""

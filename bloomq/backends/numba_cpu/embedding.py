@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 
 from bloomq.backends.numba_cpu.jit import kernel
 from bloomq.backends.numba_cpu.memory import codes as int8_at
-from bloomq.backends.numba_cpu.memory import fields, floats, longs, octets
+from bloomq.backends.numba_cpu.memory import copy_bytes, fields, floats, longs, octets
 from bloomq.schemes import GRIDS, NF4_CODEBOOK, TILE
 
 
@@ -98,6 +98,6 @@ def take_rows() -> Any:
         inputs, index_at, x, stride, columns, out, out_stride = fields(arguments, 7)
         index = longs(longs(inputs, index_at + 1)[index_at], last)
         for i in range(first, last):
-            floats(out + i * out_stride, columns)[:] = floats(x + index[i] * stride, columns)
+            copy_bytes(out + i * out_stride, x + index[i] * stride, 4 * columns)
 
     return take_rows

@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from bloomq.backends.numba_cpu.jit import compiled
-from bloomq.backends.numba_cpu.memory import address, keep, shorts
+from bloomq.backends.numba_cpu.memory import address, copy_bytes, keep, shorts
 from bloomq.backends.numba_cpu.simd import F32, I64, LANES, V16F, V16I, V16S, Vectors
 from bloomq.levels import LEVELS
 
@@ -113,7 +113,7 @@ def row_levels(tier: str) -> Any:
                 count = min(BLOCK, v - start)
                 at, to = address(logits) + 4 * start, address(levels) + 2 * start
                 if count < BLOCK:
-                    rest[:count] = logits[start:]
+                    copy_bytes(address(rest), at, 4 * count)
                     rest[count:] = np.float32(-np.inf)
                     at, to = address(rest), address(ends)
                 level_terms(
@@ -126,7 +126,7 @@ def row_levels(tier: str) -> Any:
                     table[2 * LEVELS + here[i + 2]] += terms[i + 2]
                     table[3 * LEVELS + here[i + 3]] += terms[i + 3]
                 if count < BLOCK:
-                    levels[start:] = ends[:count]
+                    copy_bytes(address(levels) + 2 * start, address(ends), 2 * count)
             for level in range(LEVELS):
                 two = np.float64(table[level]) + np.float64(table[LEVELS + level])
                 more = np.float64(table[2 * LEVELS + level]) + np.float64(table[3 * LEVELS + level])

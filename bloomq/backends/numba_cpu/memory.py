@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import llvmlite.ir as ir
-from numba import carray, njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 I64 = ir.IntType(64)
 
@@ -60,19 +61,36 @@ def as_float(typingctx: Any, bits: Any) -> Any:
     return types.float32(types.int64), codegen
 
 
+@intrinsic
+def copy_bytes(typingctx: Any, to: Any, source: Any, count: Any) -> Any:
+    """Copy bytes from an address to another that is none of theirs. An array's slice set to another
+    array would do, but costs 2 s of compiling once, for the words of an error."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        into, out_of = (builder.inttoptr(at, ir.PointerType()) for at in args[:2])
+        cgutils.raw_memcpy(builder, into, out_of, args[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
 def _view(dtype: Any) -> Any:
-    """view(address, count): the values of this type at an address, as an array."""
+    """view(address, count): the values of this type at an address, as an array. `carray` does the
+    same, compiled anew for each type."""
+    array = types.Array(dtype, 1, "C")
 
     @intrinsic
-    def pointer(typingctx: Any, at: Any) -> Any:
+    def view(typingctx: Any, at: Any, count: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+            made = context.make_array(array)(context, builder)
+            size = I64(context.get_abi_sizeof(context.get_data_type(dtype)))
+            populate_array(
+                made, data=builder.inttoptr(args[0], made.data.type), shape=[args[1]],
+                strides=[size], itemsize=size, meminfo=None,
+            )  # fmt: skip
+            return made._getvalue()
 
-        return types.CPointer(dtype)(types.int64), codegen
-
-    @njit
-    def view(at, count):  # type: ignore[no-untyped-def]
-        return carray(pointer(at), count)
+        return array(types.int64, types.int64), codegen
 
     return view
 

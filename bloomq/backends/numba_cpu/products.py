@@ -19,12 +19,12 @@ from typing import Any
 
 import llvmlite.ir as ir
 import numpy as np
-from numba import int64, njit, types, void
+from numba import int64, types, void
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from bloomq.backends.numba_cpu.jit import best_tier, compiled, cpu_features
+from bloomq.backends.numba_cpu.jit import best_tier, called, compiled, cpu_features
 from bloomq.backends.numba_cpu.memory import address, floats, keep
 from bloomq.backends.numba_cpu.simd import F32, I64, LANES, V16F, Vectors, emitter
 
@@ -71,7 +71,7 @@ def _copy_strips(typingctx: Any, to: Any, source: Any, stride: Any, count: Any, 
     return types.void(*(types.int64,) * 5), codegen
 
 
-@njit
+@called()
 def _strips(to, source, stride, count, columns, unit):  # type: ignore[no-untyped-def]
     """Columns as strips [count, 16], with zeros up to a multiple of `unit` columns."""
     whole = columns // LANES

@@ -22,12 +22,12 @@ from typing import Any
 
 import llvmlite.ir as ir
 import numpy as np
-from numba import int64, njit, types, void
+from numba import int64, types, void
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from bloomq.backends.numba_cpu.jit import compiled
+from bloomq.backends.numba_cpu.jit import called, compiled
 
 Array = NDArray[Any]
 Number = int | float | np.floating[Any]
@@ -304,7 +304,7 @@ def _pause(typingctx: Any, offer: Any) -> Any:
     return types.void(types.int64), codegen
 
 
-@njit
+@called()
 def _work(table, first_operation, last_operation, counters, offer, threads, who):  # type: ignore[no-untyped-def]
     """One thread's way through some operations of a program."""
     stop, working, operations = counters + _STOP * LINE, counters + _WORKING * LINE, _FIRST * LINE

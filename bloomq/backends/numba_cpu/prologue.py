@@ -15,19 +15,24 @@ from typing import Any
 
 import llvmlite.ir as ir
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bloomq.backends.numba_cpu.jit import kernel
-from bloomq.backends.numba_cpu.memory import address, as_float, fields, floats, keep, longs
+from bloomq.backends.numba_cpu.jit import VECTOR_SUMS, called, kernel
+from bloomq.backends.numba_cpu.memory import (
+    address,
+    as_float,
+    copy_bytes,
+    fields,
+    floats,
+    keep,
+    longs,
+)
 from bloomq.backends.numba_cpu.simd import I32, I64, LANES, LIMB, V16B, V16F, Vectors
 
-# Sums may be vectorised; NaN and infinity keep their meaning (fastmath=True would drop them).
-_VECTOR_SUMS = {"reassoc", "contract", "nsz"}
 
-
-@njit(fastmath=_VECTOR_SUMS, error_model="numpy")
+@called(fastmath=VECTOR_SUMS)
 def norm_row(x, gain, bias, epsilon, out):  # type: ignore[no-untyped-def]
     """out = (x - mean) / sqrt(variance + epsilon) * gain + bias, over one row [C]."""
     n = x.shape[0]
@@ -125,7 +130,7 @@ def prepare(tier: str, group: int, limbs: int) -> Any:
                 )  # fmt: skip
                 source = address(padded)
             elif c < k:
-                padded[:c] = floats(source, c)
+                copy_bytes(address(padded), source, 4 * c)
                 source = address(padded)
             block, t = row // tokens, row % tokens
             meta = 4 * (block * groups * tokens + t)
@@ -151,11 +156,14 @@ def spread_rows() -> Any:
         x, stride, c, gain, shift, epsilon, k, out, tokens = fields(arguments, 9)
         row_of = np.zeros(k, np.float32)
         for row in range(first, last):
-            source = floats(x + row * stride, c)
+            source = x + row * stride
             if gain:
-                norm_row(source, floats(gain, c), floats(shift, c), as_float(epsilon), row_of[:c])
+                norm_row(
+                    floats(source, c), floats(gain, c), floats(shift, c), as_float(epsilon),
+                    row_of[:c],
+                )  # fmt: skip
             else:
-                row_of[:c] = source
+                copy_bytes(address(row_of), source, 4 * c)
             target = floats(out + 4 * (row // tokens * k * tokens + row % tokens), k * tokens)
             for column in range(k):
                 target[column * tokens] = row_of[column]

@@ -26,7 +26,7 @@ from bloomq.backends.numba_cpu.best import (
 )
 from bloomq.backends.numba_cpu.jit import compiled
 from bloomq.backends.numba_cpu.levels import ROW, SUMS, added_term, loaded_sums, store_sums
-from bloomq.backends.numba_cpu.memory import address, floats, ints, keep
+from bloomq.backends.numba_cpu.memory import address, copy_bytes, floats, ints, keep
 from bloomq.backends.numba_cpu.simd import F32, I16, I64, LANES, V16F, Vectors
 from bloomq.backends.numba_cpu.top import block_maxima
 
@@ -93,7 +93,7 @@ def row_sums(tier: str) -> Any:
             row_terms(tier, at + 4 * start, count // LANES, address(shift), address(lanes))
             ends = count % LANES
             if ends:
-                rest[:ends] = logits[v - ends :]
+                copy_bytes(address(rest), at + 4 * (v - ends), 4 * ends)
                 row_terms(tier, address(rest), 1, address(shift), address(lanes))
             for i in range(SUMS + 1):
                 for lane in range(LANES):
@@ -125,22 +125,21 @@ def best_few() -> Any:
 
 
 @lru_cache(maxsize=4)
-def best_of_plain(tier: str) -> Any:
-    """best_of_plain(logits [V], ids, best): the best k of a row, ids int64 and best float32 [k]."""
+def row_maxima(tier: str) -> Any:
+    """row_maxima(logits [V], maxima [blocks]): the largest of each BLOCK, NaN counting as
+    -infinity."""
 
-    @compiled(void(ROW, int64[::1], float32[::1]))
-    def best_of_plain(logits, ids, best):  # type: ignore[no-untyped-def]
-        v, k, whole = len(logits), len(ids), len(logits) // BLOCK
-        maxima, keys = np.empty(-(-v // BLOCK), np.float32), np.empty((2, room_of(k)), np.int64)
+    @compiled(void(ROW, float32[::1]))
+    def row_maxima(logits, maxima):  # type: ignore[no-untyped-def]
+        v, whole = len(logits), len(logits) // BLOCK
         block_maxima(tier, address(logits), whole, address(maxima))
         if whole < len(maxima):
             peak = np.float32(-np.inf)
             for i in range(whole * BLOCK, v):
                 peak = logits[i] if logits[i] > peak else peak
             maxima[whole] = peak
-        best_of_row(address(logits), v, maxima, k, keys[0], keys[1], ids, best)
 
-    return best_of_plain
+    return row_maxima
 
 
 @lru_cache(maxsize=1)

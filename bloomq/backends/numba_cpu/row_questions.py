@@ -11,13 +11,14 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from bloomq.backends.numba_cpu.best import BLOCK
 from bloomq.backends.numba_cpu.levels import row_levels
 from bloomq.backends.numba_cpu.program import Program
 from bloomq.backends.numba_cpu.row_calls import (
     best_few,
-    best_of_plain,
     find_tokens,
     mask_row,
+    row_maxima,
     row_sums,
 )
 from bloomq.backends.numba_cpu.surveyed import LogitRows, TopWork
@@ -37,7 +38,7 @@ class RowQuestions:
     def __init__(self, pool: Pool, tier: str) -> None:
         """Compile all that is called, or take it from the cache."""
         self._pool = pool
-        for made in (top_parts, best_of_plain, row_sums, row_levels, find_tokens):
+        for made in (top_parts, row_maxima, row_sums, row_levels, find_tokens):
             made(tier)
         for made_once in (top_merge, best_few, mask_row):
             made_once()
@@ -65,10 +66,11 @@ class RowQuestions:
         if isinstance(logits, LogitRows):
             top = self.top(tier, logits, k)
             return top.ids[0], top.logits[0]
-        k = min(max(k, 1), logits.shape[1])
-        ids, best = np.empty(k, np.int64), np.empty(k, np.float32)
-        best_of_plain(tier)(_in_rows(logits)[0], ids, best)
-        return ids, best
+        rows = _in_rows(logits)
+        maxima = np.empty((1, -(-rows.shape[1] // BLOCK)), np.float32)
+        row_maxima(tier)(rows[0], maxima[0])
+        ids, found = self._best(rows[:1], maxima, k)
+        return ids[0], found[0]
 
     def masked(self, logits: F32, allowed: NDArray[np.bool_]) -> F32:
         """See `Backend.masked`."""

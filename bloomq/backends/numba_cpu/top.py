@@ -19,7 +19,15 @@ from numba.extending import intrinsic
 
 from bloomq.backends.numba_cpu.best import BLOCK
 from bloomq.backends.numba_cpu.jit import kernel
-from bloomq.backends.numba_cpu.memory import address, doubles, fields, floats, keep, longs
+from bloomq.backends.numba_cpu.memory import (
+    address,
+    copy_bytes,
+    doubles,
+    fields,
+    floats,
+    keep,
+    longs,
+)
 from bloomq.backends.numba_cpu.simd import F32, I64, LANES, V16F, Vectors
 
 PART = 8192  # logits of a part: 32 KB, a level-1 cache
@@ -95,7 +103,7 @@ def top_parts(tier: str) -> Any:
             at = logits + unit // parts * stride + 4 * start
             whole = count // BLOCK
             ends[:] = np.float32(-np.inf)
-            ends[: count - BLOCK * whole] = floats(at, count)[BLOCK * whole :]
+            copy_bytes(address(ends), at + 4 * BLOCK * whole, 4 * (count - BLOCK * whole))
             maxima = floats(to_maxima + 4 * unit * BLOCKS, BLOCKS)
             maxima[:] = np.float32(-np.inf)
             block_maxima(tier, at, whole, address(maxima))
