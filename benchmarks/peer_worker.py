@@ -261,7 +261,7 @@ class ReadBandwidth:
 
     def __init__(self, threads: int) -> None:
         from bloomq.backends.numba_cpu.ceilings import Ceilings
-        from bloomq.backends.numba_cpu.jit import best_tier, cpu_features
+        from bloomq.backends.numba_cpu.processor import best_tier, cpu_features
         from bloomq.backends.numba_cpu.threads import Pool
 
         self.ceilings = Ceilings(best_tier(cpu_features()), Pool(threads))

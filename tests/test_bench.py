@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 import bloomq
 from bloomq.backends.numba_cpu.ceilings import Ceilings
-from bloomq.backends.numba_cpu.jit import best_tier, cpu_features
+from bloomq.backends.numba_cpu.processor import best_tier, cpu_features
 from bloomq.backends.numba_cpu.threads import Pool
 from bloomq.bench import Bench, Workload, peak_rss_mb, plan
 from bloomq.cli import commands

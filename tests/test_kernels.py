@@ -26,13 +26,14 @@ from numba.extending import intrinsic
 
 from bloomq.backends import reference
 from bloomq.backends.numba_cpu import layers, recorded
-from bloomq.backends.numba_cpu.jit import best_tier, compiled, cpu_features
+from bloomq.backends.numba_cpu.jit import compiled
 from bloomq.backends.numba_cpu.layers import (
     NumbaBackend,
     NumbaEmbedding,
     NumbaLinear,
 )
 from bloomq.backends.numba_cpu.memory import address
+from bloomq.backends.numba_cpu.processor import best_tier, cpu_features
 from bloomq.backends.numba_cpu.program import Program
 from bloomq.backends.numba_cpu.prologue import norm_rows
 from bloomq.backends.numba_cpu.simd import TIERS, V16F, Vectors

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bloomq.backends.jax.layers import JaxBackend
-from bloomq.backends.numba_cpu.jit import cpu_features
 from bloomq.backends.numba_cpu.layers import NumbaBackend
 from bloomq.backends.numba_cpu.levels import BLOCK, PART
+from bloomq.backends.numba_cpu.processor import cpu_features
 from bloomq.backends.numba_cpu.simd import TIERS
 from bloomq.backends.reference import ReferenceBackend
 from bloomq.levels import LEVELS, level_of, levels_of, merged, sums_of

@@ -6,8 +6,8 @@ import pytest
 from product_ir import product_module
 
 from bloomq.backends.numba_cpu import matmul
-from bloomq.backends.numba_cpu.jit import cpu_name
 from bloomq.backends.numba_cpu.matmul import Spec
+from bloomq.backends.numba_cpu.processor import cpu_name
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nl4", "nf4"])

@@ -14,8 +14,8 @@ import pytest
 from aarch64 import MEMORY, Call
 from product_ir import linear_module, product_module
 
-from bloomq.backends.numba_cpu.jit import best_tier, cpu_features
 from bloomq.backends.numba_cpu.matmul import Spec, weight_offset
+from bloomq.backends.numba_cpu.processor import best_tier, cpu_features
 from bloomq.backends.numba_cpu.simd import TIERS
 from bloomq.schemes import TILE, Array, get_scheme
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bloomq.backends.numba_cpu.jit import cpu_features
+from bloomq.backends.numba_cpu.processor import cpu_features
 from bloomq.backends.numba_cpu.products import add_product
 from bloomq.backends.numba_cpu.simd import TIERS
 

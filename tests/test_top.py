@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from bloomq.backends.numba_cpu.jit import cpu_features
 from bloomq.backends.numba_cpu.layers import NumbaBackend
+from bloomq.backends.numba_cpu.processor import cpu_features
 from bloomq.backends.numba_cpu.simd import TIERS
 from bloomq.backends.numba_cpu.top import BLOCK, PART
 

@@ -1,4 +1,4 @@
-"""Compiling and caching: which instructions this processor has, where compiled kernels are kept.
+"""Compiling and caching: how kernels are declared, and where what was compiled is kept.
 
 Invariant: a cached kernel is used only by the sources, versions and processor that made it. Numba
 keys its cache by the file of the function alone, so the directory is named after a digest of all of
@@ -21,35 +21,12 @@ from typing import Any
 
 import llvmlite
 import numba
-from llvmlite import binding as llvm
-
-from bloomq.backends.numba_cpu.simd import TIERS
 
 _log = logging.getLogger("bloomq.compile")
 _CACHE_SETTING = threading.Lock()
 
 # Sums may be vectorised; NaN and infinity keep their meaning (fastmath=True would drop them).
 VECTOR_SUMS = frozenset({"reassoc", "contract", "nsz"})
-
-
-def cpu_features() -> frozenset[str]:
-    """The LLVM feature names that compiled code may use: the processor's own, or what
-    NUMBA_CPU_NAME and NUMBA_CPU_FEATURES lower them to."""
-    text = numba.config.CPU_FEATURES
-    if text is None and numba.config.CPU_NAME in (None, "host"):
-        return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
-    return frozenset(item[1:] for item in (text or "").split(",") if item.startswith("+"))
-
-
-def cpu_name() -> str:
-    """LLVM's name of the processor that code is compiled for ("znver4"), or NUMBA_CPU_NAME's."""
-    name = numba.config.CPU_NAME
-    return llvm.get_host_cpu_name() if name in (None, "host") else str(name)
-
-
-def best_tier(features: frozenset[str]) -> str:
-    """The first tier of `simd.TIERS` whose features are all there."""
-    return next(tier for tier, needs in TIERS.items() if features.issuperset(needs))
 
 
 def cache_dir() -> Path:

@@ -18,9 +18,9 @@ from bloomq.backends.numba_cpu.attention import QUERIES, attend, store
 from bloomq.backends.numba_cpu.cache import BOUND, NumbaCache
 from bloomq.backends.numba_cpu.ceilings import Ceilings
 from bloomq.backends.numba_cpu.embedding import look_up, take_rows
-from bloomq.backends.numba_cpu.jit import best_tier, cpu_features
 from bloomq.backends.numba_cpu.linear import Product
 from bloomq.backends.numba_cpu.pages import padded_head
+from bloomq.backends.numba_cpu.processor import best_tier, cpu_features
 from bloomq.backends.numba_cpu.program import Buffer, Input, Program
 from bloomq.backends.numba_cpu.prologue import gate_rows, norm_rows
 from bloomq.backends.numba_cpu.recorded import Recorded, Recording

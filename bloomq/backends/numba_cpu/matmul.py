@@ -25,7 +25,7 @@ import llvmlite.ir as ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bloomq.backends.numba_cpu.jit import cpu_features, cpu_name
+from bloomq.backends.numba_cpu.processor import cpu_features, cpu_name
 from bloomq.backends.numba_cpu.simd import (
     F32,
     I32,

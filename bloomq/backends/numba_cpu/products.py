@@ -24,8 +24,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from bloomq.backends.numba_cpu.jit import best_tier, called, compiled, cpu_features
+from bloomq.backends.numba_cpu.jit import called, compiled
 from bloomq.backends.numba_cpu.memory import address, floats, keep
+from bloomq.backends.numba_cpu.processor import best_tier, cpu_features
 from bloomq.backends.numba_cpu.simd import F32, I64, LANES, V16F, Vectors, emitter
 
 F32Array = NDArray[np.float32]
