@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import llvmlite.binding as llvm
 import pytest
 from product_ir import product_module
 
 from bloomq.backends.numba_cpu import matmul
 from bloomq.backends.numba_cpu.matmul import Spec
-from bloomq.backends.numba_cpu.processor import cpu_name
+from bloomq.backends.numba_cpu.processor import cpu_features, cpu_name
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nl4", "nf4"])
@@ -60,3 +61,14 @@ def test_the_processor_is_the_one_that_numba_compiles_for(monkeypatch: pytest.Mo
     assert host not in ("", "host")
     monkeypatch.setattr("numba.config.CPU_NAME", "host")
     assert cpu_name() == host
+
+
+def test_features_are_those_that_numba_compiles_for(monkeypatch: pytest.MonkeyPatch):
+    present = {name for name, there in llvm.get_host_cpu_features().items() if there}
+    for name in (None, "host", "skylake"):  # a name alone takes no feature away
+        monkeypatch.setattr("numba.config.CPU_NAME", name)
+        assert present <= cpu_features()
+    monkeypatch.setattr("numba.config.CPU_FEATURES", "+avx2,+fma,-avx512f")
+    assert cpu_features() == {"avx2", "fma"}
+    monkeypatch.setattr("numba.config.CPU_FEATURES", "")
+    assert cpu_features() == set()

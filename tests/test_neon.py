@@ -1,5 +1,5 @@
-"""The AArch64 kernels: compiled for and inspected, and run under an emulator where there is one. No
-ARM machine runs these tests."""
+"""The AArch64 kernels: compiled for and inspected, and run under an emulator where there is one.
+`.ci/aarch64` runs all of the backend so."""
 
 from __future__ import annotations
 
@@ -42,9 +42,27 @@ def test_products_use_the_dot_product_instruction(scheme: str, tokens: int):
     assert "\tbl\t" not in text  # nothing falls back to a call
 
 
-def test_an_arm_processor_with_dot_products_gets_this_tier():
-    assert best_tier(frozenset({"neon", "dotprod", "fp-armv8"})) == "neon"
-    assert best_tier(frozenset({"neon"})) == "portable"
+@pytest.mark.parametrize("triple", ["aarch64-unknown-linux-gnu", "arm64-apple-darwin"])
+@pytest.mark.parametrize(
+    ("name", "tier"),
+    [
+        ("neoverse-n1", "neon"),
+        ("apple-m1", "neon"),
+        ("cortex-a72", "portable"),
+        ("generic", "portable"),
+    ],
+)
+def test_an_arm_processor_with_dot_products_gets_this_tier(
+    triple: str, name: str, tier: str, monkeypatch: pytest.MonkeyPatch
+):
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    monkeypatch.setattr("llvmlite.binding.get_process_triple", lambda: triple)
+    monkeypatch.setattr("llvmlite.binding.get_host_cpu_name", lambda: name)
+    for features in ({}, {"neon": True, "fp-armv8": True, "lse": True}):  # macOS; Linux
+        found = llvm.FeatureMap(features)
+        monkeypatch.setattr("llvmlite.binding.get_host_cpu_features", lambda found=found: found)
+        assert best_tier(cpu_features()) == tier
 
 
 class Layer:
