@@ -184,7 +184,7 @@ def test_the_histogram_is_in_steps_of_the_grid(
     assert plain.unit == "rms"
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int6", "int4", "nf4", "f16"])
+@pytest.mark.parametrize("scheme", ["int8", "int6", "nl4", "int4", "nf4", "f16"])
 def test_odd_shapes_and_rows_of_zeros_are_measured(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, scheme: str
 ) -> None:

@@ -175,7 +175,7 @@ def test_sizes_that_fill_no_tile_are_padded(tmp_path, vocab_size, hidden_size):
 def test_matrix_larger_than_a_block_is_the_same_as_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("bloomq.converters.pieces._BLOCK_BYTES", 32 * 64 * 4)
     checkpoint = write_checkpoint(tmp_path / "checkpoint", vocab_size=150)
-    for scheme in ("int8", "int4", "nf4"):
+    for scheme in ("int8", "nl4", "int4", "nf4"):
         convert(checkpoint, tmp_path / scheme, scheme=scheme, threads=3)
         assert_holds(tmp_path / scheme, expected_weights(checkpoint, scheme))
 
@@ -759,7 +759,7 @@ def test_weights_that_are_not_numbers_are_named(tmp_path, dtype, bad, name):
     )
 
 
-@pytest.mark.parametrize("scheme", ["int4", "nf4", "f16"])
+@pytest.mark.parametrize("scheme", ["nl4", "int4", "nf4", "f16"])
 def test_weights_too_large_for_the_scheme_are_named(tmp_path, scheme):
     def edit(tensors: Tensors) -> None:
         tensors[f"{QKV}.weight"][1][5, 6] = 1e7

@@ -495,13 +495,16 @@ def test_the_format_is_that_of_the_ending_or_the_one_asked_for(
     def written(pack, target, *, dtype, progress=None):
         target.write_bytes(f"GGUF {dtype}".encode())
 
-    module = types.SimpleNamespace(DTYPES=("auto", "q8_0"), write=written)
+    module = types.SimpleNamespace(
+        DTYPES=("auto", "q8_0"), write=written, notes=lambda pack, dtype: (f"as {dtype}",)
+    )
     monkeypatch.setitem(sys.modules, "bloomq.converters.export.gguf", module)
     assert export(tiny("f32"), tmp_path / name, to=to).to == found
     assert (tmp_path / name).is_file() is (found == "gguf")
     if found == "gguf":
         refused(OutputError, tiny("f32"), tmp_path / name, to=to)
-        export(tiny("f32"), tmp_path / name, to=to, force=True, dtype="q8_0")
+        again = export(tiny("f32"), tmp_path / name, to=to, force=True, dtype="q8_0")
+        assert again.notes == ("as q8_0",)
         assert (tmp_path / name).read_bytes() == b"GGUF q8_0"
     assert set(FORMATS) == {"huggingface", "gguf"}
 

@@ -269,6 +269,19 @@ def test_a_pack_without_a_tokenizer_becomes_a_file_of_ids(tmp_path, packed):
 # -- refusals --------------------------------------------------------------------------------------
 
 
+def test_what_grows_or_is_rounded_again_is_said(packed):
+    grows = "GGUF holds nl4 as Q8_0, in more bits: for a small file convert its source with "
+    again = "nl4 weights were rounded a second time: convert its source with --scheme int4"
+    nl4 = packed("nl4")
+    (note,) = export.notes(nl4, "auto")
+    assert note.startswith(grows)
+    (note,) = export.notes(nl4, "q4_0")
+    assert note.startswith(again)
+    assert not export.notes(nl4, "q8_0")
+    for scheme in ("int4", "int8"):
+        assert not export.notes(packed(scheme), "auto") + export.notes(packed(scheme), "q4_0")
+
+
 def test_unknown_type_is_refused(tmp_path, packed):
     with pytest.raises(UsageError, match=r"unknown dtype 'q6_k' for a GGUF, expected one of auto"):
         write(packed("f32"), tmp_path / "m.gguf", dtype="q6_k")

@@ -17,7 +17,7 @@ from bloomq import (
 from bloomq.pipelines import Answerer
 
 # Points of accuracy that a scheme may cost. nf4 has int4's bits.
-MAY_COST = {"int8": 0.5, "int6": 0.5, "int4": 1.0, "nf4": 1.0}
+MAY_COST = {"int8": 0.5, "int6": 0.5, "int4": 1.0, "nl4": 1.0, "nf4": 1.0}
 BATCH = 64
 
 

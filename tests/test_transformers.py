@@ -41,6 +41,9 @@ MEASURED = {
     ("int4", 128): (1.57e-4, 8.61e-5),
     ("int8", None): (1.55e-4, 9.28e-5),
     ("nf4", None): (1.28e-4, 7.22e-5),
+    ("nl4", 32): (5.59e-5, 5.32e-5),
+    ("nl4", 64): (9.71e-5, 6.33e-5),
+    ("nl4", 128): (1.57e-4, 7.43e-5),
 }
 TEXTS = [
     "The old man sat by the window and watched the rain fall over the quiet street below him. " * 4,

@@ -44,3 +44,5 @@ def export(
         f"{result.target}: {result.to}, {result.nbytes / 1e6:.1f} MB, {result.seconds:.1f} s "
         f"({speed:.0f} MB/s)"
     )
+    for note in result.notes:
+        console.note(f"note: {note}")

@@ -30,6 +30,10 @@ class Format(Protocol):
         """Write `target`, whole or not at all, in place of nothing or of an earlier export."""
         ...
 
+    def notes(self, pack: Pack, dtype: str) -> tuple[str, ...]:
+        """What someone who chose this would not expect, and what to choose instead."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Exported:
@@ -40,6 +44,7 @@ class Exported:
     dtype: str
     nbytes: int
     seconds: float
+    notes: tuple[str, ...]
 
 
 def export(
@@ -71,7 +76,8 @@ def export(
     module.write(opened, path, dtype=chosen, progress=progress)
     files = path.iterdir() if path.is_dir() else [path]
     nbytes = sum(file.stat().st_size for file in files)
-    return Exported(path, name, chosen, nbytes, perf_counter() - started)
+    notes = module.notes(opened, chosen)
+    return Exported(path, name, chosen, nbytes, perf_counter() - started, notes)
 
 
 def _format_of(target: Path, to: str | None) -> str:

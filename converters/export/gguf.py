@@ -79,6 +79,18 @@ class _Tensor:
         return self.type.nbytes_of(math.prod(self.shape))
 
 
+def notes(pack: Pack, dtype: str) -> tuple[str, ...]:
+    """That 4-bit weights which are not int4 grow, or are rounded again."""
+    four = sorted({scheme.name for scheme in pack.schemes.values()} & {"nl4", "nf4"})
+    instead = "convert its source with --scheme int4, which goes out in Q4_0 as it is"
+    if four and dtype == "auto":
+        kinds = " and ".join(f"{name} as {_OF_SCHEME[name]}" for name in four)
+        return (f"GGUF holds {kinds}, in more bits: for a small file {instead}",)
+    if four and dtype == "q4_0":
+        return (f"{' and '.join(four)} weights were rounded a second time: {instead}",)
+    return ()
+
+
 def write(
     pack: Pack, target: Path, *, dtype: str = "auto", progress: Progress | None = None
 ) -> None:
