@@ -2,12 +2,13 @@
 # make test      install the test extra into .venv and run every test
 # make check     format, lint and types
 # make bench     the figures of the README, on this machine
+# make aarch64   the backend's tests as on AArch64, under qemu, in build/aarch64
 # make docs      the README's picture, and the API reference in build/api
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: demo test check format bench docs clean
+.PHONY: demo test check format bench aarch64 docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/bloomq generate "Once upon a time" -n 80 --temperature 0.7 --top-p 0.9 --seed 7
@@ -31,6 +32,9 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/classify.py
 	$(BIN)/python benchmarks/horizon.py
 	$(BIN)/python benchmarks/speculation.py
+
+aarch64:
+	.ci/aarch64 build/aarch64
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv "$(VENV)"

@@ -159,6 +159,7 @@ class Case:
     norm: Norm
     x: np.ndarray
     add: np.ndarray
+    delta: np.ndarray
 
     @property
     def group(self) -> int:
@@ -179,7 +180,8 @@ def random_case(scheme: Scheme, shape: tuple[int, int], batch: int, seed: int = 
         return rng.standard_normal(shape).astype(np.float32)
 
     norm = Norm("ln", 1 + 0.2 * normal(k), 0.2 * normal(k), 1e-5)
-    return Case(random_matrix(scheme, shape), normal(n), norm, normal(batch, k), normal(batch, n))
+    x, add, delta = normal(batch, k), normal(batch, n), normal(batch, n)
+    return Case(random_matrix(scheme, shape), normal(n), norm, x, add, delta)
 
 
 def product(case: Case, tier: str, x: np.ndarray | None = None, threads: int = 2) -> np.ndarray:
@@ -189,7 +191,7 @@ def product(case: Case, tier: str, x: np.ndarray | None = None, threads: int = 2
 
 def twin(
     case: Case, *, bias: bool = False, gelu: bool = False, add: bool = False, norm: bool = False,
-    limbs: int = 1,
+    delta: bool = False, limbs: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """The same in NumPy, float64 from the rounded operands on, and how far a right kernel may be.
 
@@ -224,6 +226,8 @@ def twin(
     y = a64 @ w64.T
     if bias:
         y, bound = y + case.bias, bound + EPS * np.abs(y + case.bias)
+    if delta:
+        y, bound = y + case.delta, bound + EPS * np.abs(y + case.delta)
     if gelu:
         # Its slope is at most 1.13; 2e-7 of exp and the roundings of u, which is at most 5 where it
         # matters: 16 EPS of x.
@@ -270,18 +274,18 @@ def test_linear_equals_its_twin_for_odd_sizes_and_every_batch(scheme, tier, shap
 
 
 @pytest.mark.parametrize(("scheme", "tier"), CASES)
-def test_linear_adds_norm_bias_gelu_and_residual_in_this_order(scheme, tier):
-    for bits in range(16):
-        norm, bias, gelu, add = (bool(bits >> i & 1) for i in range(4))
+def test_linear_adds_norm_bias_delta_gelu_and_residual_in_this_order(scheme, tier):
+    for bits in range(32):
+        norm, bias, gelu, add, delta = (bool(bits >> i & 1) for i in range(5))
         for batch in (1, 3, 9):
             case = random_case(scheme, (47, 129), batch, seed=bits)
             layer = linear(
                 tier, case.weight, case.bias if bias else None,
                 case.norm if norm else None, "gelu" if gelu else None,
             )  # fmt: skip
-            y = layer(case.x, case.add) if add else layer(case.x)
-            expected, bound = twin(case, norm=norm, bias=bias, gelu=gelu, add=add)
-            assert (np.abs(y - expected) <= bound).all(), (norm, bias, gelu, add, batch)
+            y = layer(case.x, case.add if add else None, case.delta if delta else None)
+            expected, bound = twin(case, norm=norm, bias=bias, gelu=gelu, add=add, delta=delta)
+            assert (np.abs(y - expected) <= bound).all(), (norm, bias, gelu, add, delta, batch)
 
 
 @pytest.mark.parametrize("shape", [(100, 200), (4200, 512)], ids=["one-thread", "parallel"])

@@ -57,6 +57,8 @@ def test_an_arm_processor_with_dot_products_gets_this_tier(
 ):
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
+    monkeypatch.setattr("numba.config.CPU_NAME", None)
+    monkeypatch.setattr("numba.config.CPU_FEATURES", None)
     monkeypatch.setattr("llvmlite.binding.get_process_triple", lambda: triple)
     monkeypatch.setattr("llvmlite.binding.get_host_cpu_name", lambda: name)
     for features in ({}, {"neon": True, "fp-armv8": True, "lse": True}):  # macOS; Linux

@@ -191,6 +191,31 @@ def test_nothing_catches_every_exception(module: str) -> None:
             assert ast.unparse(node.type) != "Exception" or module == "tokenizer"
 
 
+def is_compiled(function: ast.AST) -> bool:
+    """Is it declared to be compiled by Numba?"""
+    names = {"kernel", "compiled", "called", "njit", "_inlined"}
+    return isinstance(function, ast.FunctionDef) and any(
+        isinstance(node, ast.Name | ast.Attribute) and ast.unparse(node).split(".")[-1] in names
+        for decorator in function.decorator_list
+        for node in ast.walk(decorator)
+    )
+
+
+def test_kernels_set_no_slices_to_arrays():
+    """Numba compiles the words of the error that this can end in: seconds of a first run. A number
+    has no shape to check."""
+    functions = 0
+    for path in (ROOT / "bloomq/backends/numba_cpu").glob("*.py"):
+        for function in filter(is_compiled, ast.walk(tree_of(path))):
+            functions += 1
+            for node in ast.walk(function):
+                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Subscript):
+                    sliced = any(isinstance(x, ast.Slice) for x in ast.walk(node.targets[0].slice))
+                    number = re.fullmatch(r"[\d.]+|np\.float32\(.*\)", ast.unparse(node.value))
+                    assert number or not sliced, ast.unparse(node)
+    assert functions > 30
+
+
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_nothing_unpickles(module: str) -> None:
     names = imports(modules()[module]) - {"pickle.UnpicklingError"}  # what Numba's cache may raise

@@ -21,15 +21,17 @@ _ID_BITS = 31
 ID_MASK = (1 << _ID_BITS) - 1
 _INFINITY = 0x7F800000  # the bits of a float32
 _DIGIT = 8  # bits that a pass of the sort looks at
+# A line each: put where it is called before anything is compiled, none is compiled by itself.
+_inlined = njit(inline="always", error_model="numpy")
 
 
-@njit(inline="always", error_model="numpy")
+@_inlined
 def room_of(k):  # type: ignore[no-untyped-def]
     """Keys that a row's search needs memory for: twice k, and a block more than k at least."""
     return 2 * k + 2 * BLOCK
 
 
-@njit(inline="always", error_model="numpy")
+@_inlined
 def _ordered(bits):  # type: ignore[no-untyped-def]
     """The bits of a float32 as a whole number that orders as the float does."""
     if bits & 0x7FFFFFFF > _INFINITY:  # NaN
@@ -37,13 +39,13 @@ def _ordered(bits):  # type: ignore[no-untyped-def]
     return bits if bits >= 0 else -(bits & 0x7FFFFFFF)
 
 
-@njit(inline="always", error_model="numpy")
+@_inlined
 def key_of(bits, token):  # type: ignore[no-untyped-def]
     """The key of a token, from the bits of its logit."""
     return (0x7FFFFFFF - _ordered(bits)) << _ID_BITS | token
 
 
-@njit(inline="always", error_model="numpy")
+@_inlined
 def _float(ordered):  # type: ignore[no-untyped-def]
     """The float32 that `_ordered` gives this number for."""
     return as_float(ordered) if ordered >= 0 else -as_float(-ordered)

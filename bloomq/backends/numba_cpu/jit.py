@@ -94,7 +94,7 @@ def compiled(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-def called(fastmath: frozenset[str] = frozenset()) -> Any:
+def called(*, fastmath: frozenset[str] = frozenset()) -> Any:
     """Decorator: a function that kernels call. Python cannot call it, which saves a third of the
     time that compiling it takes."""
     return numba.njit(

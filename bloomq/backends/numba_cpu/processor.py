@@ -6,23 +6,24 @@ from functools import lru_cache
 
 import numba
 from llvmlite import binding as llvm
+from numba.core.codegen import get_host_cpu_features
 
 from bloomq.backends.numba_cpu.simd import TIERS
 
 
 def cpu_name() -> str:
-    """LLVM's name of the processor ("znver4"), or NUMBA_CPU_NAME's."""
+    """The processor that Numba names to LLVM: "znver4", or NUMBA_CPU_NAME's."""
     name = numba.config.CPU_NAME
-    return llvm.get_host_cpu_name() if name in (None, "host") else str(name)
+    return llvm.get_host_cpu_name() if name is None else str(name)
 
 
 def cpu_features() -> frozenset[str]:
-    """The names of LLVM's features that compiled code may use: the processor's own, or what
-    NUMBA_CPU_FEATURES lowers them to; on AArch64, where a processor's name implies most of them,
-    those of the tier."""
+    """The names of LLVM's features that Numba compiles for: the processor's own, less what
+    NUMBA_CPU_FEATURES, NUMBA_ENABLE_AVX=0 or an old processor's name take away; on AArch64, where a
+    name implies most features, those of the tier too. One too many, and LLVM ends the process."""
     text = numba.config.CPU_FEATURES
     if text is None:
-        text = llvm.get_host_cpu_features().flatten()
+        text = get_host_cpu_features()
     found = frozenset(item[1:] for item in text.split(",") if item.startswith("+"))
     triple = llvm.get_process_triple()
     if triple.startswith(("aarch64", "arm64")) and selects_dot_products(triple, cpu_name(), text):

@@ -1,9 +1,9 @@
 """A step as a program: a list of kernels, replayed by however many threads turn up.
 
 An operation is a compiled kernel, the address of its arguments, and a number of units (tiles of a
-matrix, heads, rows). These are divided into a stretch for each thread, so that each reads memory in
-one stream. A thread takes chunks of its own stretch from a counter, then of the others', until none
-are left, and goes on when all of them are done.
+matrix or pairs of them, heads, rows). They are divided into a stretch for each thread, so that it
+reads memory in a stream of its own, or in two. A thread takes chunks of its own stretch from a
+counter, then of the others', until none are left, and goes on when all of them are done.
 
 Invariant: nobody is waited for who has not taken a chunk. A helper that wakes late, is preempted or
 never comes costs its help and nothing else; slow cores take fewer chunks than fast ones. Each unit
