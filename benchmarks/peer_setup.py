@@ -69,6 +69,7 @@ class Bench:
     python: Path  # the peers'
     threads: int
     repeat: int
+    avx2: bool = False  # everyone kept to it
 
     def files(self, model: str) -> Path:
         return self.work / "peers" / model
@@ -102,7 +103,8 @@ def install(venv: Path, build: str) -> None:
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     environment = {**os.environ, "CMAKE_ARGS": build}
     command: list[str | Path] = [venv / "bin" / "python", "-m", "pip", "install", *REQUIREMENTS]
-    command += ["--no-binary", "llama-cpp-python"]
+    # No cache: pip would take a wheel that it built with other options before.
+    command += ["--no-cache-dir", "--no-binary", "llama-cpp-python"]
     subprocess.run(command, check=True, env=environment)
     # optimum-intel brings torchvision, whose operators are those of another build of torch where
     # that is a CPU one: transformers then cannot import BLOOM. No peer here looks at pictures.
@@ -111,14 +113,23 @@ def install(venv: Path, build: str) -> None:
 
 def lower_to_avx2() -> None:
     """Keep the processes started from here on, bloomq's and the peers', to AVX2. bloomq is told of
-    the nearest processor without more, since what it asks for ahead depends on the make."""
+    the nearest processor without more, since what it asks for ahead depends on the make.
+
+    Raises: PeerError where there is no AVX2 to lower to.
+    """
     beyond = ("avx512", "avx10", "avxvnni", "avxneconvert", "avxifma", "amx", "evex")
     present = llvm.get_host_cpu_features().items()
     features = sorted(name for name, there in present if there and not name.startswith(beyond))
+    if "avx2" not in features:
+        raise PeerError(
+            f"--avx2: {llvm.get_host_cpu_name()} has no AVX2: run this on an x86 that has"
+        )
     amd = llvm.get_host_cpu_name().startswith("znver")
     os.environ["NUMBA_CPU_NAME"] = "znver3" if amd else "haswell"
     os.environ["NUMBA_CPU_FEATURES"] = ",".join(f"+{name}" for name in features)
-    os.environ["CT2_FORCE_CPU_ISA"] = "AVX2"
+    # CTranslate2, and the two libraries that may multiply for it, which look for themselves.
+    for name in ("CT2_FORCE_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"):
+        os.environ[name] = "AVX2"
 
 
 def checkpoint(bench: Bench, model: str) -> Path:

@@ -37,6 +37,7 @@ class Engine(Protocol):
     package: str  # whose version the report gives
     weights_bytes: int  # that decoding one token reads
     note: str
+    isa: str  # the instructions that it says it uses, "" where it does not say
 
     def prefill(self, ids: list[int]) -> float:
         """Of the prompt and the first token."""
@@ -54,6 +55,7 @@ class Bloomq:
         self.model = bloomq.load(model, threads=threads)
         self.weights_bytes = self.model.pack.bytes_per_token
         self.note = self.model.backend.name
+        self.isa = self.model.backend.description
 
     def prefill(self, ids: list[int]) -> float:
         self.model.forget()  # what it knows of these ids from the last time
@@ -95,6 +97,7 @@ class LlamaCpp:
         contexts = {on: self._context(threads, on) for on in set(flash.values())}
         self.prefill_context, self.decode_context = contexts[flash["pp"]], contexts[flash["tg"]]
         self.note = f"flash attention: {', '.join(t for t, on in flash.items() if on) or 'off'}"
+        self.isa = llama_cpp.llama_print_system_info().decode().strip()
 
     def _context(self, threads: int, flash: bool) -> Any:
         params = self.api.llama_context_default_params()
@@ -166,7 +169,7 @@ class CTranslate2:
         # The file names its tokens, and a prompt is made of names.
         self.names = json.loads((model / "vocabulary.json").read_text(encoding="utf-8"))
         self.weights_bytes = (model / "model.bin").stat().st_size
-        self.note = self.generator.compute_type
+        self.note, self.isa = self.generator.compute_type, option
 
     def prefill(self, ids: list[int]) -> float:
         started = perf_counter()
@@ -200,7 +203,7 @@ class OpenVino:
         self.pipeline = openvino_genai.LLMPipeline(str(model), "CPU", INFERENCE_NUM_THREADS=threads)
         # The embedding lies there once, in int8, and is the head too.
         self.weights_bytes = (model / "openvino_model.bin").stat().st_size
-        self.note = ""
+        self.note = self.isa = ""
 
     def prefill(self, ids: list[int]) -> float:
         started = perf_counter()
@@ -238,6 +241,7 @@ class Transformers:
             parameter.data = parameter.data.clone()
         self.weights_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self.note = f"torch {torch.__version__}"
+        self.isa = torch.backends.cpu.get_cpu_capability()
 
     def prefill(self, ids: list[int]) -> float:
         started = perf_counter()
@@ -301,7 +305,8 @@ def serve(answer: Callable[[object], None], engine: str, model: str, threads: st
     loaded = ENGINES[engine](Path(model), int(threads), option)
     answer({
         "load_s": perf_counter() - started, "weights_bytes": loaded.weights_bytes,
-        "note": loaded.note, "version": importlib.metadata.version(loaded.package),
+        "note": loaded.note, "isa": loaded.isa,
+        "version": importlib.metadata.version(loaded.package),
     })  # fmt: skip
     rng = np.random.default_rng(0)  # the same prompts for every engine
     for line in sys.stdin:

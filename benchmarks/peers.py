@@ -66,11 +66,14 @@ def main() -> None:
         install(venv, AVX2_BUILD if args.avx2 else NATIVE_BUILD)
         return
     if args.avx2:
-        lower_to_avx2()
+        try:
+            lower_to_avx2()
+        except PeerError as error:
+            sys.exit(f"error: {error}")
     python = venv.absolute() / "bin" / "python"
     if not python.exists():
         sys.exit(f"error: {python}: no peers here: run once with --install")
-    bench = Bench(args.work, python, args.threads, args.repeat)
+    bench = Bench(args.work, python, args.threads, args.repeat, args.avx2)
     if args.quality:
         measure_quality(bench, args.checkpoint, args.text, args.tokens, args.window)
         return
@@ -107,6 +110,8 @@ def parse() -> argparse.Namespace:
         parser.error(
             f"--avx2 with {', '.join(sorted(unknown))}: only {', '.join(known)} can be kept to it"
         )
+    if args.quality and args.avx2:
+        parser.error("--quality with --avx2: perplexity is no matter of speed: leave --avx2 out")
     if args.quality and not args.text.exists():
         parser.error(f"{args.text}: no such text: name a file or folder with --text")
     if args.quality and not (args.checkpoint / "config.json").is_file():
@@ -139,8 +144,8 @@ def compare_all(
                     report(row, with_head=not rows)
                     rows.append(row)
                 append(target, fresh)
-            # llama.cpp's quantized files are there: 14 GB less for bloom-7b1.
-            (bench.files(model) / "f16.gguf").unlink(missing_ok=True)
+            if flash is not None:  # llama.cpp's quantized files are there: 14 GB less for bloom-7b1
+                (bench.files(model) / "f16.gguf").unlink(missing_ok=True)
     return rows
 
 
@@ -154,12 +159,13 @@ def describe_machine(bench: Bench, bandwidth: Child) -> dict[str, Any]:
         f"{cpu_name()}, {os.cpu_count()} cores, {bench.threads} threads, load {load:.1f}, "
         f"bloomq {bloomq.__version__} {git.stdout.strip()}, "
         f"reads {median(samples):.1f} GB/s ({min(samples):.1f} to {max(samples):.1f})"
+        + (", everyone kept to AVX2" if bench.avx2 else "")
     )
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S"), "cpu": cpu_name(), "cores": os.cpu_count(),
         "memory_mb": memory_mb("MemTotal"), "system": platform.platform(), "threads": bench.threads,
         "load": load, "bandwidth_gb_s": samples, "bloomq": bloomq.__version__,
-        "commit": git.stdout.strip(), "python": platform.python_version(),
+        "commit": git.stdout.strip(), "python": platform.python_version(), "avx2": bench.avx2,
     }  # fmt: skip
 
 
@@ -196,6 +202,10 @@ def compare(
             raise PeerError(f"bloomq {setting.scheme} beside it: {error}") from None
         with bench.serve(setting.engine, path, option) as theirs:
             facts = theirs.read()
+            if bench.avx2 and "AVX512 = 1" in facts["isa"]:  # llama.cpp's words
+                raise PeerError(
+                    f"built for more than AVX2: delete {bench.python.parents[1]}, --install"
+                )
             children = {"bloomq": ours, "peer": theirs}
             for child in children.values():
                 for command, _ in TESTS.values():
@@ -205,6 +215,7 @@ def compare(
         summarize(
             {"model": model, "test": test, "engine": setting.engine, "setting": setting.name,
              "bloomq": setting.scheme, "note": facts["note"], "version": facts["version"],
+             "isa": facts["isa"], "bloomq_isa": our_facts["isa"],
              "load_s": facts["load_s"], "weights_bytes": facts["weights_bytes"],
              "bloomq_weights_bytes": our_facts["weights_bytes"]},
             samples[test], tokens,

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import warm
 
+from bloomq.backends.numba_cpu.processor import cpu_features
+from bloomq.backends.numba_cpu.simd import TIERS
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -32,3 +35,31 @@ def test_a_benchmark_runs(command: list[str], expected: str):
     done = warm.python(*command, cwd=FOLDER)
     assert done.returncode == 0, done.stderr
     assert re.search(expected, done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--avx2", "--peers", "transformers"], "only llama.cpp, ctranslate2 can be kept to it"),
+        (["--avx2", "--quality"], "perplexity is no matter of speed"),
+        (["--quality", "--text", "nowhere"], "nowhere: no such text"),
+        (["--quality", "--text", ".", "--checkpoint", "nowhere"], "nowhere: no config.json there"),
+    ],
+)
+def test_peers_refuses_what_it_cannot_compare(arguments: list[str], message: str):
+    done = warm.python("peers.py", *arguments, cwd=FOLDER)
+    assert (done.returncode, message in done.stderr) == (2, True)
+
+
+@pytest.mark.skipif(
+    not cpu_features().issuperset(TIERS["avx2"]), reason="no AVX2 to lower bloomq to"
+)
+def test_peers_lowers_bloomq_to_avx2():
+    lowered = "import peer_setup; peer_setup.lower_to_avx2(); "
+    tier = "import bloomq.backends.numba_cpu.processor as p; print(p.best_tier(p.cpu_features()))"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {tier!r}])"
+    done = warm.python("-c", lowered + child, cwd=FOLDER)
+    assert done.stdout.strip() == "avx2", done.stderr
+    none = "import peer_setup; peer_setup.llvm.get_host_cpu_features = dict; "
+    done = warm.python("-c", none + lowered, cwd=FOLDER)
+    assert "has no AVX2: run this on an x86 that has" in done.stderr
