@@ -529,6 +529,16 @@ def test_the_command_speaks_json(tiny, tmp_path):
     assert result["target"] == str(tmp_path / "out")
     assert result["to"] == "huggingface"
     assert result["nbytes"] == sum(map(len, contents(tmp_path / "out").values()))
+    assert result["notes"] == []
+
+
+def test_the_command_says_what_would_not_be_expected(demo_checkpoint, tmp_path):
+    bloomq.convert(demo_checkpoint, tmp_path / "pack", scheme="nl4")
+    done = run(tmp_path / "pack", tmp_path / "m.gguf")
+    assert "note: GGUF holds nl4 as Q8_0, in more bits: for a small file" in done.stderr
+    done = run(tmp_path / "pack", tmp_path / "m.gguf", "--force", "--json")
+    (note,) = json.loads(done.stdout)["notes"]
+    assert note.startswith("GGUF holds nl4 as Q8_0")
 
 
 def test_the_command_replaces_by_force_alone(tiny, tmp_path):

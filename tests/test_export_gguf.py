@@ -270,16 +270,22 @@ def test_a_pack_without_a_tokenizer_becomes_a_file_of_ids(tmp_path, packed):
 
 
 def test_what_grows_or_is_rounded_again_is_said(packed):
-    grows = "GGUF holds nl4 as Q8_0, in more bits: for a small file convert its source with "
-    again = "nl4 weights were rounded a second time: convert its source with --scheme int4"
-    nl4 = packed("nl4")
-    (note,) = export.notes(nl4, "auto")
-    assert note.startswith(grows)
-    (note,) = export.notes(nl4, "q4_0")
-    assert note.startswith(again)
-    assert not export.notes(nl4, "q8_0")
-    for scheme in ("int4", "int8"):
-        assert not export.notes(packed(scheme), "auto") + export.notes(packed(scheme), "q4_0")
+    grown = "GGUF holds {}, in more bits: for a small file convert its source with --scheme int4"
+    again = "{} weights were rounded a second time: convert its source with --scheme int4"
+    for scheme, head, dtype, *expected in (
+        ("nl4", "int8", "auto", grown.format("nl4 as Q8_0")),
+        ("nf4", "nl4", "auto", grown.format("nf4 as F16 and nl4 as Q8_0")),
+        ("int8", "nl4", "auto", grown.format("nl4 as Q8_0")),
+        ("nl4", "int8", "q4_0", again.format("nl4")),
+        ("int8", "nl4", "q4_0", again.format("int8")),  # the head goes to Q8_0 as it is
+        ("nl4", "int8", "q8_0"),
+        ("int4", "int8", "auto"),
+        ("int4", "int6", "q4_0"),
+        ("bf16", "bf16", "q4_0"),  # rounded once
+    ):
+        notes = export.notes(packed(scheme, head_scheme=head), dtype)
+        assert [note.partition(", which")[0] for note in notes] == expected
+    assert not export.notes(packed("nl4", hidden_size=36), "auto")  # int4's would be F16 too
 
 
 def test_unknown_type_is_refused(tmp_path, packed):

@@ -80,15 +80,26 @@ class _Tensor:
 
 
 def notes(pack: Pack, dtype: str) -> tuple[str, ...]:
-    """That 4-bit weights which are not int4 grow, or are rounded again."""
-    four = sorted({scheme.name for scheme in pack.schemes.values()} & {"nl4", "nf4"})
+    """That matrices grow, or were rounded a second time, which int4's would not."""
+    grown, again = set(), set()
+    for spec in weight_specs(pack.config):
+        if not spec.is_matrix or spec.shape[1] % BY_NAME["Q4_0"].block:
+            continue
+        scheme = pack.schemes[spec.name]
+        kind = _type_of(spec, scheme, dtype).name
+        if dtype == "auto" and scheme.name in ("nl4", "nf4"):
+            grown.add(f"{scheme.name} as {kind}")
+        if kind == "Q4_0" and scheme.name != "int4" and not scheme.is_float:
+            again.add(scheme.name)
     instead = "convert its source with --scheme int4, which goes out in Q4_0 as it is"
-    if four and dtype == "auto":
-        kinds = " and ".join(f"{name} as {_OF_SCHEME[name]}" for name in four)
-        return (f"GGUF holds {kinds}, in more bits: for a small file {instead}",)
-    if four and dtype == "q4_0":
-        return (f"{' and '.join(four)} weights were rounded a second time: {instead}",)
-    return ()
+    found = []
+    if grown:
+        kinds = " and ".join(sorted(grown))
+        found.append(f"GGUF holds {kinds}, in more bits: for a small file {instead}")
+    if again:
+        names = " and ".join(sorted(again))
+        found.append(f"{names} weights were rounded a second time: {instead}")
+    return tuple(found)
 
 
 def write(
