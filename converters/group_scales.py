@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-from bloomq.schemes import Grid
+from bloomq.grids import Grid
 
 LANES = 16
 _I32, _I64 = ir.IntType(32), ir.IntType(64)

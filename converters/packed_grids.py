@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.errors import CheckpointError
+from bloomq.grids import GRIDS
 from bloomq.schemes import (
-    GRIDS,
     ROW_MULTIPLE,
     Array,
     Scheme,

@@ -9,16 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bloomq.schemes import (
-    GRIDS,
-    NF4_MIDPOINTS,
-    TILE,
-    Array,
-    Scheme,
-    int8_scales,
-    reciprocal,
-    to_half,
-)
+from bloomq.grids import GRIDS, reciprocal
+from bloomq.schemes import NF4_MIDPOINTS, TILE, Array, Scheme, int8_scales, to_half
 
 from .group_scales import book_of, cached, group_scales, load_group
 

@@ -11,9 +11,9 @@ from bloomq.converters.calibration.forward import UnderWay
 from bloomq.converters.calibration.gptq import SHRINK
 
 from bloomq.backends.reference import ReferenceBackend, layer_norm
+from bloomq.grids import Grid
 from bloomq.layers import Span
 from bloomq.model import Block
-from bloomq.schemes import Grid
 
 
 def problem(n: int, k: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

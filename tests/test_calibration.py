@@ -48,11 +48,12 @@ from bloomq.errors import (
     TokenizerError,
     UsageError,
 )
+from bloomq.grids import GRIDS
 from bloomq.layers import Span
 from bloomq.model import Block
 from bloomq.pack import Pack, stored_arrays
 from bloomq.scheme_choice import choose_schemes
-from bloomq.schemes import GRIDS, get_scheme
+from bloomq.schemes import get_scheme
 
 SCHEMES = [
     ("nl4", 32), ("nl4", 64), ("nl4", 128), ("int4", 32), ("int4", 128), ("int6", None),

@@ -47,10 +47,11 @@ from bloomq.backends.cuda.stored import Loader, Stored
 from bloomq.cli import commands
 from bloomq.config import BloomConfig
 from bloomq.errors import BackendError, CapacityError, NumericError, UsageError
+from bloomq.grids import GRIDS
 from bloomq.pack import Pack
 from bloomq.pack_writer import partial_folder
 from bloomq.scheme_choice import choose_schemes
-from bloomq.schemes import GRIDS, get_scheme
+from bloomq.schemes import get_scheme
 from bloomq.weights import Matrix
 
 TORCH = Device("cpu")  # no option gives it: "cuda" is never the CPU in disguise

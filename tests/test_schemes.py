@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bloomq.errors import UsageError
+from bloomq.grids import GRIDS, group_scales
 from bloomq.schemes import (
     DEFAULT_GROUP,
-    GRIDS,
     GROUP_SIZES,
     NF4_CODEBOOK,
     NF4_INT8_CODEBOOK,
@@ -19,7 +19,6 @@ from bloomq.schemes import (
     bf16_to_f32,
     f32_to_bf16,
     get_scheme,
-    group_scales,
     round_up,
     untile_nibbles,
     untile_rows,

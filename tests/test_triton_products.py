@@ -20,7 +20,8 @@ from bloomq.backends.cuda.triton_products import (  # noqa: E402
     product,
     takes,
 )
-from bloomq.schemes import GRIDS, NF4_CODEBOOK  # noqa: E402
+from bloomq.grids import GRIDS  # noqa: E402
+from bloomq.schemes import NF4_CODEBOOK  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCHEMES = [

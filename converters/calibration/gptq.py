@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.backends.numba_cpu.products import add_product
-from bloomq.schemes import Grid
+from bloomq.grids import Grid
 
 from ..group_scales import book_of
 from .factor import Factor

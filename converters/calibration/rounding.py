@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.backends.numba_cpu.products import add_product
-from bloomq.schemes import GRIDS, Grid, Scheme, int8_scales
+from bloomq.grids import GRIDS, Grid
+from bloomq.schemes import Scheme, int8_scales
 
 from .engine import Found
 from .factor import column_order, factor

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from bloomq.schemes import Grid
+from bloomq.grids import Grid
 
 from .gptq import BLOCK, SHRINK
 from .torch_factor import TorchFactor

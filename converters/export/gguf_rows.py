@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bloomq.errors import NumericError
-from bloomq.schemes import F32, GRIDS, TILE, Array, f32_to_bf16, get_scheme
+from bloomq.grids import GRIDS
+from bloomq.schemes import F32, TILE, Array, f32_to_bf16, get_scheme
 from bloomq.weights import Matrix
 
 from ..gguf_blocks import BLOCK, BlockType, q4_0_blocks, q8_0_blocks, q8_0_scales

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bloomq.schemes import GRIDS, NF4_CODEBOOK, TILE, Scheme
+from bloomq.grids import GRIDS
+from bloomq.schemes import NF4_CODEBOOK, TILE, Scheme
 
 Array = jax.Array
 Parts = Mapping[str, Any]

@@ -13,7 +13,8 @@ from numba.extending import intrinsic
 from bloomq.backends.numba_cpu.jit import kernel
 from bloomq.backends.numba_cpu.memory import codes as int8_at
 from bloomq.backends.numba_cpu.memory import copy_bytes, fields, floats, longs, octets
-from bloomq.schemes import GRIDS, NF4_CODEBOOK, TILE
+from bloomq.grids import GRIDS
+from bloomq.schemes import NF4_CODEBOOK, TILE
 
 
 @intrinsic(prefer_literal=True)

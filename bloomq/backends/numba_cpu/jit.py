@@ -24,6 +24,7 @@ import numba
 
 _log = logging.getLogger("bloomq.compile")
 _CACHE_SETTING = threading.Lock()
+CONSTANTS = ("grids", "levels", "schemes")  # modules of bloomq whose constants kernels hold
 
 # Sums may be vectorised; NaN and infinity keep their meaning (fastmath=True would drop them).
 VECTOR_SUMS = frozenset({"reassoc", "contract", "nsz"})
@@ -41,7 +42,8 @@ def cache_dir() -> Path:
 def _source_digest() -> str:
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
     folder = Path(__file__).parent
-    for source in [*sorted(folder.glob("*.py")), folder.parent.parent / "schemes.py"]:
+    others = (folder.parent.parent / f"{name}.py" for name in CONSTANTS)
+    for source in [*sorted(folder.glob("*.py")), *others]:
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 

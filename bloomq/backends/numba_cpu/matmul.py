@@ -39,7 +39,8 @@ from bloomq.backends.numba_cpu.simd import (
     Vectors,
     emitter,
 )
-from bloomq.schemes import GRIDS, NF4_INT8_CODEBOOK
+from bloomq.grids import GRIDS
+from bloomq.schemes import NF4_INT8_CODEBOOK
 
 # Codes and scales are asked for so far ahead: some 100 ns at full bandwidth. Of two tiles that lie
 # side by side the first would run into the second, so where a pair leaves the level-2 cache room,
